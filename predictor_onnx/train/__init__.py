@@ -1,0 +1,1 @@
+"""How the predictor's model and its catalog of named models are made; needs the ``train`` extra."""

@@ -1,0 +1,62 @@
+"""The client's end of a connection."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+
+__all__ = ["MAX_MESSAGE_BYTES", "open_blocking_channel", "open_channel"]
+
+MAX_MESSAGE_BYTES = 8 * 2**20
+"""Largest message either end accepts. Chunks are 1 MiB at most, so only lists come near it."""
+
+# Reads may be tried again by themselves when the server could not be reached; a mutation is tried again
+# only by a caller that gave it a request_id.
+_READS = {
+    "JobService": ["GetJob", "ListJobs", "PredictJob", "ExplainJob"],
+    "FleetService": ["ListNodes", "GetCapacity", "GetUsage", "Heartbeat"],
+    "NodeService": ["GetNode", "ListSlices", "ListContainers"],
+}
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [
+                    {"service": f"puhui.v1.{service}", "method": method}
+                    for service, methods in _READS.items()
+                    for method in methods
+                ],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+# A dead peer is noticed within 40 s even on a stream that says nothing; servers permit these pings.
+_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.service_config", _SERVICE_CONFIG),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A centre comes back within seconds of a restart; clients should notice as soon.
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """Opens an asyncio channel to "host:port" or "unix:/path"."""
+    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+
+
+def open_blocking_channel(address: str) -> grpc.Channel:
+    """Opens a channel to "host:port" or "unix:/path" for a program without an event loop."""
+    return grpc.insecure_channel(address, options=_OPTIONS)
