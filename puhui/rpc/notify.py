@@ -14,6 +14,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 __all__ = ["ReadySocket", "notify_ready", "notify_stopping"]
 
@@ -56,7 +57,7 @@ class ReadySocket:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(self.path)
 
-    def __enter__(self) -> ReadySocket:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,8 +79,8 @@ class ReadySocket:
         child = os.pidfd_open(pid)
         try:
             while (left := deadline - time.monotonic()) > 0:
-                readable, _, _ = select.select([self._socket, child], [], [], left)
-                if self._socket in readable:
+                readable, _, _ = select.select([self._socket.fileno(), child], [], [], left)
+                if self._socket.fileno() in readable:
                     fields = dict(
                         line.split("=", 1) for line in self._socket.recv(4096).decode().splitlines() if "=" in line
                     )
