@@ -1,0 +1,31 @@
+"""What an emulated NVML call answers when it does not do what was asked."""
+
+from enum import IntEnum
+
+
+class Code(IntEnum):
+    """The return codes of nvml.h (``nvmlReturn_t``) that the emulation uses."""
+
+    SUCCESS = 0
+    UNINITIALIZED = 1
+    INVALID_ARGUMENT = 2
+    NOT_SUPPORTED = 3
+    NO_PERMISSION = 4
+    NOT_FOUND = 6
+    INSUFFICIENT_SIZE = 7
+    RESET_REQUIRED = 16
+    IN_USE = 19
+    INSUFFICIENT_RESOURCES = 23
+    UNKNOWN = 999
+
+
+class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault of the emulation
+    """Ends a call with a return code other than success.
+
+    Attributes:
+        code: The ``nvmlReturn_t`` that the caller gets.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = int(code)
