@@ -61,6 +61,8 @@ class Recorder:
     forward_passes: int = 0
     #: Layers whose input had to be guessed from names such as ``batch_size``.
     guesses: int = 0
+    #: Samples in the largest batch that a network was called with.
+    batch: int | None = None
     autocast_used: str | None = None
     grad_scaler: bool = False
     checkpointing: bool = False

@@ -1,0 +1,515 @@
+"""Statements, functions and classes of the submitted code: one abstract run of the program.
+
+Nothing is executed. A branch whose condition is unknown is taken unless it only leaves; a training loop
+is walked once; every loop, call depth and value is bounded.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Final
+
+from predictor_onnx import arguments, builtins_, library, objects
+from predictor_onnx.expressions import BudgetExceeded, Expressions, truth
+from predictor_onnx.source import Entrypoint, Source
+from predictor_onnx.values import (
+    UNKNOWN,
+    Bound,
+    Class,
+    External,
+    Function,
+    Instance,
+    Layer,
+    Native,
+    Optimizer,
+    Record,
+    Scope,
+    Tensor,
+    Value,
+    is_module,
+)
+
+_DEEPEST_CALL: Final = 28
+_MOST_WHILE: Final = 64
+
+
+class _Leave(Exception):  # noqa: N818 - control flow of the evaluated program
+    pass
+
+
+class _Return(_Leave):
+    def __init__(self, value: Value) -> None:
+        super().__init__()
+        self.value = value
+
+
+class _LoopEnd(_Leave):
+    pass
+
+
+class _LoopNext(_Leave):
+    pass
+
+
+class _Raised(_Leave):
+    pass
+
+
+class Evaluator(Expressions):
+    """Walks a program from its entrypoint and records the memory of one step."""
+
+    def __init__(self, source: Source, arguments_: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.source = source
+        self.argv: list[str] = list(arguments_)[:4096]
+        self.imports: set[str] = set()
+        self.models: list[Value] = []
+        self.modules: dict[str, Scope] = {}
+        self.optimizers: list[Optimizer] = []
+        self.unknown_models: list[str] = []
+        self.library = library.Library(self)
+        self.stopped_early = False
+        self._calls = 0
+        self._self: list[Value] = []
+        self._package = ""
+        self._yields: list[list[Value]] = []
+
+    # --- whole programs
+
+    def run(self, entry: Entrypoint) -> None:
+        """Evaluate the program; what was learnt stands even where the budget ran out.
+
+        Raises:
+            CodeDoesNotParseError: the entrypoint, or a module that it imports, is not valid Python.
+        """
+        self._package = entry.path.rpartition("/")[0]
+        try:
+            self._run_module(entry.path, "__main__")
+        except (BudgetExceeded, RecursionError):
+            self.stopped_early = True
+        except _Leave:
+            pass
+
+    def complete(self, model: Value) -> None:
+        """Run ``model`` once on inputs that its layers guess; for code whose own pass is hidden."""
+        try:
+            self.call(model, [], {})
+        except (BudgetExceeded, RecursionError, _Leave):
+            self.stopped_early = True
+
+    def _run_module(self, path: str, name: str) -> Scope:
+        if path in self.modules:
+            return self.modules[path]
+        scope = self.modules[path] = Scope({"__name__": name, "__file__": path})
+        tree = self.source.tree(path)
+        if tree is None:
+            return scope
+        before, self.path = self.path, path
+        try:
+            self.block(tree.body, scope)
+        finally:
+            self.path = before
+        return scope
+
+    # --- statements
+
+    def block(self, body: list[ast.stmt], scope: Scope) -> None:
+        """Evaluate statements in order."""
+        for statement in body:
+            self.steps += 1
+            if self.steps > self.step_budget:
+                raise BudgetExceeded
+            method = self._statements.get(type(statement))
+            if method is not None:
+                method(self, statement, scope)
+
+    def _expression(self, node: ast.Expr, scope: Scope) -> None:
+        if isinstance(node.value, (ast.Yield, ast.YieldFrom)):
+            value = self.expr(node.value.value, scope) if node.value.value else None
+            if self._yields:
+                self._yields[-1].append(value)
+            return
+        self.expr(node.value, scope)
+
+    def _assign(self, node: ast.Assign, scope: Scope) -> None:
+        value = self.expr(node.value, scope)
+        for target in node.targets:
+            self.bind(target, value, scope)
+
+    def _ann_assign(self, node: ast.AnnAssign, scope: Scope) -> None:
+        if node.value is not None:
+            self.bind(node.target, self.expr(node.value, scope), scope)
+        if isinstance(node.target, ast.Name):
+            scope.names.setdefault("__annotations__", {})[node.target.id] = self.expr(
+                node.annotation, scope
+            )
+
+    def _aug_assign(self, node: ast.AugAssign, scope: Scope) -> None:
+        current = self.expr(node.target, scope)
+        value = self.binary(type(node.op), current, self.expr(node.value, scope))
+        self.bind(node.target, value, scope)
+
+    def bind(self, target: ast.expr, value: Value, scope: Scope) -> None:
+        """Assign ``value`` to a name, attribute, item or pattern."""
+        if isinstance(target, ast.Name):
+            scope.names[target.id] = value
+            self.hints.note(target.id, value)
+        elif isinstance(target, ast.Attribute):
+            self.hints.note(target.attr, value)
+            objects.set_attribute(self, self.expr(target.value, scope), target.attr, value)
+        elif isinstance(target, ast.Subscript):
+            owner, key = self.expr(target.value, scope), self.expr(target.slice, scope)
+            objects.set_item(owner, key, value)
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            self._unpack(target.elts, value, scope)
+        elif isinstance(target, ast.Starred):
+            self.bind(target.value, value, scope)
+
+    def _unpack(self, targets: list[ast.expr], value: Value, scope: Scope) -> None:
+        items = self.iterate(value) if value is not UNKNOWN else None
+        star = next((i for i, t in enumerate(targets) if isinstance(t, ast.Starred)), None)
+        if items is None or (star is None and len(items) != len(targets)):
+            items = [UNKNOWN] * len(targets)
+        elif star is not None:
+            after = len(targets) - star - 1
+            end = len(items) - after
+            items = [*items[:star], items[star:end], *items[end:]]
+        for target, item in zip(targets, items, strict=False):
+            self.bind(target, item, scope)
+
+    def _if(self, node: ast.If, scope: Scope) -> None:
+        known = truth(self.expr(node.test, scope))
+        if known is None:
+            # Unknown: the branch is taken, unless all it does is leave or it only guards a failure.
+            leaves = isinstance(node.body[-1], (ast.Raise, ast.Return, ast.Continue, ast.Break))
+            known = not (leaves or _exits(node.body[-1]))
+        self.block(node.body if known else node.orelse, scope)
+
+    def _for(self, node: ast.For | ast.AsyncFor, scope: Scope) -> None:
+        items = self.iterate(self.expr(node.iter, scope))
+        for item in items if items is not None else [UNKNOWN]:
+            self.bind(node.target, item, scope)
+            if not self._loop_body(node.body, scope):
+                return
+        self.block(node.orelse, scope)
+
+    def _while(self, node: ast.While, scope: Scope) -> None:
+        for _ in range(_MOST_WHILE):
+            known = truth(self.expr(node.test, scope))
+            if known is False:
+                break
+            if not self._loop_body(node.body, scope) or known is None:
+                return
+
+    def _loop_body(self, body: list[ast.stmt], scope: Scope) -> bool:
+        """One turn of a loop; False when the loop need not turn again.
+
+        A loop that trains or runs a whole model does the same every turn, so one turn tells all.
+        """
+        rec = self.rec
+        work = rec.optimizer_steps + rec.backward_passes
+        passes = rec.forward_passes
+        try:
+            self.block(body, scope)
+        except _LoopEnd:
+            return False
+        except _LoopNext:
+            pass
+        if rec.optimizer_steps + rec.backward_passes > work:
+            return False
+        return rec.forward_depth > 0 or rec.forward_passes == passes
+
+    def _with(self, node: ast.With | ast.AsyncWith, scope: Scope) -> None:
+        with ExitStack() as stack:
+            for item in node.items:
+                manager = self.expr(item.context_expr, scope)
+                value = self.library.enter(manager, stack)
+                if item.optional_vars is not None:
+                    self.bind(item.optional_vars, value, scope)
+            self.block(node.body, scope)
+
+    def _try(self, node: ast.Try, scope: Scope) -> None:
+        try:
+            self.block(node.body, scope)
+        except _Raised:
+            for handler in node.handlers[:1]:
+                self.block(handler.body, scope)
+        else:
+            self.block(node.orelse, scope)
+        self.block(node.finalbody, scope)
+
+    def _return(self, node: ast.Return, scope: Scope) -> None:
+        raise _Return(self.expr(node.value, scope))
+
+    def _raise(self, node: ast.Raise, scope: Scope) -> None:
+        raise _Raised
+
+    def _break(self, node: ast.Break, scope: Scope) -> None:
+        raise _LoopEnd
+
+    def _continue(self, node: ast.Continue, scope: Scope) -> None:
+        raise _LoopNext
+
+    # --- imports
+
+    def _import(self, node: ast.Import, scope: Scope) -> None:
+        for name in node.names:
+            self.imports.add(name.name.partition(".")[0])
+            whole = name.name if name.asname else name.name.partition(".")[0]
+            bound = name.asname or whole
+            path = self.source.module_path(name.name, self._package)
+            if path is None:
+                scope.names[bound] = External(whole)
+            elif name.asname or "." not in name.name:
+                scope.names[bound] = Record("module", self._run_module(path, name.name).names)
+            else:
+                scope.names[bound] = self._nested(name.name, path)
+
+    def _nested(self, dotted: str, path: str) -> Value:
+        inner: Value = Record("module", self._run_module(path, dotted).names)
+        for part in reversed(dotted.split(".")[1:]):
+            inner = Record("module", {part: inner})
+        return inner
+
+    def _import_from(self, node: ast.ImportFrom, scope: Scope) -> None:
+        module = node.module or ""
+        package = self._package
+        if node.level:
+            package = self.path.rpartition("/")[0]
+            for _ in range(node.level - 1):
+                package = package.rpartition("/")[0]
+        path = self.source.module_path(module, package) if module else None
+        if path is None and not node.level:
+            self.imports.add(module.partition(".")[0])
+        found = self._run_module(path, module).names if path is not None else None
+        for name in node.names:
+            if name.name == "*":
+                scope.names.update(found or self.library.star(module))
+                continue
+            bound = name.asname or name.name
+            inner = f"{module}.{name.name}" if module else name.name
+            nested = self.source.module_path(inner, package) if found is None or (
+                name.name not in found) else None  # fmt: skip
+            if nested is not None:
+                scope.names[bound] = Record("module", self._run_module(nested, inner).names)
+            elif found is not None or node.level:
+                scope.names[bound] = (found or {}).get(name.name, UNKNOWN)
+            else:
+                scope.names[bound] = External(inner)
+
+    # --- functions and classes
+
+    def _function_def(self, node: ast.FunctionDef | ast.AsyncFunctionDef, scope: Scope) -> None:
+        function = Function(
+            node.name, node, scope,
+            [self.expr(default, scope) for default in node.args.defaults],
+            [self.expr(default, scope) for default in node.args.kw_defaults],
+        )  # fmt: skip
+        function.generator = _has_yield(node)
+        for decorator in node.decorator_list:
+            objects.decorate(function, self.expr(decorator, scope))
+        scope.names[node.name] = function
+        arguments_ = [*node.args.posonlyargs, *node.args.args]
+        for argument, default in zip(reversed(arguments_), reversed(function.defaults), strict=False):
+            self.hints.note(argument.arg, default)
+
+    def _class_def(self, node: ast.ClassDef, scope: Scope) -> None:
+        bases = [self.expr(base, scope) for base in node.bases]
+        inner = Scope({}, scope)
+        self.block(node.body, inner)
+        annotations = inner.names.pop("__annotations__", {})
+        cls = Class(node.name, bases, inner.names, list(annotations))
+        for member in inner.names.values():
+            if isinstance(member, Function) and member.owner is None:
+                member.owner = cls
+                member.scope = scope
+        scope.names[node.name] = cls
+
+    def parent(self, scope: Scope) -> Value:
+        """``super()``: the next class of the bundle, or the library's own."""
+        owner = scope.names.get("__class__")
+        return Record("super", {"self": scope.names.get("__self__"), "class": owner})
+
+    def invoke(
+        self, function: Function, args: list[Value], kwargs: dict[str, Value], owner: Value = None
+    ) -> Value:
+        """Call a function of the submitted code."""
+        if self._calls >= _DEEPEST_CALL:
+            return UNKNOWN
+        names = objects.bind_arguments(function, args, kwargs)
+        scope = Scope(names, function.scope)
+        if function.owner is not None:
+            names["__class__"], names["__self__"] = function.owner, owner
+        self._calls += 1
+        depth, self._depth = self._depth, 0
+        try:
+            if isinstance(function.node, ast.Lambda):
+                return self.expr(function.node.body, scope)
+            with ExitStack() as stack:
+                if function.no_grad:
+                    stack.enter_context(self.rec.without_grad())
+                return self._run_body(function, function.node.body, scope)
+        finally:
+            self._calls -= 1
+            self._depth = depth
+
+    def _run_body(self, function: Function, body: list[ast.stmt], scope: Scope) -> Value:
+        if function.generator:
+            self._yields.append([])
+        try:
+            self.block(body, scope)
+        except _Return as leave:
+            if not function.generator:
+                return leave.value
+        finally:
+            items = self._yields.pop() if function.generator else None
+        return items
+
+    def run_command(self, function: Function) -> Value:
+        """Call a function whose arguments come from the command line (typer, click)."""
+        node = function.node
+        args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = objects.bind_arguments(function, [], {})
+        annotations = {a.arg: self.expr(a.annotation, function.scope) for a in args}
+        values = {a.arg: names.get(a.arg, UNKNOWN) for a in args}
+        options = arguments.command_options(function, annotations, values)
+        given = {option.dest: option.default for option in options}
+        given.update(arguments.read(options, self.argv))
+        for name, value in given.items():
+            self.hints.note(name, value)
+        return self.invoke(function, [], given)
+
+    # --- calls and objects
+
+    def call(self, target: Value, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        """Call any value of the evaluated program."""
+        if isinstance(target, Function):
+            if target.command and not args and not kwargs:
+                return self.run_command(target)
+            return self.invoke(target, args, kwargs)
+        if isinstance(target, Bound):
+            return self.invoke(target.function, [target.owner, *args], kwargs, target.owner)
+        if isinstance(target, Native):
+            return self._guarded(target.call, args, kwargs)
+        if isinstance(target, Class):
+            return self._instantiate(target, args, kwargs)
+        if isinstance(target, (Instance, Layer)):
+            return self._run_model(target, args, kwargs)
+        if isinstance(target, External):
+            if target.path in builtins_.FUNCTIONS:
+                return self._guarded(
+                    lambda a, k: builtins_.FUNCTIONS[target.path](self, a, k), args, kwargs
+                )
+            return self._guarded(
+                lambda a, k: self.library.call(target.path, a, k), args, kwargs
+            )
+        return UNKNOWN
+
+    def _guarded(
+        self, function: Callable[[list[Value], dict[str, Value]], Value], args: list[Value],
+        kwargs: dict[str, Value],
+    ) -> Value:  # fmt: skip
+        """A wrong or unforeseen argument makes the result unknown, never the prediction fail."""
+        try:
+            return function(args, kwargs)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError,
+                ZeroDivisionError):  # fmt: skip
+            return UNKNOWN
+
+    def _instantiate(self, cls: Class, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        instance = Instance(cls)
+        objects.prepare(instance)
+        init = objects.class_member(cls, "__init__")
+        if isinstance(init, Function):
+            self.invoke(init, [instance, *args], kwargs, instance)
+        else:
+            instance.attrs.update(objects.field_values(cls, args, kwargs))
+            for name, value in instance.attrs.items():
+                self.hints.note(name, value)
+        if instance.is_module:
+            self.models.append(instance)
+        return instance
+
+    def _run_model(self, model: Value, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        if not is_module(model):
+            method = objects.class_member(model.cls, "__call__")
+            if isinstance(method, Function):
+                return self.invoke(method, [model, *args], kwargs, model)
+            return UNKNOWN
+        if self.rec.forward_depth == 0 and not _is_loss(model):
+            first = tensor_sample([*args, *kwargs.values()])
+            if first is not None and first.shape and first.shape[0]:
+                self.rec.batch = max(self.rec.batch or 0, first.shape[0])
+        self.rec.forward_depth += 1
+        try:
+            if isinstance(model, Layer):
+                return self._guarded(
+                    lambda a, k: objects.run_layer(self, model, a, k), args, kwargs
+                )
+            forward = objects.class_member(model.cls, "forward")
+            if isinstance(forward, Function):
+                return self.invoke(forward, [model, *args], kwargs, model)
+            if model.container is not None:
+                return self._run_model(model.container, args, kwargs)
+            return UNKNOWN
+        finally:
+            self.rec.forward_depth -= 1
+            if self.rec.forward_depth == 0 and not _is_loss(model):
+                self.rec.forward_passes += 1
+
+    def attribute(self, owner: Value, name: str) -> Value:
+        """``owner.name``."""
+        return objects.attribute(self, owner, name)
+
+    def item(self, owner: Value, key: Value) -> Value:
+        """``owner[key]``."""
+        return objects.item(self, owner, key)
+
+    def iterate_object(self, value: Value) -> list[Value] | None:
+        """Items of a module container, or of an object with ``__iter__`` or ``__getitem__``."""
+        return objects.iterate(self, value)
+
+    def _nothing(self, node: ast.stmt, scope: Scope) -> None:
+        return None
+
+    def _assert(self, node: ast.Assert, scope: Scope) -> None:
+        self.expr(node.test, scope)
+
+    _statements: Final[dict[type[ast.stmt], Callable[[Any, Any, Scope], None]]] = {
+        ast.Expr: _expression, ast.Assign: _assign, ast.AnnAssign: _ann_assign,
+        ast.AugAssign: _aug_assign, ast.If: _if, ast.For: _for, ast.AsyncFor: _for,
+        ast.While: _while, ast.With: _with, ast.AsyncWith: _with, ast.Try: _try,
+        ast.Return: _return, ast.Raise: _raise, ast.Break: _break, ast.Continue: _continue,
+        ast.Import: _import, ast.ImportFrom: _import_from, ast.FunctionDef: _function_def,
+        ast.AsyncFunctionDef: _function_def, ast.ClassDef: _class_def, ast.Assert: _assert,
+        ast.Pass: _nothing,
+    }  # fmt: skip
+
+
+def _is_loss(model: Value) -> bool:
+    return isinstance(model, Layer) and model.kind.endswith("Loss")
+
+
+def _exits(node: ast.stmt) -> bool:
+    """Whether a statement is a call of ``exit``."""
+    call = node.value if isinstance(node, ast.Expr) else None
+    function = call.func if isinstance(call, ast.Call) else None
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in {"exit", "_exit", "quit", "skip", "error"}
+
+
+def _has_yield(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(inner, (ast.Yield, ast.YieldFrom)) for inner in ast.walk(node))
+
+
+def tensor_sample(value: Value) -> Tensor | None:
+    """The first tensor inside a value."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)):
+        return next((t for v in value if (t := tensor_sample(v)) is not None), None)
+    if isinstance(value, dict):
+        return tensor_sample(list(value.values()))
+    return None

@@ -1,0 +1,415 @@
+"""What calls into libraries mean: torch, timm, torchvision, transformers, argparse, typer, click."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
+
+from predictor_onnx import arguments, catalog, layers, objects, ops, tensors, transformer_config
+from predictor_onnx.arguments import Option, Parser
+from predictor_onnx.datasets import DATASETS, dataset, image_size
+from predictor_onnx.values import (
+    UNKNOWN,
+    External,
+    Function,
+    Layer,
+    Loader,
+    Native,
+    Optimizer,
+    Record,
+    Tensor,
+    Value,
+    is_module,
+    parameters,
+    tensor_of,
+)
+
+if TYPE_CHECKING:
+    from predictor_onnx.evaluator import Evaluator
+
+Kwargs = dict[str, Value]
+Call = Callable[[str, list[Value], Kwargs], Value]
+
+#: Values kept per trained parameter, beside the gradient.
+OPTIMIZER_STATES: Final[dict[str, float]] = {
+    "SGD": 0.0, "Adam": 2.0, "AdamW": 2.0, "NAdam": 2.0, "RAdam": 2.0, "Adamax": 2.0, "Lamb": 2.0,
+    "LAMB": 2.0, "RMSprop": 1.0, "Adagrad": 1.0, "Adadelta": 2.0, "Lion": 1.0, "Muon": 1.0,
+    "ASGD": 1.0, "Rprop": 2.0, "LBFGS": 10.0, "Adafactor": 0.05, "SparseAdam": 2.0,
+    "Adam8bit": 0.5, "AdamW8bit": 0.5, "PagedAdamW8bit": 0.0, "FusedAdam": 2.0,
+}  # fmt: skip
+_TRUE: Final = frozenset("torch.cuda.is_available torch.cuda.is_bf16_supported".split())
+_WRAPPERS: Final = frozenset(
+    "compile DataParallel DistributedDataParallel DDP tqdm trange to_device deepcopy script"
+    " FullyShardedDataParallel FSDP cast field_validator weight_norm spectral_norm cycle".split()
+)
+_GRAD_OFF: Final = frozenset("no_grad inference_mode".split())
+
+
+class Library:
+    """Answers calls to names outside the bundle; what it does not know is UNKNOWN."""
+
+    def __init__(self, ev: Evaluator) -> None:
+        self.ev = ev
+        self._special: dict[str, Call] = {
+            "ArgumentParser": lambda n, a, k: Parser(), "DataLoader": self._loader,
+            "TensorDataset": lambda n, a, k: Record("TensorDataset", {"tensors": a}),
+            "Subset": lambda n, a, k: Record("Subset", {"dataset": a[0]}),
+            "random_split": self._random_split, "device": self._device, "autocast": self._autocast,
+            "set_grad_enabled": self._set_grad, "GradScaler": self._scaler,
+            "Parameter": self._parameter, "create_model": self._timm, "from_pretrained":
+            self._pretrained, "checkpoint": self._checkpoint, "checkpoint_sequential":
+            self._checkpoint_sequential, "field": self._field, "replace": lambda n, a, k: a[0],
+            "Option": self._typer_option, "Argument": self._typer_option, "option":
+            self._click_option, "argument": self._click_option, "Typer": self._typer,
+            "run": self._typer_run, "partial": self._partial, "exit": self._exit,
+            "TrainingArguments": self._training_arguments, "Seq2SeqTrainingArguments":
+            self._training_arguments, "Trainer": self._trainer, "Seq2SeqTrainer": self._trainer,
+            "SFTTrainer": self._trainer, "Accelerator": self._accelerator,
+            "get_model": self._torchvision, "load": lambda n, a, k: UNKNOWN,
+            "log_softmax": self._functional, "Sequential": self._layer,
+        }  # fmt: skip
+
+    def attribute(self, path: str) -> Value:
+        """A dotted name; constants get their value."""
+        if path == "sys.argv":
+            return ["main.py", *self.ev.argv]
+        if path == "math.pi":
+            return 3.141592653589793
+        return External(path)
+
+    def star(self, module: str) -> dict[str, Value]:
+        """Names that ``from <module> import *`` is known to bring."""
+        if module == "torch.nn":
+            names = [*layers.KINDS, "Module", "Parameter"]
+            return {name: External(f"torch.nn.{name}") for name in names}
+        if module == "math":
+            return {name: External(f"math.{name}") for name in ("sqrt", "ceil", "floor", "log")}
+        return {}
+
+    def call(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        """``path(*args, **kwargs)``."""
+        owner, _, name = path.rpartition(".")
+        if path in _TRUE:
+            return True
+        if path == "torch.cuda.device_count":
+            return 1
+        for matches, answer in (
+            (name in _GRAD_OFF, lambda: Record("no_grad")),
+            (name in self._special, lambda: self._special[name](path, args, kwargs)),
+            (name in OPTIMIZER_STATES, lambda: self._optimizer(name, kwargs)),
+            (owner.endswith("nn") or name in transformer_layers_kinds(),
+             lambda: objects.build_layer(self.ev, name, args, kwargs)),
+            (name in DATASETS, lambda: dataset(name, args, kwargs, self.ev.hints)),
+            ("torchvision" in path or owner == "models", lambda: self._vision(path, args, kwargs)),
+            (name in _WRAPPERS and bool(args), lambda: args[0]),
+            (owner in {"numpy", "np", "torch", "numpy.random", "np.random"} and (
+                name in tensors.CREATORS), lambda: tensors.create(self.ev, name, args, kwargs)),
+        ):  # fmt: skip
+            if matches:
+                return answer()
+        return self._other(path, name, args, kwargs)
+
+    def _other(self, path: str, name: str, args: list[Value], kwargs: Kwargs) -> Value:
+        if name in ops.OPS and args:
+            return self._functional(path, args, kwargs)
+        if name in tensors.CREATORS and path.startswith(("torch.", "numpy.")):
+            return tensors.create(self.ev, name, args, kwargs)
+        if name.endswith("Config"):
+            return self._config(name, kwargs)
+        if args and isinstance(args[0], Record) and args[0].kind == "config":
+            return self._from_config(name, args[0])
+        if name in {"namedtuple", "SimpleNamespace", "Namespace", "EasyDict", "DictConfig"}:
+            for key, value in kwargs.items():
+                self.ev.hints.note(key, value)
+            return Record("namespace", dict(kwargs))
+        return Record("call", {"path": path}) if path.startswith("torchvision.transforms") else UNKNOWN
+
+    def _functional(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        name = path.rpartition(".")[2]
+        if not args:
+            args = [kwargs.get("input", UNKNOWN)]
+        first = args[0]
+        tensor = isinstance(first, Tensor) or name in {"cat", "stack", "concat", "einsum"}
+        if not tensor and not any(isinstance(arg, Tensor) for arg in args):
+            return UNKNOWN
+        if not tensor and name not in {"where", "matmul", "add", "mul", "div", "sub"}:
+            return UNKNOWN
+        return ops.OPS[name](self.ev, args, kwargs)
+
+    # --- torch
+
+    def _layer(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        return objects.build_layer(self.ev, path.rpartition(".")[2], args, kwargs)
+
+    def _loader(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        size = ops.argument(args, kwargs, 1, "batch_size", 1)
+        if size is UNKNOWN:
+            size = self.ev.hints.batch
+        elif isinstance(size, int):
+            self.ev.hints.note("batch_size", size)
+        collated = "collate_fn" in kwargs and kwargs["collate_fn"] is not None
+        data = ops.argument(args, kwargs, 0, "dataset", UNKNOWN)
+        return Loader(UNKNOWN if collated else data, size if isinstance(size, int) else None)
+
+    def _random_split(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        parts = args[1] if len(args) > 1 and isinstance(args[1], list) else [1, 1]
+        return [Record("Subset", {"dataset": args[0]}) for _ in parts]
+
+    def _device(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        name = args[0] if args and isinstance(args[0], str) else "cuda"
+        return Record("device", {"type": name.partition(":")[0]})
+
+    def _autocast(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        enabled = kwargs.get("enabled", True)
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, External)), None)
+        device = args[0] if args else kwargs.get("device_type")
+        dtype = ops.dtype_of(given, "float16")
+        off = enabled is False or device == "cpu" or dtype == "float32"
+        return Record("autocast", {"dtype": None if off else dtype})
+
+    def _set_grad(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        return Record("no_grad" if args and args[0] is False else "grad")
+
+    def _scaler(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        self.ev.rec.grad_scaler = kwargs.get("enabled", True) is not False
+        return Record("scaler")
+
+    def _parameter(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        given = args[0] if args else UNKNOWN
+        shape = given.shape if isinstance(given, Tensor) else (None,)
+        grad = kwargs.get("requires_grad", True) is not False
+        return tensor_of(shape, grad=grad, parameter=True)
+
+    def _optimizer(self, name: str, kwargs: Kwargs) -> Value:
+        states = OPTIMIZER_STATES[name]
+        momentum = kwargs.get("momentum", 0)
+        if name in {"SGD", "RMSprop"} and momentum not in {0, 0.0}:
+            states += 1
+        if kwargs.get("amsgrad") is True:
+            states += 1
+        self.ev.optimizers.append(Optimizer(name, states))
+        return self.ev.optimizers[-1]
+
+    def _checkpoint(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        inner = args[1:]
+        with self.ev.rec.recomputed([arg for arg in inner if isinstance(arg, Tensor)]):
+            out = self.ev.call(args[0], inner, {})
+        return out
+
+    def _checkpoint_sequential(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        return self._checkpoint(path, [args[0], *args[2:3]], kwargs)
+
+    # --- named models
+
+    def _named(self, library: str, name: Value, settings: Kwargs, dtype: str = "float32") -> Value:
+        model: Value = None
+        if isinstance(name, str):
+            model = catalog.layer(library, name, settings, dtype)
+        if model is None:
+            self.ev.unknown_models.append(f"{library}/{name if isinstance(name, str) else '?'}")
+            return UNKNOWN
+        self.ev.models.append(model)
+        return model
+
+    def _timm(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        size = kwargs.get("img_size")
+        if isinstance(size, int):
+            self.ev.hints.note("img_size", size)
+        return self._named("timm", ops.argument(args, kwargs, 0, "model_name", UNKNOWN), kwargs)
+
+    def _torchvision(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        return self._named("torchvision", args[0] if args else kwargs.get("name"), kwargs)
+
+    def _vision(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        name = path.rpartition(".")[2]
+        if "transforms" in path:
+            return image_size(name, args, kwargs)
+        if catalog.find("torchvision", name) is not None:
+            return self._named("torchvision", name, kwargs)
+        return UNKNOWN
+
+    def _pretrained(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        owner = path.rpartition(".")[0].rpartition(".")[2]
+        if any(word in owner for word in ("Tokenizer", "Processor", "Config", "Extractor")):
+            return UNKNOWN
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path", UNKNOWN)
+        dtype = ops.dtype_of(kwargs.get("torch_dtype", kwargs.get("dtype")))
+        if not isinstance(name, str):
+            return UNKNOWN
+        model = catalog.layer("transformers", name, {}, dtype)
+        claimed = catalog.parameters_in_name(name)
+        if model is None and claimed is not None:
+            width = max(64, round((claimed / 400) ** (1 / 3) / 8) * 64)
+            values = {"hidden_size": width, "num_hidden_layers": max(1, int(claimed / 12 / width**2))}
+            made = transformer_config.entry(values, "Llama", "LM")
+            model = catalog.make(f"transformers/{name}", {**made, "params": claimed}, {}, dtype)
+        if model is None:
+            self.ev.unknown_models.append(f"transformers/{name}")
+            return UNKNOWN
+        self.ev.models.append(model)
+        return model
+
+    def _config(self, name: str, kwargs: Kwargs) -> Value:
+        for key, value in kwargs.items():
+            self.ev.hints.note(key, value)
+        return Record("config", {**kwargs, "__class__": name})
+
+    def _from_config(self, name: str, config: Record) -> Value:
+        family = transformer_config.family_of(str(config.attrs.get("__class__", "")))
+        if family is None:
+            return UNKNOWN
+        made = transformer_config.entry(config.attrs, family, name)
+        model = catalog.make(f"transformers/{name}", made, {})
+        self.ev.models.append(model)
+        return model
+
+    # --- trainers
+
+    def _training_arguments(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        values = {"per_device_train_batch_size": 8, "fp16": False, "bf16": False,
+                  "gradient_checkpointing": False, **kwargs}  # fmt: skip
+        self.ev.hints.note("batch_size", values["per_device_train_batch_size"])
+        return Record("TrainingArguments", values)
+
+    def _trainer(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        settings = ops.argument(args, kwargs, 1, "args", None)
+        values = settings.attrs if isinstance(settings, Record) else {}
+        return Record("Trainer", {**values, **kwargs,
+                                  "model": ops.argument(args, kwargs, 0, "model", None)})  # fmt: skip
+
+    def _accelerator(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        half = {"fp16": "float16", "bf16": "bfloat16"}.get(str(kwargs.get("mixed_precision")))
+        self.ev.rec.autocast = half
+        self.ev.rec.autocast_used = half
+        return Record("accelerator", {"device": Record("device", {"type": "cuda"})})
+
+    def record_method(self, owner: Record, name: str) -> Value:
+        """A method of a library object."""
+        rec = self.ev.rec
+
+        def step(args: list[Value], kwargs: Kwargs) -> Value:
+            rec.optimizer_steps += 1
+            return None
+
+        def train(args: list[Value], kwargs: Kwargs) -> Value:
+            return self._train(owner, args, kwargs)
+
+        def backward(args: list[Value], kwargs: Kwargs) -> Value:
+            return rec.finish_step()
+
+        table: dict[tuple[str, str], Callable[[list[Value], Kwargs], Value]] = {
+            ("scaler", "scale"): lambda a, k: a[0], ("scaler", "step"): step,
+            ("accelerator", "prepare"): lambda a, k: tuple(a) if len(a) > 1 else a[0],
+            ("accelerator", "backward"): backward,
+            ("accelerator", "autocast"): lambda a, k: Record("autocast", {"dtype": rec.autocast}),
+            ("Trainer", "train"): train, ("Trainer", "fit"): train,
+            ("typer", "command"): lambda a, k: Record("command"),
+        }  # fmt: skip
+        call = table.get((owner.kind, name))
+        return UNKNOWN if call is None else Native(name, call)
+
+    def _train(self, trainer: Record, args: list[Value], kwargs: Kwargs) -> Value:
+        """``Trainer.train()`` or lightning's ``Trainer.fit(model, loader)``: one step."""
+        ev, values = self.ev, trainer.attrs
+        given = values.get("model")
+        model = args[0] if args and is_module(args[0]) else given
+        if not is_module(model):
+            return None
+        half = "float16" if values.get("fp16") is True else None
+        half = "bfloat16" if values.get("bf16") is True else half
+        if str(values.get("precision", "")).startswith(("16", "bf16")):
+            half = "float16"
+        if values.get("gradient_checkpointing") is True:
+            ev.call(ev.attribute(model, "gradient_checkpointing_enable"), [], {})
+        with ev.rec.in_autocast(half):
+            batch: Value = UNKNOWN
+            if len(args) > 1:
+                batch = next(iter(ev.iterate(args[1]) or [UNKNOWN]))
+            training_step = ev.attribute(model, "training_step")
+            if training_step is not UNKNOWN:
+                ev.call(ev.attribute(model, "configure_optimizers"), [], {})
+                ev.call(training_step, [batch, 0], {})
+            else:
+                ev.call(model, [], {"labels": UNKNOWN})
+        ev.rec.finish_step()
+        if not ev.optimizers:
+            ev.optimizers.append(Optimizer("AdamW", 2.0))
+        return None
+
+    # --- command lines and dataclasses
+
+    def _field(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        factory = kwargs.get("default_factory")
+        default = self.ev.call(factory, [], {}) if factory is not None else UNKNOWN
+        return Record("field", {"default": kwargs.get("default", default)})
+
+    def _typer_option(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        flags = tuple(arg for arg in args if isinstance(arg, str) and arg.startswith("-"))
+        first = args[0] if args and not flags else None
+        default = kwargs.get("default", first if first is not None else (args[0] if args else None))
+        default = UNKNOWN if default is Ellipsis else default
+        dest = flags[0].lstrip("-").replace("-", "_") if flags else ""
+        return Option(flags, dest, default)
+
+    def _click_option(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        parser = Parser()
+        kind = kwargs.get("type")
+        if kind is None and isinstance(kwargs.get("default"), (int, float)):
+            kind = External(type(kwargs["default"]).__name__)
+        if kwargs.get("is_flag") is True:
+            kwargs = {**kwargs, "action": "store_true"}
+        parser.add_argument(args, {**kwargs, "type": kind})
+        option = parser.options[0]
+        plain = [a for a in args if isinstance(a, str) and not a.startswith("-")]
+        option.dest = plain[0] if plain and option.flags else option.dest
+        return Record("option", {"option": option})
+
+    def _typer(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        return Record("typer")
+
+    def _typer_run(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        if args and isinstance(args[0], Function):
+            return self.ev.run_command(args[0])
+        return UNKNOWN
+
+    def _partial(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        target, first = args[0], args[1:]
+        return Native("partial", lambda a, k: self.ev.call(target, [*first, *a], {**kwargs, **k}))
+
+    def _exit(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        return UNKNOWN
+
+    # --- with
+
+    def enter(self, manager: Value, stack: ExitStack) -> Value:
+        """Enter a ``with`` item; the stack leaves it again."""
+        rec = self.ev.rec
+        if isinstance(manager, Record):
+            if manager.kind == "no_grad":
+                stack.enter_context(rec.without_grad())
+            elif manager.kind == "autocast":
+                stack.enter_context(rec.in_autocast(manager.attrs["dtype"]))
+        return manager
+
+
+def transformer_layers_kinds() -> frozenset[str]:
+    """Names of the transformer classes of ``torch.nn``, however they were imported."""
+    from predictor_onnx import transformer_layers
+
+    return transformer_layers.KINDS | frozenset({"MultiheadAttention"})
+
+
+def trained_elements(models: list[Value]) -> float:
+    """Weights that get a gradient, each once."""
+    found = {id(w.storage): w for model in models for w in parameters(model) if w.grad}
+    return float(sum(w.numel or 0 for w in found.values()))
+
+
+def is_constant(node: ast.AST) -> bool:
+    """Whether a node is a literal."""
+    return isinstance(node, ast.Constant)
+
+
+__all__ = ["OPTIMIZER_STATES", "Layer", "Library", "arguments", "trained_elements"]
