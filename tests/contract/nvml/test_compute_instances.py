@@ -167,6 +167,15 @@ def test_cap_nodes_come_and_go_with_their_instances(driver: EmulatedDriver, h100
     assert not gpu_node.exists()
 
 
+def test_a_cap_node_left_by_a_crash_is_replaced(driver: EmulatedDriver, h100: Any) -> None:
+    left = calls.cap_node(driver, "gpu0/gi1/access")
+    left.touch(mode=0o600)
+    with left.open():
+        instance = calls.create(h100, 9, 0, 4)
+        assert left.stat().st_mode & 0o777 == 0o444
+        pynvml.nvmlGpuInstanceDestroy(instance)
+
+
 def test_minors_are_those_of_the_user_guide(driver: EmulatedDriver) -> None:
     names = {
         path: calls.cap_node(driver, path).name.removeprefix("nvidia-cap")

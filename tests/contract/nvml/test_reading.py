@@ -13,6 +13,13 @@ def device(any_driver: str) -> Any:
     return pynvml.nvmlDeviceGetHandleByIndex(0)
 
 
+def _mig_is_on(device: Any) -> bool:
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(device)[0])
+    except pynvml.NVMLError_NotSupported:
+        return False  # a card that cannot be cut at all
+
+
 def _mig_devices(device: Any) -> list[Any]:
     found = []
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(device)):
@@ -88,15 +95,14 @@ def test_sensors_are_within_what_a_board_survives(device: Any) -> None:
     assert 0 < pynvml.nvmlDeviceGetPowerUsage(device) < 2 * limit
 
 
-def test_mig_mode_is_off_or_on(device: Any) -> None:
-    current, pending = pynvml.nvmlDeviceGetMigMode(device)
-    assert current in (0, 1)
-    assert pending in (0, 1)
-    assert (pynvml.nvmlDeviceGetMaxMigDeviceCount(device) > 0) == bool(current)
+def test_mig_devices_can_exist_in_mig_mode_only(device: Any) -> None:
+    assert (pynvml.nvmlDeviceGetMaxMigDeviceCount(device) > 0) == _mig_is_on(device)
 
 
-def test_a_profile_enum_out_of_range_is_an_invalid_argument(device: Any) -> None:
-    with pytest.raises(pynvml.NVMLError_InvalidArgument):
+def test_a_profile_enum_out_of_range_is_refused(device: Any) -> None:
+    # With MIG mode off the driver may look at the mode first or at the enum first.
+    refusal = pynvml.NVMLError_InvalidArgument if _mig_is_on(device) else pynvml.NVMLError
+    with pytest.raises(refusal):
         pynvml.nvmlDeviceGetGpuInstanceProfileInfo(device, 0xFFFF)
 
 
@@ -115,7 +121,7 @@ def test_both_versions_of_a_profile_agree(device: Any) -> None:
 
 def test_every_placement_has_one_size_per_profile_and_fits_the_card(device: Any) -> None:
     found = {name: calls.placements(device, p.id) for name, p in calls.profiles(device).items()}
-    if not pynvml.nvmlDeviceGetMigMode(device)[0]:
+    if not _mig_is_on(device):
         assert not found
         return
     slices = max(start + size for places in found.values() for start, size in places)
@@ -133,7 +139,7 @@ def test_mig_devices_lead_back_to_their_card(device: Any) -> None:
 
 
 def test_in_mig_mode_the_card_has_no_utilization(device: Any) -> None:
-    if pynvml.nvmlDeviceGetMigMode(device)[0]:
+    if _mig_is_on(device):
         with pytest.raises(pynvml.NVMLError_NotSupported):
             pynvml.nvmlDeviceGetUtilizationRates(device)
     else:
