@@ -1,0 +1,175 @@
+"""The GPUs of a centre as placement sees them: what can be cut, and what is held.
+
+A GPU's occupancy is a bit mask of its memory slices. It is derived from reservations and from what the
+node last reported, whichever says that a slice is held: a share is never taken for free because one of the
+two does not know of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from controlplane.records import Reservation
+from puhui.v1 import card_pb2, fleet_service_pb2
+
+__all__ = ["Geometry", "GpuView", "Shape", "Use", "geometry_of", "gpu_views", "span"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One profile of a GPU model, with the placements that the driver reports."""
+
+    profile: str
+    memory_mib: int
+    compute_slices: int
+    max_instances: int
+    size: int
+    """Memory slices of one slice."""
+    starts: tuple[int, ...]
+    """First memory slice of every placement."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a GPU model can be cut into. Equal geometries are equal objects, so that they can be a key."""
+
+    gpu_model: str
+    shapes: tuple[Shape, ...]
+    memory_slices: int
+
+    @functools.cached_property
+    def by_profile(self) -> Mapping[str, Shape]:
+        """Shapes by profile name."""
+        return {shape.profile: shape for shape in self.shapes}
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.gpu_model, self.shapes))
+
+
+@dataclass(frozen=True)
+class Use:
+    """A part of a GPU that is not free."""
+
+    profile: str
+    start: int
+    size: int
+    foreign: bool
+    """Nobody of this centre knows whose it is."""
+
+
+@dataclass(frozen=True)
+class GpuView:
+    """One GPU that can be cut, and what is held of it."""
+
+    node_id: str
+    node_name: str
+    gpu_uuid: str
+    gpu_index: int
+    emulated: bool
+    geometry: Geometry
+    uses: tuple[Use, ...]
+    usable: bool
+    """Something may be placed on it now: its node is in contact and not draining."""
+
+    @functools.cached_property
+    def held(self) -> int:
+        """Bit mask of memory slices that are not free."""
+        mask = 0
+        for use in self.uses:
+            mask |= span(use.start, use.size)
+        return mask
+
+    def count(self, profile: str) -> int:
+        """Number of slices of `profile` that are held."""
+        return sum(use.profile == profile for use in self.uses)
+
+
+def span(start: int, size: int) -> int:
+    """Returns the bit mask of `size` memory slices from `start` on."""
+    return ((1 << size) - 1) << start
+
+
+def geometry_of(gpu: card_pb2.Gpu) -> Geometry:
+    """Returns what `gpu` can be cut into, as its driver reports it."""
+    shapes = []
+    for profile in gpu.profiles:
+        if not profile.placements:
+            continue
+        shapes.append(
+            Shape(
+                profile.name,
+                profile.memory_mib,
+                profile.compute_slices,
+                profile.max_instances,
+                profile.placements[0].size,
+                tuple(sorted(placement.start for placement in profile.placements)),
+            )
+        )
+    extent = max((start + shape.size for shape in shapes for start in shape.starts), default=0)
+    return Geometry(gpu.model, tuple(shapes), extent)
+
+
+def gpu_views(
+    nodes: Iterable[tuple[fleet_service_pb2.Node, bool]],
+    reservations: Iterable[Reservation],
+    centre: str,
+    released: Iterable[tuple[str, int]] = (),
+) -> list[GpuView]:
+    """Returns every GPU that can be cut, by node name and GPU index.
+
+    Args:
+        nodes: each with whether something may be placed on it now.
+        reservations: every share that is held.
+        centre: name of this centre, to tell its own slices from foreign ones.
+        released: attempts whose slice a node has confirmed to be gone; a report that still shows it is old.
+    """
+    gone = set(released)
+    held: dict[str, list[Reservation]] = {}
+    for reservation in reservations:
+        held.setdefault(reservation.gpu_uuid, []).append(reservation)
+    views = []
+    for node, usable in sorted(nodes, key=lambda pair: pair[0].inventory.name):
+        reported: dict[str, list[card_pb2.Slice]] = {}
+        for piece in node.inventory.slices:
+            reported.setdefault(piece.gpu_uuid, []).append(piece)
+        for gpu in sorted(node.inventory.gpus, key=lambda gpu: gpu.index):
+            if gpu.mig_mode != card_pb2.MIG_MODE_ENABLED or not gpu.profiles:
+                continue
+            views.append(
+                GpuView(
+                    node.id,
+                    node.inventory.name,
+                    gpu.uuid,
+                    gpu.index,
+                    gpu.emulated,
+                    _interned(geometry_of(gpu)),
+                    _uses(held.get(gpu.uuid, []), reported.get(gpu.uuid, []), centre, gone),
+                    usable,
+                )
+            )
+    return views
+
+
+def _uses(
+    held: list[Reservation], reported: list[card_pb2.Slice], centre: str, gone: set[tuple[str, int]]
+) -> tuple[Use, ...]:
+    uses = [Use(reservation.profile, reservation.start, reservation.size, False) for reservation in held]
+    reserved = {reservation.key for reservation in held}
+    for piece in reported:
+        ours = piece.HasField("owner") and piece.owner.centre == centre
+        key = (piece.owner.job_id, piece.owner.attempt)
+        if ours and (key in reserved or key in gone):
+            continue
+        uses.append(Use(piece.profile, piece.placement.start, piece.placement.size, not ours))
+    return tuple(uses)
+
+
+@functools.lru_cache(maxsize=256)
+def _interned(geometry: Geometry) -> Geometry:
+    return geometry

@@ -1,0 +1,101 @@
+"""The tables of the SQLite store, and every change to them since the first release, in order.
+
+A migration that has been released is never edited; a change is a new one below it.
+"""
+
+from __future__ import annotations
+
+from sqlite_utils import Database, Migrations
+
+__all__ = ["migrations"]
+
+migrations = Migrations("controlplane")
+
+
+@migrations()
+def m0001_first_tables(db: Database) -> None:
+    """Jobs, their events, reservations, nodes, bundles, request ids and the centre's own values."""
+    db.execute(
+        """
+        create table jobs (
+            sequence integer primary key autoincrement,
+            id text not null unique,
+            state integer not null,
+            tenant text not null,
+            name text not null,
+            create_time real not null,
+            body blob not null,      -- puhui.v1.Job
+            control text not null    -- JSON: what JobRecord holds beside the job
+        )
+        """
+    )
+    db.execute("create index jobs_by_state on jobs (state)")
+    db.execute(
+        """
+        create table job_labels (
+            sequence integer not null references jobs (sequence),
+            key text not null,
+            value text not null,
+            primary key (key, value, sequence)
+        ) without rowid
+        """
+    )
+    db.execute(
+        """
+        create table job_events (
+            cursor integer primary key autoincrement,
+            job_id text not null,
+            body blob not null       -- puhui.v1.JobEvent, without its cursor
+        )
+        """
+    )
+    db.execute("create index job_events_by_job on job_events (job_id, cursor)")
+    db.execute(
+        """
+        create table reservations (
+            job_id text not null,
+            attempt integer not null,
+            node_id text not null,
+            gpu_uuid text not null,
+            profile text not null,
+            start integer not null,
+            size integer not null,
+            compute_slices integer not null,
+            memory_mib integer not null,
+            primary key (job_id, attempt)
+        ) without rowid
+        """
+    )
+    db.execute("create index reservations_by_gpu on reservations (gpu_uuid)")
+    db.execute(
+        """
+        create table nodes (
+            id text primary key,
+            name text not null unique,
+            event_cursor integer not null,
+            body blob not null       -- puhui.v1.Node
+        ) without rowid
+        """
+    )
+    db.execute(
+        """
+        create table bundles (
+            id text primary key,
+            size_bytes integer not null,
+            unpacked_bytes integer not null,
+            paths text not null      -- JSON array
+        ) without rowid
+        """
+    )
+    db.execute(
+        """
+        create table requests (
+            id text primary key,
+            digest text not null,
+            job_id text not null,
+            time real not null
+        ) without rowid
+        """
+    )
+    db.execute("create index requests_by_time on requests (time)")
+    db.execute("create table centre (key text primary key, value text not null) without rowid")

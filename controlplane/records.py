@@ -1,0 +1,156 @@
+"""What the store keeps, beside the messages of the contract.
+
+Messages inside a record are never changed in place: who changes one copies it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2
+
+__all__ = [
+    "BundleRecord",
+    "Change",
+    "Decide",
+    "Ending",
+    "JobQuery",
+    "JobRecord",
+    "NodeRecord",
+    "Request",
+    "Reservation",
+]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job is going to end, decided before its results are collected and its share is released."""
+
+    state: job_pb2.JobState.ValueType
+    """SUCCEEDED, FAILED or CANCELLED."""
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job and what the control plane remembers about it that users need not see."""
+
+    job: job_pb2.Job
+    sequence: int = 0
+    """Order of submission in this centre, from 1; 0 until it is stored."""
+    cancel_requested: bool = False
+    cancel_message: str = ""
+    ending: Ending | None = None
+    results_collected: bool = False
+    """Log and artifacts of the newest attempt are in this centre's results."""
+
+    @property
+    def id(self) -> str:
+        """Job id."""
+        return self.job.id
+
+    @property
+    def state(self) -> job_pb2.JobState.ValueType:
+        """Where the job is in its life."""
+        return self.job.state
+
+    @property
+    def attempt(self) -> job_pb2.Attempt:
+        """The newest attempt.
+
+        Raises:
+            IndexError: it was never placed.
+        """
+        return self.job.attempts[-1]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A share of a GPU that is spoken for, from before its slice is made until the node confirms that it is gone."""
+
+    job_id: str
+    attempt: int
+    node_id: str
+    gpu_uuid: str
+    profile: str
+    start: int
+    """First memory slice."""
+    size: int
+    """Number of memory slices."""
+    compute_slices: int
+    memory_mib: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(job id, attempt number)."""
+        return self.job_id, self.attempt
+
+    @property
+    def placement(self) -> card_pb2.Placement:
+        """Where it sits."""
+        return card_pb2.Placement(start=self.start, size=self.size)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A mutation that carried a request id."""
+
+    id: str
+    digest: str
+    """Digest of the RPC's name and the request's body."""
+    at: float
+    """When, in seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one transaction does to a job. Either all of it is stored, or nothing."""
+
+    record: JobRecord
+    events: tuple[job_pb2.JobEvent, ...] = ()
+    """In order; the store gives them their cursors."""
+    reserve: Reservation | None = None
+    release: tuple[int, ...] = ()
+    """Attempts whose reservation ends."""
+    token_taken: bool = False
+    """The fencing token that was offered is used, and never offered again."""
+    request: Request | None = None
+
+
+Decide = Callable[[JobRecord, int], Change | None]
+"""Pure: the stored record and the next fencing token in, the change out; None changes nothing."""
+
+
+@dataclass(frozen=True)
+class JobQuery:
+    """Which jobs, the newest first."""
+
+    states: tuple[job_pb2.JobState.ValueType, ...] = ()
+    tenant: str = ""
+    name_prefix: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created_since: float = 0.0
+    before_sequence: int | None = None
+    limit: int = 50
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """A node, as last heard of."""
+
+    node: fleet_service_pb2.Node
+    event_cursor: int = 0
+    """Its events up to here have been looked at."""
+
+
+@dataclass(frozen=True)
+class BundleRecord:
+    """A bundle that is on disk, checked."""
+
+    id: str
+    size_bytes: int
+    unpacked_bytes: int
+    paths: tuple[str, ...]
+    """Normalized path of every regular file in it."""

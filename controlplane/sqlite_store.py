@@ -1,0 +1,312 @@
+"""The store on SQLite: write-ahead log, full synchronisation, one writer with group commit."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database
+
+from controlplane.group_commit import GroupCommit
+from controlplane.jobs import FINAL_STATES
+from controlplane.migrations import migrations
+from controlplane.records import (
+    BundleRecord,
+    Change,
+    Decide,
+    Ending,
+    JobQuery,
+    JobRecord,
+    NodeRecord,
+    Request,
+    Reservation,
+)
+from controlplane.store import RequestReused, ShareTaken
+from controlplane.watch import Feed
+from puhui.rpc.moment import moment
+from puhui.v1 import fleet_service_pb2, job_pb2
+
+__all__ = ["SqliteStore"]
+
+_JOB = "sequence, body, control"
+
+
+class SqliteStore:
+    """A `Store` in one SQLite file. Open it with `SqliteStore.open`."""
+
+    def __init__(self, writer: GroupCommit, written: Database, read: Database, feed: Feed) -> None:
+        self._writer = writer
+        self._written = written
+        self._read = read
+        self._feed = feed
+
+    @classmethod
+    async def open(cls, path: Path, feed: Feed) -> SqliteStore:
+        """Opens the store, and makes or migrates its tables.
+
+        Args:
+            path: the database file; its folder exists.
+            feed: told of every job that has changed.
+
+        Raises:
+            OSError: the disk is full.
+            sqlite3.Error: the file is no database of ours, or cannot be written.
+        """
+        written = _connect(path)
+        written.conn.execute("pragma journal_mode = wal")
+        written.conn.execute("pragma synchronous = full")
+        written.conn.execute("pragma foreign_keys = on")
+        migrations.apply(written)
+        read = _connect(path)
+        read.conn.execute("pragma query_only = on")
+        return cls(GroupCommit(written), written, read, feed)
+
+    async def close(self) -> None:
+        """Finishes what was begun, and closes."""
+        await self._writer.close()
+        self._read.close()
+        self._written.close()
+
+    @property
+    def commits(self) -> int:
+        """Transactions that were committed since it was opened."""
+        return self._writer.commits
+
+    async def centre_id(self) -> str:
+        """Returns a random id that belongs to this store for ever."""
+
+        def act(db: Database) -> str:
+            db.execute("insert or ignore into centre values ('id', ?)", [secrets.token_hex(16)])
+            return str(db.execute("select value from centre where key = 'id'").fetchone()[0])
+
+        return await self._writer.write(act)
+
+    async def add_job(
+        self, record: JobRecord, events: Sequence[job_pb2.JobEvent], request: Request | None = None
+    ) -> JobRecord:
+        """Stores a new job with its first events, and returns it with its sequence and last cursor."""
+
+        def act(db: Database) -> JobRecord:
+            if request is not None:
+                earlier = _note_request(db, request, record.id)
+                if earlier is not None:
+                    return _require_job(db, earlier)
+            job = record.job
+            sequence = db.execute(
+                "insert into jobs (id, state, tenant, name, create_time, body, control) values (?, ?, ?, ?, ?, ?, ?)",
+                [job.id, job.state, job.spec.tenant, job.spec.name, moment(job.create_time), b"", "{}"],
+            ).lastrowid
+            db.conn.executemany(
+                "insert into job_labels values (?, ?, ?)",
+                [(sequence, key, value) for key, value in job.spec.labels.items()],
+            )
+            return _write_job(db, sequence or 0, record, events)
+
+        stored = await self._writer.write(act)
+        self._feed.publish([stored.id])
+        return stored
+
+    async def change_job(self, job_id: str, decide: Decide) -> JobRecord:
+        """Lets `decide` change a job, and returns the job afterwards."""
+
+        def act(db: Database) -> tuple[JobRecord, bool]:
+            before = _require_job(db, job_id)
+            row = db.execute("select value from centre where key = 'fencing_token'").fetchone()
+            token = int(row[0]) + 1 if row is not None else 1
+            change = decide(before, token)
+            if change is None:
+                return before, False
+            if change.request is not None and _note_request(db, change.request, job_id) is not None:
+                return before, False
+            if change.token_taken:
+                db.execute("insert or replace into centre values ('fencing_token', ?)", [str(token)])
+            _write_reservations(db, job_id, change)
+            return _write_job(db, before.sequence, change.record, change.events), True
+
+        after, changed = await self._writer.write(act)
+        if changed:
+            self._feed.publish([job_id])
+        return after
+
+    async def job(self, job_id: str) -> JobRecord | None:
+        """Returns a job."""
+        return _find_job(self._read, job_id)
+
+    async def jobs(self, query: JobQuery) -> list[JobRecord]:
+        """Returns jobs, the newest first."""
+        conditions, values = _conditions(query)
+        rows = self._read.execute(
+            f"select {_JOB} from jobs where {' and '.join(conditions)} order by sequence desc limit ?",  # noqa: S608
+            [*values, query.limit],
+        )
+        return [_job_of(row) for row in rows]
+
+    async def unfinished_jobs(self) -> list[JobRecord]:
+        """Returns every job that is not in a final state, the oldest first."""
+        states = sorted(set(job_pb2.JobState.values()) - FINAL_STATES)
+        rows = self._read.execute(
+            f"select {_JOB} from jobs where state in ({_marks(states)}) order by sequence",  # noqa: S608
+            states,
+        )
+        return [_job_of(row) for row in rows]
+
+    async def events(self, job_id: str, after_cursor: int, limit: int = 500) -> list[job_pb2.JobEvent]:
+        """Returns events of a job, in order."""
+        rows = self._read.execute(
+            "select cursor, body from job_events where job_id = ? and cursor > ? order by cursor limit ?",
+            # A cursor from elsewhere may exceed what SQLite can hold.
+            [job_id, min(after_cursor, 2**63 - 1), limit],
+        )
+        events = []
+        for cursor, body in rows:
+            event = job_pb2.JobEvent.FromString(body)
+            event.cursor = cursor
+            events.append(event)
+        return events
+
+    async def reservations(self) -> list[Reservation]:
+        """Returns every reservation that is held."""
+        return [Reservation(*row) for row in self._read.execute("select * from reservations order by job_id, attempt")]
+
+    async def request(self, request_id: str) -> tuple[Request, str] | None:
+        """Returns a request that was carried out, with the id of the job that it was about."""
+        row = self._read.execute("select id, digest, time, job_id from requests where id = ?", [request_id]).fetchone()
+        return (Request(row[0], row[1], row[2]), row[3]) if row is not None else None
+
+    async def put_node(self, record: NodeRecord) -> None:
+        """Stores a node."""
+        row = {
+            "id": record.node.id,
+            "name": record.node.inventory.name,
+            "event_cursor": record.event_cursor,
+            "body": record.node.SerializeToString(),
+        }
+        await self._writer.write(lambda db: db.table("nodes").upsert(row, pk="id") and None)
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Returns every node, by name."""
+        rows = self._read.execute("select body, event_cursor from nodes order by name")
+        return [NodeRecord(fleet_service_pb2.Node.FromString(body), cursor) for body, cursor in rows]
+
+    async def put_bundle(self, bundle: BundleRecord) -> None:
+        """Stores that a bundle is on disk."""
+        row = {**asdict(bundle), "paths": json.dumps(bundle.paths)}
+        await self._writer.write(lambda db: db.table("bundles").upsert(row, pk="id") and None)
+
+    async def bundle(self, bundle_id: str) -> BundleRecord | None:
+        """Returns a bundle."""
+        row = self._read.execute(
+            "select id, size_bytes, unpacked_bytes, paths from bundles where id = ?", [bundle_id]
+        ).fetchone()
+        return BundleRecord(row[0], row[1], row[2], tuple(json.loads(row[3]))) if row is not None else None
+
+    async def forget_requests(self, before: float) -> None:
+        """Forgets requests that were made before a time (seconds since the epoch)."""
+        await self._writer.write(lambda db: db.execute("delete from requests where time < ?", [before]) and None)
+
+
+def _connect(path: Path) -> Database:
+    conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    return Database(conn)
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ", ".join("?" for _ in values)
+
+
+def _conditions(query: JobQuery) -> tuple[list[str], list[Any]]:
+    conditions, values = ["true"], list[Any]()
+    if query.states:
+        conditions.append(f"state in ({_marks(query.states)})")
+        values += query.states
+    if query.tenant:
+        conditions.append("tenant = ?")
+        values.append(query.tenant)
+    if query.name_prefix:
+        conditions.append("substr(name, 1, ?) = ?")
+        values += [len(query.name_prefix), query.name_prefix]
+    for key, value in query.labels.items():
+        conditions.append("sequence in (select sequence from job_labels where key = ? and value = ?)")
+        values += [key, value]
+    if query.created_since:
+        conditions.append("create_time >= ?")
+        values.append(query.created_since)
+    if query.before_sequence is not None:
+        conditions.append("sequence < ?")
+        values.append(query.before_sequence)
+    return conditions, values
+
+
+def _job_of(row: tuple[int, bytes, str]) -> JobRecord:
+    sequence, body, control = row
+    kept = json.loads(control)
+    ending = kept.pop("ending", None)
+    return JobRecord(
+        job_pb2.Job.FromString(body), sequence, ending=Ending(**ending) if ending is not None else None, **kept
+    )
+
+
+def _find_job(db: Database, job_id: str) -> JobRecord | None:
+    row = db.execute(f"select {_JOB} from jobs where id = ?", [job_id]).fetchone()  # noqa: S608
+    return _job_of(row) if row is not None else None
+
+
+def _require_job(db: Database, job_id: str) -> JobRecord:
+    record = _find_job(db, job_id)
+    if record is None:
+        raise KeyError(job_id)
+    return record
+
+
+def _write_job(db: Database, sequence: int, record: JobRecord, events: Sequence[job_pb2.JobEvent]) -> JobRecord:
+    job = job_pb2.Job()
+    job.CopyFrom(record.job)
+    for event in events:
+        cursor = db.execute(
+            "insert into job_events (job_id, body) values (?, ?)", [job.id, event.SerializeToString()]
+        ).lastrowid
+        job.last_cursor = cursor or 0
+    control = {
+        "cancel_requested": record.cancel_requested,
+        "cancel_message": record.cancel_message,
+        "ending": asdict(record.ending) if record.ending is not None else None,
+        "results_collected": record.results_collected,
+    }
+    db.execute(
+        "update jobs set state = ?, body = ?, control = ? where sequence = ?",
+        [job.state, job.SerializeToString(), json.dumps(control), sequence],
+    )
+    return JobRecord(
+        job, sequence, record.cancel_requested, record.cancel_message, record.ending, record.results_collected
+    )
+
+
+def _write_reservations(db: Database, job_id: str, change: Change) -> None:
+    new = change.reserve
+    if new is not None:
+        overlap = db.execute(
+            "select job_id from reservations where gpu_uuid = ? and start < ? and start + size > ?",
+            [new.gpu_uuid, new.start + new.size, new.start],
+        ).fetchone()
+        if overlap is not None:
+            raise ShareTaken(f"{new.gpu_uuid} {new.start}:{new.size} is held by {overlap[0]}")
+        values = astuple(new)
+        db.execute(f"insert into reservations values ({_marks(values)})", values)  # noqa: S608
+    for attempt in change.release:
+        db.execute("delete from reservations where job_id = ? and attempt = ?", [job_id, attempt])
+
+
+def _note_request(db: Database, request: Request, job_id: str) -> str | None:
+    """Notes a request; returns the job of the same request if it was carried out before."""
+    row = db.execute("select digest, job_id from requests where id = ?", [request.id]).fetchone()
+    if row is None:
+        db.execute("insert into requests values (?, ?, ?, ?)", [request.id, request.digest, job_id, request.at])
+        return None
+    if row[0] != request.digest:
+        raise RequestReused(request.id)
+    return str(row[1])

@@ -1,0 +1,98 @@
+"""What a centre must not forget: the seam between the control plane and its database.
+
+Every method is one transaction. A mutation has been made durable when it returns; if it raises, nothing of it was
+stored. `tests/contract/store` says what every implementation promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from controlplane.records import (
+    BundleRecord,
+    Decide,
+    JobQuery,
+    JobRecord,
+    NodeRecord,
+    Request,
+    Reservation,
+)
+from puhui.v1 import job_pb2
+
+__all__ = ["RequestReused", "ShareTaken", "Store"]
+
+
+class RequestReused(Exception):  # noqa: N818 - a name for what it is
+    """A request id came again with another body."""
+
+
+class ShareTaken(Exception):  # noqa: N818 - a name for what it is
+    """A reservation would overlap one that is held."""
+
+
+class Store(Protocol):
+    """The memory of one centre.
+
+    Every mutation raises OSError (ENOSPC) when the disk is full.
+    """
+
+    async def centre_id(self) -> str:
+        """Returns a random id that belongs to this store for ever."""
+
+    async def add_job(
+        self, record: JobRecord, events: Sequence[job_pb2.JobEvent], request: Request | None = None
+    ) -> JobRecord:
+        """Stores a new job with its first events, and returns it with its sequence and last cursor.
+
+        If `request` was carried out before, nothing is stored and the job that it made comes back.
+
+        Raises:
+            RequestReused: the request id came with another body before.
+        """
+
+    async def change_job(self, job_id: str, decide: Decide) -> JobRecord:
+        """Lets `decide` change a job, and returns the job afterwards.
+
+        Raises:
+            KeyError: there is no such job.
+            RequestReused: the change carries a request id that came with another body before.
+            ShareTaken: the change reserves what is held.
+            Exception: whatever `decide` raises; nothing is changed then.
+        """
+
+    async def job(self, job_id: str) -> JobRecord | None:
+        """Returns a job."""
+
+    async def jobs(self, query: JobQuery) -> list[JobRecord]:
+        """Returns jobs, the newest first."""
+
+    async def unfinished_jobs(self) -> list[JobRecord]:
+        """Returns every job that is not in a final state, the oldest first."""
+
+    async def events(self, job_id: str, after_cursor: int, limit: int = 500) -> list[job_pb2.JobEvent]:
+        """Returns events of a job, in order."""
+
+    async def reservations(self) -> list[Reservation]:
+        """Returns every reservation that is held."""
+
+    async def request(self, request_id: str) -> tuple[Request, str] | None:
+        """Returns a request that was carried out, with the id of the job that it was about."""
+
+    async def put_node(self, record: NodeRecord) -> None:
+        """Stores a node."""
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Returns every node, by name."""
+
+    async def put_bundle(self, bundle: BundleRecord) -> None:
+        """Stores that a bundle is on disk."""
+
+    async def bundle(self, bundle_id: str) -> BundleRecord | None:
+        """Returns a bundle."""
+
+    async def forget_requests(self, before: float) -> None:
+        """Forgets requests that were made before a time (seconds since the epoch)."""
+
+    async def close(self) -> None:
+        """Finishes what was begun, and closes."""
