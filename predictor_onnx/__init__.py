@@ -1,0 +1,23 @@
+"""How much accelerator memory a piece of model code needs.
+
+``Predictor().predict(CodeBundle(...), Request(...))`` reads the source without running it, describes one
+step of the program in physical terms, and asks a trained ONNX model for quantiles of peak memory.
+"""
+
+from predictor_onnx.errors import CodeDoesNotParseError, ModelUnavailableError, PredictorError
+from predictor_onnx.prediction import Prediction, Request, Tier, fits, required_mib
+from predictor_onnx.predictor import Predictor
+from predictor_onnx.source import CodeBundle
+
+__all__ = [
+    "CodeBundle",
+    "CodeDoesNotParseError",
+    "ModelUnavailableError",
+    "Prediction",
+    "Predictor",
+    "PredictorError",
+    "Request",
+    "Tier",
+    "fits",
+    "required_mib",
+]

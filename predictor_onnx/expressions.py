@@ -103,6 +103,15 @@ def arithmetic(op: type[ast.operator], left: Value, right: Value) -> Value:
         return UNKNOWN
 
 
+def _terms(node: ast.expr) -> list[ast.expr]:
+    """Terms of a sum, at most sixteen deep."""
+    found: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and len(found) < 16:
+        found.append(node.right)
+        node = node.left
+    return [*found, node]
+
+
 class Expressions:
     """Evaluates expression nodes; ``Evaluator`` adds statements and calls."""
 
@@ -287,9 +296,22 @@ class Expressions:
 
     def _slice(self, node: ast.Slice, scope: Scope) -> Value:
         parts = [self.expr(part, scope) for part in (node.lower, node.upper, node.step)]
-        if any(part is not None and not isinstance(part, int) for part in parts):
+        if all(part is None or isinstance(part, int) for part in parts):
+            return slice(*parts)
+        return slice(0, self._slice_length(node, scope), 1)
+
+    def _slice_length(self, node: ast.Slice, scope: Scope) -> Value:
+        """Length of ``i : i + n`` for an ``i`` that is not known; UNKNOWN for any other form."""
+        if node.lower is None or node.upper is None:
             return UNKNOWN
-        return slice(*parts)
+        rest = _terms(node.upper)
+        for term in _terms(node.lower):
+            match = next((r for r in rest if ast.dump(r) == ast.dump(term)), None)
+            if match is None:
+                return UNKNOWN
+            rest.remove(match)
+        values = [self.expr(term, scope) for term in rest]
+        return sum(values) if all(isinstance(v, int) for v in values) else UNKNOWN
 
     def _joined(self, node: ast.JoinedStr, scope: Scope) -> Value:
         text = ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
-
-import math
 
 from predictor_onnx.evaluator import Evaluator
 from predictor_onnx.recorder import KINDS, StepProfile
@@ -22,9 +21,10 @@ from predictor_onnx.values import (
 
 MIB: Final = float(1 << 20)
 
-#: Quantities in MiB that memory is a linear function of. All grow, or stay, with the batch.
+#: What memory is physically made of; MiB but for ``convolutions``, which is 1 where cuDNN is loaded.
+#: Each grows, or stays, with the batch.
 PHYSICS: Final = (
-    "state_mib", "cast_mib", "data_mib", "transient_mib", "largest_conv_mib",
+    "convolutions", "resident_mib", "update_mib", "transient_mib", "largest_conv_mib",
     *(f"activation_{kind}_mib" for kind in KINDS),
 )  # fmt: skip
 #: What the architecture is like, whatever the batch; the boosted correction sees only these.
@@ -86,17 +86,27 @@ class Workload:
         return self.parameters > 0 and self.ops > 0
 
     @property
-    def state_mib(self) -> float:
-        """Weights, gradients and optimizer state."""
-        return self.parameter_mib + self.gradient_mib + self.optimizer_mib
+    def resident_mib(self) -> float:
+        """What lives through the whole step: weights, optimizer state, casts, data."""
+        return self.parameter_mib + self.optimizer_mib + self.cast_mib + self.data_mib
+
+    @property
+    def update_mib(self) -> float:
+        """What lives during the optimizer's update besides: gradients, and its own scratch.
+
+        Gradients are freed before the next forward pass (``zero_grad`` sets them to None), so they do
+        not meet the activations. Adam's fused loops make one more copy of the gradients' size.
+        """
+        return self.gradient_mib * (2.0 if self.optimizer_mib >= 1.9 * self.gradient_mib else 1.0)
 
     def vector(self) -> list[float]:
         """Values of ``FEATURES``, in order."""
         activation = max(self.activation_mib, 1e-6)
         share = [mib / activation for mib in self.activation_by_kind_mib]
         moving = max(self.transient_mib, 1e-6)
-        physics = [self.state_mib, self.cast_mib, self.data_mib, self.transient_mib,
-                   self.largest_conv_mib, *self.activation_by_kind_mib]  # fmt: skip
+        physics = [float(self.largest_conv_mib > 0), self.resident_mib, self.update_mib,
+                   self.transient_mib, self.largest_conv_mib,
+                   *self.activation_by_kind_mib]  # fmt: skip
         structure = [
             *(share if self.activation_mib > 0 else [0.0] * len(KINDS)),
             math.log1p(self.ops), math.log1p(self.parameters),
@@ -217,7 +227,7 @@ def _describe(ev: Evaluator, path: str, notes: tuple[str, ...]) -> Workload:
         macs=found.macs, ops=found.ops, batch=_batch(ev), sequence=ev.hints.found.get("sequence"),
         image=ev.hints.found.get("image"), precision=half or own,
         optimizer=optimizer.kind if optimizer is not None else "", training=training,
-        checkpointing=rec.checkpointing, guesses=rec.guesses, stopped_early=ev.stopped_early,
+        checkpointing=rec.checkpointing, guesses=rec.guesses + rec.unknown_sizes, stopped_early=ev.stopped_early,
         notes=notes,
     )  # fmt: skip
 

@@ -416,7 +416,7 @@ def item(ev: Evaluator, owner: Value, key: Value) -> Value:
         sample = item(ev, owner.sample, 0)
         return sample if owner.batched else collate(sample, batch)
     if isinstance(owner, (list, tuple, str, range)):
-        known = isinstance(key, slice) or (isinstance(key, int) and -len(owner) <= key < len(owner))
+        known = (isinstance(key, slice) and key.stop is not UNKNOWN) or (isinstance(key, int) and -len(owner) <= key < len(owner))
         return owner[key] if known else UNKNOWN
     if isinstance(owner, dict):
         return owner.get(key, UNKNOWN) if isinstance(key, (str, int, float, External)) else UNKNOWN
@@ -432,7 +432,7 @@ def item(ev: Evaluator, owner: Value, key: Value) -> Value:
 
 def _child(owner: Layer, key: Value) -> Value:
     children = list(owner.children.values())
-    if isinstance(key, slice):
+    if isinstance(key, slice) and key.stop is not UNKNOWN:
         return Layer(owner.kind, children={str(i): c for i, c in enumerate(children[key])})
     if isinstance(key, int):
         return children[key] if -len(children) <= key < len(children) else UNKNOWN

@@ -63,6 +63,8 @@ class Recorder:
     guesses: int = 0
     #: Samples in the largest batch that a network was called with.
     batch: int | None = None
+    #: Whether some tensor had a size that could not be determined.
+    unknown_sizes: bool = False
     autocast_used: str | None = None
     grad_scaler: bool = False
     checkpointing: bool = False
@@ -92,6 +94,7 @@ class Recorder:
         if inplace and inputs:
             out.storage = inputs[0].storage
         step = self.current
+        self.unknown_sizes = self.unknown_sizes or None in shape
         moving = sum(
             storage.nbytes
             for storage in {id(t.storage): t.storage for t in (out, *inputs)}.values()

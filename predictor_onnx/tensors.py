@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Final
 
 from predictor_onnx import ops
 from predictor_onnx.shapes import Shape, size_or_none, sizes
-from predictor_onnx.values import UNKNOWN, External, Native, Record, Tensor, Value, tensor_of
+from predictor_onnx.values import (
+    UNKNOWN,
+    External,
+    Native,
+    Record,
+    Tensor,
+    Unknown,
+    Value,
+    tensor_of,
+)
 
 if TYPE_CHECKING:
     from predictor_onnx.evaluator import Evaluator
@@ -163,6 +172,15 @@ def _to(ev: Evaluator, tensor: Tensor, name: str, args: list[Value], kwargs: Kwa
     return out
 
 
+def _sliced(part: slice, size: int | None) -> int | None:
+    if isinstance(part.stop, Unknown):
+        return None
+    if size is not None:
+        return len(range(*part.indices(size)))
+    known = isinstance(part.stop, int) and part.stop >= 0 and part.start in {None, 0}
+    return part.stop if known else None
+
+
 def index(ev: Evaluator, tensor: Tensor, key: Value) -> Value:
     """``tensor[key]`` by numpy's rules; a mask gives an unknown length."""
     keys = list(key) if isinstance(key, tuple) else [key]
@@ -182,7 +200,7 @@ def index(ev: Evaluator, tensor: Tensor, key: Value) -> Value:
         size = tensor.shape[at] if at < len(tensor.shape) else None
         at += 1
         if isinstance(part, slice):
-            shape.append(None if size is None else len(range(*part.indices(size))))
+            shape.append(_sliced(part, size))
         elif isinstance(part, Tensor):
             copied = True
             shape += part.shape if part.dtype != "bool" else (size,)

@@ -6,7 +6,8 @@ not. Counted per op, in order: what it allocates, and what autograd keeps for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +129,44 @@ def _macs(name: str, args: Any, fresh: list[torch.Tensor]) -> float:
     return 0.0
 
 
+class _FusedAttention(torch.autograd.Function):
+    """What the memory-efficient kernels keep: q, k, v, the output and one number per row.
+
+    The meta device would fall back to the plain formula, which keeps the whole score matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("a trace has no backward pass")
+
+
+@contextmanager
+def _fused_attention(trace: ForwardTrace) -> Iterator[None]:
+    functional = torch.nn.functional
+    plain = functional.scaled_dot_product_attention
+
+    def fused(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        trace.macs += 2.0 * query.numel() * key.shape[-2]
+        out: torch.Tensor = _FusedAttention.apply(query, key, value)
+        return out
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = plain
+
+
 def trace_forward(
     model: torch.nn.Module, call: Callable[[torch.nn.Module], object]
 ) -> ForwardTrace:
@@ -143,6 +182,7 @@ def trace_forward(
     with (
         torch.autograd.graph.saved_tensors_hooks(recorder.pack, lambda tensor: tensor),
         recorder,
+        _fused_attention(trace),
     ):
         call(model)
     trace.backward_peak_bytes = max(

@@ -1,0 +1,139 @@
+"""Model code in, required accelerator memory out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from predictor_onnx import catalog
+from predictor_onnx.features import MIB, Workload, analyse
+from predictor_onnx.model import Estimate, MemoryModel
+from predictor_onnx.prediction import Prediction, Request, Tier
+from predictor_onnx.source import CodeBundle
+
+#: Each size that had to be guessed from names widens the answer: p90 by this share, p99 by twice it.
+#: Not learnt: no measured configuration comes with code that hides its sizes.
+_GUESS_WIDTH: Final = 0.25
+
+
+class Predictor:
+    """Predicts peak device memory from source code that it never executes."""
+
+    def __init__(self, model_path: Path | None = None) -> None:
+        """Load the model and the catalog once; instances can be shared.
+
+        Raises:
+            ModelUnavailableError: the ONNX file or the catalog is missing or unusable.
+        """
+        self._model = MemoryModel(model_path)
+        catalog.load()
+
+    @property
+    def model_version(self) -> str:
+        """Hash of the ONNX file."""
+        return self._model.version
+
+    def predict(self, code: CodeBundle, request: Request) -> Prediction:
+        """Predict what the code needs.
+
+        Raises:
+            CodeDoesNotParseError: the program is not valid Python; it names file and line.
+        """
+        work = analyse(code, request.argv)
+        if not work.entrypoint or (not work.uses_accelerator and not work.notes):
+            return self._without_accelerator(work) if work.entrypoint else self._unknown(work)
+        if not work.known:
+            return self._unknown(work)
+        return self._known(work, request, code)
+
+    def _known(self, work: Workload, request: Request, code: CodeBundle) -> Prediction:
+        estimate = self._model.estimate(work.vector())
+        p50, p90, p99 = estimate.quantiles
+        guesses = min(work.guesses, 2) + (2 if work.unknown_models or work.stopped_early else 0)
+        p90 *= 1 + _GUESS_WIDTH * min(guesses, 3)
+        p99 *= 1 + 2 * _GUESS_WIDTH * min(guesses, 3)
+        tier = Tier.STATIC_NAMED if "/" in work.model_name else Tier.STATIC_LAYERS
+        return Prediction(
+            p50, p90, p99, tier, _sentence(work, p50, p90), _breakdown(work, estimate),
+            {**_drivers(work), "data_bytes": code.data_bytes + request.input_bytes},
+            self._model.version, work.notes,
+        )  # fmt: skip
+
+    def _unknown(self, work: Workload) -> Prediction:
+        p50, p90, p99 = self._model.population
+        what = ", ".join(name.rpartition("/")[2] for name in work.unknown_models[:2])
+        cause = f"the model {what} is not in the catalog" if what else "no network was found in it"
+        if work.notes:
+            cause = work.notes[0]
+        reason = (
+            f"The code could not be sized ({cause}), so it is given what nine of ten measured training "
+            f"runs need, {_gib(p90)}; state --memory or --profile if you know better."
+        )
+        return Prediction(p50, p90, p99, Tier.UNKNOWN, reason, {"unknown": p50}, _drivers(work),
+                          self._model.version, work.notes)  # fmt: skip
+
+    def _without_accelerator(self, work: Workload) -> Prediction:
+        reason = (
+            "The code imports no library that uses a GPU (no torch, tensorflow or jax), so it needs no "
+            "device memory and the smallest slice is enough."
+        )
+        return Prediction(0.0, 0.0, 0.0, Tier.NO_ACCELERATOR_USE, reason, {}, _drivers(work),
+                          self._model.version, work.notes)  # fmt: skip
+
+
+def _gib(mib: float) -> str:
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+
+
+def _count(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _sentence(work: Workload, p50: float, p90: float) -> str:
+    name = work.model_name.rpartition("/")[2] or "a network"
+    what = f"{name} with {_count(work.parameters)} parameters"
+    size = f"batch {work.batch}" if work.batch else "an unknown batch"
+    precision = {"float16": "half precision", "bfloat16": "bfloat16"}.get(work.precision, "float32")
+    if work.training:
+        how = f"training with {work.optimizer or 'no optimizer found'} at {size} in {precision}"
+        held = f"{_gib(work.activation_mib)} of activations" if work.activation_mib else "gradients"
+        how += f", which keeps {held}"
+        how += " thanks to checkpointing" if work.checkpointing else ""
+    else:
+        how = f"inference at {size} in {precision}"
+    guess = "; some sizes are guessed" if work.guesses else ""
+    return f"{what}, {how}, needs about {_gib(p50)} and nine times in ten under {_gib(p90)}{guess}."
+
+
+def _breakdown(work: Workload, estimate: Estimate) -> dict[str, float]:
+    """Shares of the median by category; the phase that peaks decides what the working part is."""
+    context, resident, backward, update = estimate.parts
+    weights = max(work.resident_mib, 1e-9)
+    peaks_in_update = update > backward
+    moving = max(work.activation_mib + work.transient_mib, 1e-9)
+    parts = {
+        "context": context,
+        "parameters": resident * (work.parameter_mib + work.cast_mib) / weights,
+        "optimizer": resident * work.optimizer_mib / weights,
+        "data": resident * work.data_mib / weights,
+        "gradients": update if peaks_in_update else 0.0,
+        "activations": 0.0 if peaks_in_update else backward * work.activation_mib / moving,
+        "workspace": 0.0 if peaks_in_update else backward * work.transient_mib / moving,
+    }
+    scale = estimate.quantiles[0] / max(sum(parts.values()), 1e-9)
+    return {name: value * scale for name, value in parts.items()}
+
+
+def _drivers(work: Workload) -> dict[str, str | int | float | bool]:
+    return {
+        "model": work.model_name, "parameters": work.parameters,
+        "trained_parameters": work.trained_parameters, "batch": work.batch or 0,
+        "sequence": work.sequence or 0, "image": work.image or 0, "precision": work.precision,
+        "optimizer": work.optimizer, "training": work.training,
+        "gradient_checkpointing": work.checkpointing,
+        "activation_bytes": round(work.activation_mib * MIB), "macs_per_step": work.macs,
+        "guesses": work.guesses,
+    }  # fmt: skip

@@ -1,0 +1,164 @@
+"""Measured configurations, each turned into source code and read by the same static analysis as a job."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import gzip
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from predictor_onnx import catalog
+from predictor_onnx.features import analyse
+from predictor_onnx.source import CodeBundle
+
+#: The card that the timm rows were measured on has 40 GB; rows from here on are a full card.
+FULL_CARD_MIB: Final = 38_500.0
+
+_TIMM: Final = """\
+import timm
+import torch
+
+model = timm.create_model("{model}").cuda()
+optimizer = torch.optim.Adam(model.parameters())
+images = torch.randn({batch}, {size}, device="cuda")
+labels = torch.randint(0, 1000, ({batch},), device="cuda")
+for step in range(10):
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+"""
+_MLP: Final = """\
+import torch
+from torch import nn
+
+model = nn.Sequential({layers}).cuda()
+optimizer = torch.optim.Adam(model.parameters())
+inputs = torch.randn({batch}, {width}).cuda()
+labels = torch.randint(0, {classes}, ({batch},)).cuda()
+for step in range(10):
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(inputs), labels)
+    loss.backward()
+    optimizer.step()
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured configuration.
+
+    Attributes:
+        source: which data file it is from.
+        family: what must never be on both sides of a split.
+        model: name of the configuration's network.
+        batch: samples per step.
+        measured_mib: peak device memory that was measured.
+        vector: its features, in the order of ``FEATURES``.
+        parameter_mib: bytes of its weights in MiB, for the weights-only baseline.
+        clean: False for rows that the filter of the card excludes.
+    """
+
+    source: str
+    family: str
+    model: str
+    batch: int
+    measured_mib: float
+    vector: tuple[float, ...]
+    parameter_mib: float
+    clean: bool
+
+
+def family_of(model: str) -> str:
+    """Leading letters of a model's name."""
+    found = re.match(r"[a-z]+", model.lower())
+    return found.group() if found else model
+
+
+def _row(source: str, family: str, model: str, batch: int, measured: float, code: str,
+         *, clean: bool) -> Row:  # fmt: skip
+    work = analyse(CodeBundle({"train.py": code}), ["python3", "train.py"])
+    return Row(source, family, model, batch, measured, tuple(work.vector()), work.parameter_mib, clean)
+
+
+def read_timm(path: Path) -> tuple[list[Row], Counter[str]]:
+    """Rows of timm models measured on an A100-40GB, and what was left out with its reason."""
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    left_out: Counter[str] = Counter()
+    by_model: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for record in records:
+        by_model[record["model"]].append((int(record["batch_size"]), float(record["measured_mib"])))
+    rows = []
+    for model, points in by_model.items():
+        entry = catalog.find("timm", model)
+        if entry is None:
+            left_out["model not in the catalog"] += len(points)
+            continue
+        grows = _grows(sorted(points))
+        size = ", ".join(str(side) for side in entry["input"])
+        for batch, measured in sorted(points):
+            code = _TIMM.format(model=model, batch=batch, size=size)
+            rows.append(_row("timm_a100", family_of(model), model, batch, measured, code,
+                             clean=grows and measured < FULL_CARD_MIB))  # fmt: skip
+    return rows, left_out
+
+
+def _grows(points: list[tuple[int, float]]) -> bool:
+    """Whether memory follows the batch; where it does not, the run had failed."""
+    values = [measured for _, measured in points]
+    steps = zip(values, values[1:], strict=False)
+    return all(after >= 0.98 * before for before, after in steps) and values[-1] > 1.02 * values[0]
+
+
+def read_mlp(path: Path) -> tuple[list[Row], Counter[str]]:
+    """Rows of GPUMemNet's fully connected networks, trained with Adam in float32."""
+    left_out: Counter[str] = Counter()
+    rows = []
+    with gzip.open(path, "rt", newline="") as file:
+        for record in csv.DictReader(file):
+            made = _mlp_code(record)
+            if made is None:
+                left_out["layer list is not understood"] += 1
+                continue
+            code, shape = made
+            rows.append(_row("gpumemnet_mlp", f"mlp_{shape}", record["Filename"],
+                             int(record["Batch Size"]), float(record["Max GPU Memory (MiB)"]), code,
+                             clean=True))  # fmt: skip
+    return rows, left_out
+
+
+def _mlp_code(record: dict[str, str]) -> tuple[str, str] | None:
+    name = re.search(r"input:(\d+)_output:(\d+)_.*arch:([a-z]+)", record["Filename"])
+    if name is None:
+        return None
+    width, classes, shape = int(name[1]), int(name[2]), name[3]
+    layers, inner = [], width
+    for kind, out, _ in ast.literal_eval(record["Activations-Params"]):
+        if kind == "linear":
+            layers.append(f"nn.Linear({inner}, {out})")
+            inner = int(out)
+        elif kind == "batch_normalization":
+            layers.append(f"nn.BatchNorm1d({out})")
+        elif kind == "dropout":
+            layers.append("nn.Dropout(0.3)")
+        else:
+            layers.append(f"nn.{kind}()")
+    code = _MLP.format(layers=", ".join(layers), batch=record["Batch Size"], width=width,
+                       classes=max(2, classes))  # fmt: skip
+    return code, shape
+
+
+def read(folder: Path) -> tuple[list[Row], dict[str, dict[str, int]]]:
+    """All measured rows of a data folder, and per file what was left out."""
+    rows, left_out = read_timm(folder / "timm_a100_measured.csv")
+    excluded = {"timm_a100_measured.csv": dict(left_out)}
+    for name in ("gpumemnet_mlp_step1.csv.gz", "gpumemnet_mlp_step2.csv.gz"):
+        more, why = read_mlp(folder / name)
+        rows += more
+        excluded[name] = dict(why)
+    return rows, excluded
