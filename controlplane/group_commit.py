@@ -68,9 +68,9 @@ class GroupCommit:
         while (batch := self._next_batch()) is not None:
             try:
                 self._commit(batch)
-            except sqlite3.Error as error:
+            except Exception as error:  # noqa: BLE001 - whoever asked for the writes gets it; the thread lives on
                 for write in batch:
-                    write.error = _foreseen(error)
+                    write.error = write.error or _foreseen(error)
             self._loop.call_soon_threadsafe(_answer, batch)
 
     def _next_batch(self) -> list[_Write] | None:
@@ -96,7 +96,7 @@ class GroupCommit:
                 try:
                     with self._db.atomic():
                         write.result = write.act(self._db)
-                except Exception as error:  # noqa: BLE001 - whoever asked for the write gets it
+                except Exception as error:
                     write.error = _foreseen(error)
                     if not self._db.conn.in_transaction:
                         raise

@@ -50,6 +50,7 @@ __all__ = [
     "Requeued",
     "Reserved",
     "ResultsCollected",
+    "ResultsDelayed",
     "SliceCreated",
     "SliceDestroyed",
     "Stopped",
@@ -182,6 +183,13 @@ class ResultsCollected(Happening):
 
 
 @dataclass(frozen=True)
+class ResultsDelayed(Happening):
+    """Log and artifacts cannot be had yet; they are not given up."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class ContainerRemoved(Happening):
     """The container is gone."""
 
@@ -295,6 +303,7 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     NotStarted: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
     Stopped: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
     ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
+    ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
     ContainerRemoved: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
     SliceDestroyed: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
     Ended: frozenset({JOB_STATE_STOPPING}),
@@ -480,6 +489,10 @@ def _results_collected(draft: _Draft, it: ResultsCollected) -> None:
     )
 
 
+def _results_delayed(draft: _Draft, it: ResultsDelayed) -> None:
+    draft.tell("RESULTS_DELAYED", it.message)
+
+
 def _container_removed(draft: _Draft, it: ContainerRemoved) -> None:
     draft.attempt = it.attempt
     draft.tell(
@@ -553,6 +566,7 @@ _APPLY: Mapping[type[Happening], Callable[[_Draft, Any], None]] = {
     NotStarted: _not_started,
     Stopped: _stopped,
     ResultsCollected: _results_collected,
+    ResultsDelayed: _results_delayed,
     ContainerRemoved: _container_removed,
     SliceDestroyed: _slice_destroyed,
     Ended: _ended,

@@ -15,7 +15,7 @@ from puhui.v1.prediction_pb2 import (
     Sizing,
 )
 
-__all__ = ["EQUAL_MEMORY", "choices_for", "largest", "need_of", "size"]
+__all__ = ["EQUAL_MEMORY", "choices_for", "largest", "need_of", "size", "sizing_for"]
 
 EQUAL_MEMORY = 1.05
 """Memory up to this factor apart is taken as equal: drivers report 3g and 4g of one card some MiB apart."""
@@ -104,6 +104,19 @@ def size(
         choices=choices,
         reason=_reason(origin, profile, required_mib, choices, known),
     )
+
+
+def sizing_for(job: job_pb2.Job, choices: list[ProfileChoice]) -> Sizing:
+    """Returns the sizing of a job that was submitted earlier, with the choices that this centre has now."""
+    sizing = Sizing()
+    sizing.CopyFrom(job.sizing)
+    if list(sizing.choices) == choices:
+        return sizing
+    del sizing.choices[:]
+    sizing.choices.extend(choices)
+    if choices and not job.spec.resources.profile:
+        sizing.reason = _reason(sizing.origin, "", sizing.required_mib, choices, [])
+    return sizing
 
 
 def _reason(

@@ -1,0 +1,136 @@
+"""Bundles on disk, by content: BUNDLES/<hex digest>.tar.gz. What is there has been checked."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+
+from controlplane.records import BundleRecord
+from controlplane.store import Store
+from puhui.rpc.bundle import BundleLimits, check, read_files
+from puhui.rpc.errors import Refusal
+from puhui.rpc.transfer import UploadPart, receive
+from puhui.v1 import stream_pb2
+
+__all__ = ["Bundles", "InlineBundle"]
+
+_SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".txt", ".cfg", ".ipynb")
+_MOST_SOURCE_BYTES = 32 * 2**20
+
+
+class InlineBundle:
+    """A bundle that came inside a request, in a temporary file until it is kept."""
+
+    def __init__(self, record: BundleRecord, path: Path) -> None:
+        self.record = record
+        self.path = path
+
+
+class Bundles:
+    """The bundles of a centre."""
+
+    def __init__(self, folder: Path, store: Store, limits: BundleLimits | None = None) -> None:
+        self._folder = folder
+        self._store = store
+        self.limits = limits or BundleLimits()
+        folder.mkdir(parents=True, exist_ok=True)
+        # What an upload left when the process was killed.
+        for stale in folder.glob("upload-*"):
+            stale.unlink(missing_ok=True)
+
+    async def receive(self, parts: AsyncIterator[UploadPart]) -> tuple[BundleRecord, bool]:
+        """Receives an upload. Returns the bundle, and whether it was there already.
+
+        Raises:
+            Refusal: the upload is malformed, or the bundle is not harmless.
+            OSError: the disk is full.
+        """
+        async with receive(parts, self._folder, self.limits.archive_bytes) as upload:
+            known = await self.find(upload.bundle_id)
+            if known is not None:
+                return known, True
+            await upload.finish()
+            record = await self._checked(upload.bundle_id, upload.path)
+            return await self._keep(record, upload.path), False
+
+    async def write_inline(self, archive: bytes) -> InlineBundle:
+        """Writes a packed bundle into a temporary file and checks it. Ends with `keep_inline` or `drop_inline`.
+
+        Raises:
+            Refusal: the bundle is not harmless.
+            OSError: the disk is full.
+        """
+        with tempfile.NamedTemporaryFile(prefix="upload-", dir=self._folder, delete=False) as file:
+            path = Path(file.name)
+            try:
+                file.write(archive)
+                file.flush()
+                record = await self._checked("sha256:" + hashlib.sha256(archive).hexdigest(), path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        return InlineBundle(record, path)
+
+    async def keep_inline(self, bundle: InlineBundle) -> None:
+        """Keeps a bundle that came inside a request.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        await self._keep(bundle.record, bundle.path)
+
+    def drop_inline(self, bundle: InlineBundle) -> None:
+        """Removes the temporary file, if it is still there."""
+        bundle.path.unlink(missing_ok=True)
+
+    async def _checked(self, bundle_id: str, path: Path) -> BundleRecord:
+        contents = await asyncio.to_thread(check, path, self.limits)
+        return BundleRecord(bundle_id, path.stat().st_size, contents.unpacked_bytes, tuple(contents.sizes))
+
+    async def _keep(self, record: BundleRecord, path: Path) -> BundleRecord:
+        path.replace(self.path(record.id))
+        await self._store.put_bundle(record)
+        return record
+
+    def path(self, bundle_id: str) -> Path:
+        """Returns where a bundle is, or would be."""
+        return self._folder / (bundle_id.removeprefix("sha256:") + ".tar.gz")
+
+    async def find(self, bundle_id: str) -> BundleRecord | None:
+        """Returns a bundle; None when it is not here."""
+        record = await self._store.bundle(bundle_id)
+        return record if record is not None and self.path(bundle_id).exists() else None
+
+    async def require(self, bundle_id: str) -> BundleRecord:
+        """Returns a bundle.
+
+        Raises:
+            Refusal: NOT_FOUND with BUNDLE_NOT_FOUND.
+        """
+        record = await self.find(bundle_id)
+        if record is None:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "BUNDLE_NOT_FOUND",
+                "this centre does not have that bundle; upload it with PutBundle first",
+                bundle_id=bundle_id[:80],
+            )
+        return record
+
+    async def locate(self, bundle_id: str) -> tuple[stream_pb2.BundleHeader, Path]:
+        """Returns what announces a bundle to a node, and its archive.
+
+        Raises:
+            Refusal: NOT_FOUND with BUNDLE_NOT_FOUND.
+        """
+        record = await self.require(bundle_id)
+        return stream_pb2.BundleHeader(bundle_id=record.id, size_bytes=record.size_bytes), self.path(bundle_id)
+
+    async def sources(self, path: Path) -> dict[str, bytes]:
+        """Returns the text files of a bundle that say what its code needs, by path."""
+        return await asyncio.to_thread(read_files, path, self.limits, suffixes=_SOURCES, most_bytes=_MOST_SOURCE_BYTES)

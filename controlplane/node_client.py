@@ -1,0 +1,201 @@
+"""How the control plane talks to a node: the seam, and gRPC behind it.
+
+Everything raises `Refusal`. A node that cannot be reached, or does not answer in time, is a Refusal with code
+UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED; see `is_unreachable`. Every mutation may be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from puhui.rpc.channel import open_channel
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import seconds
+from puhui.rpc.transfer import read_chunks
+from puhui.v1 import card_pb2, node_pb2, node_service_pb2, stream_pb2
+from puhui.v1.node_service_pb2_grpc import NodeServiceStub
+
+__all__ = ["GrpcNodeClient", "NodeClient", "is_unreachable"]
+
+_UNREACHABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
+
+_READ_S = 10.0
+_SLICE_S = 60.0
+# The first container of an image may have to wait for the image.
+_CONTAINER_S = 300.0
+_UPLOAD_S = 600.0
+_DEFAULT_GRACE_S = 10.0
+
+
+def is_unreachable(refusal: Refusal) -> bool:
+    """Returns whether nothing is known about what the node did, because no answer came."""
+    return refusal.code in _UNREACHABLE and refusal.reason == "UNKNOWN"
+
+
+class NodeClient(Protocol):
+    """One node, as the control plane commands it."""
+
+    async def inventory(self) -> node_pb2.NodeInventory:
+        """Returns what the node has."""
+
+    async def put_bundle(self, header: stream_pb2.BundleHeader, archive: Path) -> None:
+        """Gives the node a bundle, if it does not have it."""
+
+    async def create_slice(self, request: node_service_pb2.CreateSliceRequest) -> card_pb2.Slice:
+        """Cuts a slice."""
+
+    async def destroy_slice(self, request: node_service_pb2.DestroySliceRequest) -> None:
+        """Destroys a slice."""
+
+    async def list_slices(self) -> list[card_pb2.Slice]:
+        """Returns the node's slices, foreign ones too."""
+
+    async def create_container(self, request: node_service_pb2.CreateContainerRequest) -> node_pb2.Container:
+        """Makes a container and starts its command."""
+
+    async def stop_container(self, request: node_service_pb2.StopContainerRequest) -> node_pb2.Container:
+        """Ends a container's command."""
+
+    async def remove_container(self, request: node_service_pb2.RemoveContainerRequest) -> None:
+        """Removes a container."""
+
+    async def list_containers(self) -> list[node_pb2.Container]:
+        """Returns the node's containers."""
+
+    def read_logs(
+        self, owner: card_pb2.AttemptRef, offset: int, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        """Yields output of an attempt."""
+
+    def read_artifacts(
+        self, owner: card_pb2.AttemptRef, offset: int
+    ) -> AsyncGenerator[node_service_pb2.NodeServiceGetArtifactsResponse, None]:
+        """Yields the manifest of an attempt's artifacts, then the archive in chunks."""
+
+    def events(self, after_cursor: int) -> AsyncGenerator[node_pb2.NodeEvent, None]:
+        """Yields the node's events, live, for ever."""
+
+    async def close(self) -> None:
+        """Ends the connection."""
+
+
+class GrpcNodeClient:
+    """A node behind its gRPC address."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address)
+        self._stub = NodeServiceStub(self._channel)
+        self._closed = False
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        self._closed = True
+        await self._channel.close(None)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise Refusal.of(error) from error
+        except grpc.aio.UsageError as error:
+            raise _closed() from error
+        except asyncio.CancelledError as error:
+            # Closing a channel cancels its calls, which is not to cancel who made them.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise _closed() from error
+
+    async def inventory(self) -> node_pb2.NodeInventory:
+        """Returns what the node has."""
+        with self._refusals():
+            return (await self._stub.GetNode(node_service_pb2.GetNodeRequest(), timeout=_READ_S)).node
+
+    async def put_bundle(self, header: stream_pb2.BundleHeader, archive: Path) -> None:
+        """Gives the node a bundle, if it does not have it."""
+        with self._refusals():
+            await self._stub.PutBundle(_parts(header, archive), timeout=_UPLOAD_S)
+
+    async def create_slice(self, request: node_service_pb2.CreateSliceRequest) -> card_pb2.Slice:
+        """Cuts a slice."""
+        with self._refusals():
+            return (await self._stub.CreateSlice(request, timeout=_SLICE_S)).slice
+
+    async def destroy_slice(self, request: node_service_pb2.DestroySliceRequest) -> None:
+        """Destroys a slice."""
+        with self._refusals():
+            await self._stub.DestroySlice(request, timeout=_SLICE_S)
+
+    async def list_slices(self) -> list[card_pb2.Slice]:
+        """Returns the node's slices, foreign ones too."""
+        with self._refusals():
+            request = node_service_pb2.ListSlicesRequest(include_foreign=True)
+            return list((await self._stub.ListSlices(request, timeout=_READ_S)).slices)
+
+    async def create_container(self, request: node_service_pb2.CreateContainerRequest) -> node_pb2.Container:
+        """Makes a container and starts its command."""
+        with self._refusals():
+            return (await self._stub.CreateContainer(request, timeout=_CONTAINER_S)).container
+
+    async def stop_container(self, request: node_service_pb2.StopContainerRequest) -> node_pb2.Container:
+        """Ends a container's command."""
+        grace_s = seconds(request.grace) if request.HasField("grace") else _DEFAULT_GRACE_S
+        with self._refusals():
+            return (await self._stub.StopContainer(request, timeout=grace_s + _SLICE_S)).container
+
+    async def remove_container(self, request: node_service_pb2.RemoveContainerRequest) -> None:
+        """Removes a container."""
+        with self._refusals():
+            await self._stub.RemoveContainer(request, timeout=_SLICE_S)
+
+    async def list_containers(self) -> list[node_pb2.Container]:
+        """Returns the node's containers."""
+        with self._refusals():
+            request = node_service_pb2.ListContainersRequest()
+            return list((await self._stub.ListContainers(request, timeout=_READ_S)).containers)
+
+    async def read_logs(
+        self, owner: card_pb2.AttemptRef, offset: int, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        """Yields output of an attempt."""
+        request = node_service_pb2.NodeServiceReadLogsRequest(
+            owner=owner, offset=offset, tail_lines=tail_lines, follow=follow
+        )
+        with self._refusals():
+            async for response in self._stub.ReadLogs(request):
+                yield response.chunk
+
+    async def read_artifacts(
+        self, owner: card_pb2.AttemptRef, offset: int
+    ) -> AsyncGenerator[node_service_pb2.NodeServiceGetArtifactsResponse, None]:
+        """Yields the manifest of an attempt's artifacts, then the archive in chunks."""
+        request = node_service_pb2.NodeServiceGetArtifactsRequest(owner=owner, offset=offset)
+        with self._refusals():
+            async for response in self._stub.GetArtifacts(request):
+                yield response
+
+    async def events(self, after_cursor: int) -> AsyncGenerator[node_pb2.NodeEvent, None]:
+        """Yields the node's events, live, for ever."""
+        request = node_service_pb2.WatchEventsRequest(after_cursor=after_cursor)
+        with self._refusals():
+            async for response in self._stub.WatchEvents(request):
+                yield response.event
+
+
+async def _parts(
+    header: stream_pb2.BundleHeader, archive: Path
+) -> AsyncIterator[node_service_pb2.NodeServicePutBundleRequest]:
+    yield node_service_pb2.NodeServicePutBundleRequest(header=header)
+    for chunk in read_chunks(archive):
+        yield node_service_pb2.NodeServicePutBundleRequest(chunk=chunk)
+
+
+def _closed() -> Refusal:
+    return Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "the connection to the node was given up for a new one")

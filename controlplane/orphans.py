@@ -1,0 +1,81 @@
+"""What is left on a node of attempts that are over, and its removal."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable
+
+import structlog
+
+from controlplane.node_client import NodeClient, is_unreachable
+from controlplane.reservations import Reservations
+from controlplane.store import Store
+from puhui.rpc.errors import Refusal
+from puhui.v1 import card_pb2, node_pb2, node_service_pb2
+
+__all__ = ["remove_orphans"]
+
+_log = structlog.get_logger(__name__)
+
+
+async def remove_orphans(
+    client: NodeClient,
+    centre: str,
+    store: Store,
+    reservations: Reservations,
+    slices: Iterable[card_pb2.Slice],
+    containers: Iterable[node_pb2.Container],
+) -> None:
+    """Removes containers and slices of attempts of this centre that are over and hold no share.
+
+    What belongs to a job that this centre does not know is left alone: it may be somebody else's.
+
+    Raises:
+        Refusal: the node cannot be reached.
+    """
+    for container in containers:
+        owner = container.owner
+        if owner.centre == centre and await _over(owner, store, reservations):
+            _log.warning("removing an orphaned container", job=owner.job_id, attempt=owner.attempt)
+            await _tolerate(
+                client.remove_container(
+                    node_service_pb2.RemoveContainerRequest(
+                        owner=owner, discard_results=True, request_id=_request_id(owner, "remove-orphan")
+                    )
+                )
+            )
+    for piece in slices:
+        owner = piece.owner
+        if not piece.HasField("owner") or owner.centre != centre or not await _over(owner, store, reservations):
+            continue
+        _log.warning("destroying an orphaned slice", job=owner.job_id, attempt=owner.attempt, slice=piece.uuid)
+        await _tolerate(
+            client.destroy_slice(
+                node_service_pb2.DestroySliceRequest(
+                    owner=owner, slice_uuid=piece.uuid, request_id=_request_id(owner, "destroy-orphan")
+                )
+            )
+        )
+
+
+async def _over(owner: card_pb2.AttemptRef, store: Store, reservations: Reservations) -> bool:
+    if reservations.holds((owner.job_id, owner.attempt)):
+        return False
+    record = await store.job(owner.job_id)
+    if record is None:
+        return False
+    # An attempt that is being driven holds its share; the check above has seen to it.
+    return owner.attempt <= len(record.job.attempts)
+
+
+def _request_id(owner: card_pb2.AttemptRef, step: str) -> str:
+    return f"{owner.job_id}/{owner.attempt}/{step}"
+
+
+async def _tolerate(call: Awaitable[None]) -> None:
+    try:
+        await call
+    except Refusal as refusal:
+        if is_unreachable(refusal):
+            raise
+        # It is shown as held as long as it exists, and the next look tries again.
+        _log.warning("an orphan could not be removed", reason=refusal.reason, why=refusal.message)

@@ -1,0 +1,259 @@
+"""What jobs leave: logs and artifacts, on disk, for good.
+
+    RESULTS/<job>/<attempt>/log              frames of LogChunk messages, with their offsets, streams and times
+    RESULTS/<job>/<attempt>/log.index        (offset in the output, position in `log`), every 256 KiB
+    RESULTS/<job>/<attempt>/artifacts.tar.gz the archive, as the node made it
+    RESULTS/<job>/<attempt>/artifacts.pb     its ArtifactManifest
+
+A file has its final name only when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from puhui.v1 import stream_pb2
+
+__all__ = ["ArtifactWriter", "LogWriter", "Results"]
+
+_LENGTH = struct.Struct("<I")
+_INDEX = struct.Struct("<QQ")
+_INDEX_BYTES = 256 * 2**10
+
+
+class Results:
+    """The results of every job of a centre."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def folder(self, job_id: str, attempt: int) -> Path:
+        """Returns the folder of an attempt."""
+        return self._folder / job_id / str(attempt)
+
+    def write_log(self, job_id: str, attempt: int) -> LogWriter:
+        """Begins the log of an attempt anew.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        return LogWriter(self._made(job_id, attempt) / "log")
+
+    def write_artifacts(self, job_id: str, attempt: int) -> ArtifactWriter:
+        """Begins the artifacts of an attempt anew.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        return ArtifactWriter(self._made(job_id, attempt))
+
+    def _made(self, job_id: str, attempt: int) -> Path:
+        folder = self.folder(job_id, attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def log(self, job_id: str, attempt: int, offset: int = 0, tail_lines: int = 0) -> Iterator[stream_pb2.LogChunk]:
+        """Yields the output of an attempt from a byte offset on, or its last lines; nothing when there is no log."""
+        path = self.folder(job_id, attempt) / "log"
+        if not path.exists():
+            return
+        index = _read_index(path)
+        with path.open("rb") as file:
+            if tail_lines:
+                offset = _offset_of_tail(file, index, tail_lines)
+            file.seek(_position_of(index, offset))
+            for chunk in _frames(file):
+                end = chunk.offset + len(chunk.data)
+                if end <= offset:
+                    continue
+                if chunk.offset < offset:
+                    chunk.data = chunk.data[offset - chunk.offset :]
+                    chunk.offset = offset
+                yield chunk
+
+    def manifest(self, job_id: str, attempt: int) -> stream_pb2.ArtifactManifest | None:
+        """Returns what the artifact archive of an attempt holds; None when there is none."""
+        path = self.folder(job_id, attempt) / "artifacts.pb"
+        return stream_pb2.ArtifactManifest.FromString(path.read_bytes()) if path.exists() else None
+
+    def archive(self, job_id: str, attempt: int) -> Path:
+        """Returns the path of an attempt's artifact archive."""
+        return self.folder(job_id, attempt) / "artifacts.tar.gz"
+
+    def discard(self, job_id: str) -> None:
+        """Removes everything that a job left.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        shutil.rmtree(self._folder / job_id, ignore_errors=False)
+
+
+class _Durable:
+    """A file that gets its final name when all of it is on disk, or vanishes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._file: BinaryIO = self._partial.open("wb")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def keep(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+
+    def drop(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class LogWriter:
+    """Writes one log. Leave the block without `keep`, and there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = _Durable(path)
+        self._index = _Durable(path.with_name("log.index"))
+        self._position = 0
+        self._indexed = 0
+        self._kept = False
+        self.size_bytes = 0
+        """Bytes of output so far: the offset from which the next chunk is wanted."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._kept:
+            self._log.drop()
+            self._index.drop()
+
+    def write(self, chunk: stream_pb2.LogChunk) -> None:
+        """Appends a chunk; what of it is there already is left out.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        skip = self.size_bytes - chunk.offset
+        if skip > 0:
+            chunk = stream_pb2.LogChunk(
+                offset=self.size_bytes, data=chunk.data[skip:], stream=chunk.stream, time=chunk.time
+            )
+        if not chunk.data:
+            return
+        if chunk.offset >= self._indexed + _INDEX_BYTES:
+            self._index.write(_INDEX.pack(chunk.offset, self._position))
+            self._indexed = chunk.offset
+        body = chunk.SerializeToString()
+        self._log.write(_LENGTH.pack(len(body)) + body)
+        self._position += _LENGTH.size + len(body)
+        self.size_bytes = chunk.offset + len(chunk.data)
+
+    def keep(self) -> None:
+        """The log is whole: gives it its name.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._index.keep()
+        self._log.keep()
+        self._kept = True
+
+
+class ArtifactWriter:
+    """Writes one artifact archive and its manifest. Leave the block without `keep`, and there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._archive = _Durable(folder / "artifacts.tar.gz")
+        self._digest = hashlib.sha256()
+        self._kept = False
+        self.size_bytes = 0
+        """Bytes of archive so far: the offset from which the next chunk is wanted."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._kept:
+            self._archive.drop()
+
+    def write(self, chunk: bytes) -> None:
+        """Appends a chunk.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._archive.write(chunk)
+        self._digest.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def matches(self, manifest: stream_pb2.ArtifactManifest) -> bool:
+        """Returns whether what was written is what the manifest says."""
+        if not manifest.digest:
+            return self.size_bytes == 0
+        return self.size_bytes == manifest.size_bytes and "sha256:" + self._digest.hexdigest() == manifest.digest
+
+    def keep(self, manifest: stream_pb2.ArtifactManifest) -> None:
+        """The archive is whole: gives it its name.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        self._archive.keep()
+        words = _Durable(self._folder / "artifacts.pb")
+        words.write(manifest.SerializeToString())
+        words.keep()
+        self._kept = True
+
+
+def _frames(file: BinaryIO) -> Iterator[stream_pb2.LogChunk]:
+    while head := file.read(_LENGTH.size):
+        yield stream_pb2.LogChunk.FromString(file.read(_LENGTH.unpack(head)[0]))
+
+
+def _read_index(log: Path) -> list[tuple[int, int]]:
+    return [(0, 0), *_INDEX.iter_unpack(log.with_name("log.index").read_bytes())]
+
+
+def _position_of(index: list[tuple[int, int]], offset: int) -> int:
+    return index[bisect.bisect_right(index, (offset, 2**64)) - 1][1]
+
+
+def _offset_of_tail(file: BinaryIO, index: list[tuple[int, int]], lines: int) -> int:
+    """Returns the offset at which the last `lines` lines begin."""
+    file.seek(0, os.SEEK_END)
+    end_position = file.tell()
+    newlines: list[int] = []
+    last_end = 0
+    for _, position in reversed(index):
+        file.seek(position)
+        here: list[int] = []
+        for chunk in _frames_until(file, end_position):
+            here += [chunk.offset + at for at, byte in enumerate(chunk.data) if byte == 0x0A]
+            if not last_end or chunk.offset + len(chunk.data) > last_end:
+                last_end = chunk.offset + len(chunk.data)
+        newlines = here + newlines
+        end_position = position
+        # The newline that ends the last line begins no other.
+        starts = [at for at in newlines if at + 1 < last_end]
+        if len(starts) >= lines:
+            return starts[-lines] + 1
+    return 0
+
+
+def _frames_until(file: BinaryIO, end: int) -> Iterator[stream_pb2.LogChunk]:
+    while file.tell() < end:
+        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        yield stream_pb2.LogChunk.FromString(file.read(length))
