@@ -21,6 +21,8 @@ DOMAIN = "puhui"
 """Domain of every ErrorInfo."""
 
 _UNKNOWN_REASON = "UNKNOWN"
+_MOST_MESSAGE = 1000  # bytes
+_MOST_VALUE = 200
 
 
 class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
@@ -55,7 +57,10 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
 
     def status(self) -> status_pb2.Status:
         """Returns the google.rpc.Status that carries this refusal."""
-        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
+        # All of it travels in HTTP/2 trailers, of which peers take 8 KiB.
+        message = _shortened(self.message, _MOST_MESSAGE)
+        metadata = {key: _shortened(value, _MOST_VALUE) for key, value in self.metadata.items()}
+        info = error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=metadata)
         details = [any_pb2.Any()]
         details[0].Pack(info)
         if self.retry_after_s is not None:
@@ -63,7 +68,7 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
             delay.FromMilliseconds(int(self.retry_after_s * 1000))
             details.append(any_pb2.Any())
             details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-        return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=self.message, details=details)
+        return status_pb2.Status(code=code_pb2.Code.Value(self.code.name), message=message, details=details)
 
     @classmethod
     def of(cls, error: grpc.RpcError) -> Refusal:
@@ -76,12 +81,21 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
         call: Any = error
         code: grpc.StatusCode = call.code() if hasattr(call, "code") else grpc.StatusCode.UNKNOWN
         text: str = (call.details() if hasattr(call, "details") else str(error)) or ""
+        refusal = cls(code, _UNKNOWN_REASON, text)
         status = _status_of(call)
         for detail in status.details if status is not None else ():
-            info = error_details_pb2.ErrorInfo()
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
             if detail.Unpack(info) and info.domain == DOMAIN:
-                return cls(code, info.reason, text, **dict(info.metadata))
-        return cls(code, _UNKNOWN_REASON, text)
+                refusal.reason, refusal.metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(retry):
+                refusal.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+        return refusal
+
+
+def _shortened(text: str, most: int) -> str:
+    # Text from a file name may hold what no protobuf string may.
+    data = text.encode(errors="replace")
+    return data.decode() if len(data) <= most else data[: most - 3].decode(errors="ignore") + "…"
 
 
 def _status_of(call: Any) -> status_pb2.Status | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -75,7 +76,7 @@ class Upload:
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
-            os.fsync(file.fileno())
+            await asyncio.to_thread(os.fsync, file.fileno())  # half a GiB takes seconds, and others wait
         if received < self.size_bytes:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
