@@ -244,7 +244,7 @@ def collate(value: Value, batch: int | None) -> Value:
     """What the default collate function makes of ``batch`` samples like ``value``."""
     if isinstance(value, Tensor):
         return tensor_of((batch, *value.shape), value.dtype)
-    if isinstance(value, bool) or isinstance(value, int):
+    if isinstance(value, (bool, int)):
         return tensor_of((batch,), "int64")
     if isinstance(value, float):
         return tensor_of((batch,), "float64")

@@ -16,7 +16,7 @@ DATASETS: Final[dict[str, tuple[int, int | None]]] = {
     "OxfordIIITPet": (3, None), "Flowers102": (3, None), "CelebA": (3, None),
     "StanfordCars": (3, None), "Caltech101": (3, None), "Places365": (3, 256),
 }  # fmt: skip
-_SIZING: Final = frozenset("Resize RandomResizedCrop CenterCrop RandomCrop FiveCrop".split())
+_SIZING: Final = frozenset(["Resize", "RandomResizedCrop", "CenterCrop", "RandomCrop", "FiveCrop"])
 
 
 def image_size(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:

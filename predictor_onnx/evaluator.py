@@ -142,9 +142,7 @@ class Evaluator(Expressions):
         if node.value is not None:
             self.bind(node.target, self.expr(node.value, scope), scope)
         if isinstance(node.target, ast.Name):
-            scope.names.setdefault("__annotations__", {})[node.target.id] = self.expr(
-                node.annotation, scope
-            )
+            scope.names.setdefault("__annotations__", {})[node.target.id] = self.expr(node.annotation, scope)
 
     def _aug_assign(self, node: ast.AugAssign, scope: Scope) -> None:
         current = self.expr(node.target, scope)
@@ -332,9 +330,7 @@ class Evaluator(Expressions):
         owner = scope.names.get("__class__")
         return Record("super", {"self": scope.names.get("__self__"), "class": owner})
 
-    def invoke(
-        self, function: Function, args: list[Value], kwargs: dict[str, Value], owner: Value = None
-    ) -> Value:
+    def invoke(self, function: Function, args: list[Value], kwargs: dict[str, Value], owner: Value = None) -> Value:
         """Call a function of the submitted code."""
         if self._calls >= _DEEPEST_CALL:
             return UNKNOWN
@@ -399,12 +395,8 @@ class Evaluator(Expressions):
             return self._run_model(target, args, kwargs)
         if isinstance(target, External):
             if target.path in builtins_.FUNCTIONS:
-                return self._guarded(
-                    lambda a, k: builtins_.FUNCTIONS[target.path](self, a, k), args, kwargs
-                )
-            return self._guarded(
-                lambda a, k: self.library.call(target.path, a, k), args, kwargs
-            )
+                return self._guarded(lambda a, k: builtins_.FUNCTIONS[target.path](self, a, k), args, kwargs)
+            return self._guarded(lambda a, k: self.library.call(target.path, a, k), args, kwargs)
         return UNKNOWN
 
     def _guarded(
@@ -445,9 +437,7 @@ class Evaluator(Expressions):
         self.rec.forward_depth += 1
         try:
             if isinstance(model, Layer):
-                return self._guarded(
-                    lambda a, k: objects.run_layer(self, model, a, k), args, kwargs
-                )
+                return self._guarded(lambda a, k: objects.run_layer(self, model, a, k), args, kwargs)
             forward = objects.class_member(model.cls, "forward")
             if isinstance(forward, Function):
                 return self.invoke(forward, [model, *args], kwargs, model)

@@ -36,9 +36,36 @@ STRUCTURE: Final = (
 FEATURES: Final = PHYSICS + STRUCTURE
 
 _ACCELERATED: Final = frozenset(
-    "torch tensorflow jax flax keras cupy pycuda numba mxnet paddle mindspore transformers timm"
-    " lightning pytorch_lightning accelerate diffusers vllm sentence_transformers xgboost cudf cuml"
-    " triton deepspeed ultralytics fastai onnxruntime tinygrad".split()
+    [
+        "torch",
+        "tensorflow",
+        "jax",
+        "flax",
+        "keras",
+        "cupy",
+        "pycuda",
+        "numba",
+        "mxnet",
+        "paddle",
+        "mindspore",
+        "transformers",
+        "timm",
+        "lightning",
+        "pytorch_lightning",
+        "accelerate",
+        "diffusers",
+        "vllm",
+        "sentence_transformers",
+        "xgboost",
+        "cudf",
+        "cuml",
+        "triton",
+        "deepspeed",
+        "ultralytics",
+        "fastai",
+        "onnxruntime",
+        "tinygrad",
+    ]
 )
 
 
@@ -157,7 +184,7 @@ def _weight(model: Value) -> float:
 
 def _main_model(ev: Evaluator) -> Value:
     """The heaviest network of the program."""
-    return max(ev.models, key=_weight, default=None)
+    return max(ev.models, key=lambda m: (_weight(m), isinstance(m, Instance)), default=None)
 
 
 def _roots(ev: Evaluator) -> list[Tensor]:

@@ -211,9 +211,7 @@ def _recurrent(gates: int) -> Forward:
     return run
 
 
-def _self_attention(
-    ctx: Context, layer: Layer, q: Tensor, k: Tensor, *, weights: bool
-) -> Tensor:
+def _self_attention(ctx: Context, layer: Layer, q: Tensor, k: Tensor, *, weights: bool) -> Tensor:
     width = q.shape[-1]
     rec = ctx.rec
     dtype = rec.compute_dtype(q, half=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import arguments, catalog, layers, objects, ops, tensors, transformer_config
+from predictor_onnx import catalog, layers, objects, ops, tensors, transformer_config
 from predictor_onnx.arguments import Option, Parser
 from predictor_onnx.datasets import DATASETS, dataset, image_size
 from predictor_onnx.values import (
     UNKNOWN,
     External,
     Function,
-    Layer,
     Loader,
     Native,
     Optimizer,
@@ -22,7 +20,6 @@ from predictor_onnx.values import (
     Tensor,
     Value,
     is_module,
-    parameters,
     tensor_of,
 )
 
@@ -39,12 +36,28 @@ OPTIMIZER_STATES: Final[dict[str, float]] = {
     "ASGD": 1.0, "Rprop": 2.0, "LBFGS": 10.0, "Adafactor": 0.05, "SparseAdam": 2.0,
     "Adam8bit": 0.5, "AdamW8bit": 0.5, "PagedAdamW8bit": 0.0, "FusedAdam": 2.0,
 }  # fmt: skip
-_TRUE: Final = frozenset("torch.cuda.is_available torch.cuda.is_bf16_supported".split())
+_TRUE: Final = frozenset(["torch.cuda.is_available", "torch.cuda.is_bf16_supported"])
 _WRAPPERS: Final = frozenset(
-    "compile DataParallel DistributedDataParallel DDP tqdm trange to_device deepcopy script"
-    " FullyShardedDataParallel FSDP cast field_validator weight_norm spectral_norm cycle".split()
+    [
+        "compile",
+        "DataParallel",
+        "DistributedDataParallel",
+        "DDP",
+        "tqdm",
+        "trange",
+        "to_device",
+        "deepcopy",
+        "script",
+        "FullyShardedDataParallel",
+        "FSDP",
+        "cast",
+        "field_validator",
+        "weight_norm",
+        "spectral_norm",
+        "cycle",
+    ]
 )
-_GRAD_OFF: Final = frozenset("no_grad inference_mode".split())
+_GRAD_OFF: Final = frozenset(["no_grad", "inference_mode"])
 
 
 class Library:
@@ -185,7 +198,7 @@ class Library:
     def _optimizer(self, name: str, kwargs: Kwargs) -> Value:
         states = OPTIMIZER_STATES[name]
         momentum = kwargs.get("momentum", 0)
-        if name in {"SGD", "RMSprop"} and momentum not in {0, 0.0}:
+        if name in {"SGD", "RMSprop"} and momentum != 0:
             states += 1
         if kwargs.get("amsgrad") is True:
             states += 1
@@ -195,8 +208,7 @@ class Library:
     def _checkpoint(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         inner = args[1:]
         with self.ev.rec.recomputed([arg for arg in inner if isinstance(arg, Tensor)]):
-            out = self.ev.call(args[0], inner, {})
-        return out
+            return self.ev.call(args[0], inner, {})
 
     def _checkpoint_sequential(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         return self._checkpoint(path, [args[0], *args[2:3]], kwargs)
@@ -399,17 +411,3 @@ def transformer_layers_kinds() -> frozenset[str]:
     from predictor_onnx import transformer_layers
 
     return transformer_layers.KINDS | frozenset({"MultiheadAttention"})
-
-
-def trained_elements(models: list[Value]) -> float:
-    """Weights that get a gradient, each once."""
-    found = {id(w.storage): w for model in models for w in parameters(model) if w.grad}
-    return float(sum(w.numel or 0 for w in found.values()))
-
-
-def is_constant(node: ast.AST) -> bool:
-    """Whether a node is a literal."""
-    return isinstance(node, ast.Constant)
-
-
-__all__ = ["OPTIMIZER_STATES", "Layer", "Library", "arguments", "trained_elements"]

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 
 from predictor_onnx.errors import ModelUnavailableError
-from predictor_onnx.features import FEATURES
+from predictor_onnx.features import FEATURES, PHYSICS, STRUCTURE
 
 PATH: Final = Path(__file__).with_name("memory.onnx")
 
@@ -50,23 +50,30 @@ class MemoryModel:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(
-                content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # noqa: BLE001 - onnxruntime's errors share no public base class
-            raise ModelUnavailableError(
-                f"the model {self.path.name} is not a usable ONNX file; {again}"
-            ) from error
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelUnavailableError(f"the model {self.path.name} is not a usable ONNX file; {again}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("features", "").split(",") != list(FEATURES):
-            raise ModelUnavailableError(
-                f"the model {self.path.name} was trained on other features; {again}"
-            )
+            raise ModelUnavailableError(f"the model {self.path.name} was trained on other features; {again}")
         #: Hash of the file, first 12 hex digits.
         self.version = hashlib.sha256(content).hexdigest()[:12]
         population = [float(value) for value in metadata["population_mib"].split(",")]
         #: p50, p90, p99 of measured peak memory over the training configurations, in MiB.
         self.population = (population[0], population[1], population[2])
+
+        self._lowest = [float(value) for value in metadata["lowest"].split(",")]
+        self._highest = [float(value) for value in metadata["highest"].split(",")]
+
+    def outside(self, vector: list[float]) -> list[str]:
+        """Structural features beyond anything in training, by name; a twentieth of range is forgiven."""
+        found = []
+        shape = vector[len(PHYSICS) :]
+        for name, value, low, high in zip(STRUCTURE, shape, self._lowest, self._highest, strict=True):
+            slack = 0.05 * (high - low)
+            if not low - slack <= value <= high + slack:
+                found.append(name)
+        return found
 
     def estimate(self, vector: list[float]) -> Estimate:
         """Quantiles for one feature vector, in the order of ``FEATURES``."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import arguments, catalog, layers, ops, tensors, transformer_layers
+from predictor_onnx import arguments, catalog, layers, modules, tensors, transformer_layers
 from predictor_onnx.builtins_ import collate
 from predictor_onnx.values import (
     UNKNOWN,
@@ -23,7 +22,6 @@ from predictor_onnx.values import (
     Tensor,
     Value,
     is_module,
-    parameters,
     tensor_of,
 )
 
@@ -209,7 +207,7 @@ def _instance_attribute(ev: Evaluator, owner: Instance, name: str) -> Value:
         return Bound(found, owner.cls if found.class_method else owner)
     if found is not UNKNOWN:
         return found
-    return module_method(ev, owner, name) if owner.is_module else UNKNOWN
+    return modules.method(ev, owner, name) if owner.is_module else UNKNOWN
 
 
 def _layer_attribute(ev: Evaluator, owner: Layer, name: str) -> Value:
@@ -218,7 +216,7 @@ def _layer_attribute(ev: Evaluator, owner: Layer, name: str) -> Value:
             return table[name]
     if name == "bias":
         return None
-    return module_method(ev, owner, name)
+    return modules.method(ev, owner, name)
 
 
 def _record_attribute(ev: Evaluator, owner: Record, name: str) -> Value:
@@ -240,7 +238,7 @@ def _super_attribute(ev: Evaluator, owner: Record, name: str) -> Value:
         return Native(name, lambda args, kwargs: _base_init(ev, this, args))
     if name == "forward" and this.container is not None:
         return this.container
-    return module_method(ev, this, name) if this.is_module else UNKNOWN
+    return modules.method(ev, this, name) if this.is_module else UNKNOWN
 
 
 def _base_init(ev: Evaluator, this: Instance, args: list[Value]) -> Value:
@@ -288,91 +286,6 @@ def run_layer(ev: Evaluator, layer: Layer, args: list[Value], kwargs: Kwargs) ->
     return layers.forward(ev, layer, args)
 
 
-def module_method(ev: Evaluator, module: Value, name: str) -> Value:
-    """A method that every ``nn.Module`` has."""
-
-    def convert(dtype: str) -> Value:
-        for weight in parameters(module):
-            weight.storage.nbytes *= ops.DTYPE_BYTES[dtype] / ops.DTYPE_BYTES[weight.dtype]
-            weight.dtype = dtype
-        return module
-
-    def to(args: list[Value], kwargs: Kwargs) -> Value:
-        for arg in (*args, *kwargs.values()):
-            dtype = ops.dtype_of(arg, "")
-            if dtype in ops.FLOAT_DTYPES and isinstance(arg, External):
-                convert(dtype)
-        return module
-
-    def freeze(args: list[Value], kwargs: Kwargs) -> Value:
-        wanted = (args[0] if args else kwargs.get("requires_grad", True)) is not False
-        for weight in parameters(module):
-            weight.grad = wanted
-        return module
-
-    def set_member(args: list[Value], kwargs: Kwargs) -> Value:
-        set_attribute(ev, module, args[0], args[1])
-        return None
-
-    def modules(args: list[Value], kwargs: Kwargs) -> Value:
-        return all_modules(module)
-
-    def extend(args: list[Value], kwargs: Kwargs) -> Value:
-        target = module.container if isinstance(module, Instance) else module
-        for child in args if name == "append" else ev.iterate(args[0]) or []:
-            target.children[str(len(target.children))] = child
-        return module
-
-    def checkpointing(args: list[Value], kwargs: Kwargs) -> Value:
-        ev.rec.checkpointing = True
-        for inner in all_modules(module):
-            if isinstance(inner, Layer):
-                inner.hyper["checkpointing"] = True
-        return None
-
-    def train(args: list[Value], kwargs: Kwargs) -> Value:
-        training = name == "train" and (not args or args[0] is not False)
-        for inner in all_modules(module):
-            if isinstance(inner, Layer):
-                inner.hyper["training"] = training
-        return module
-
-    def named(args: list[Value], kwargs: Kwargs) -> Value:
-        return [(f"weight{i}", weight) for i, weight in enumerate(parameters(module))]
-
-    table: dict[str, Callable[[list[Value], Kwargs], Value]] = {
-        "parameters": lambda a, k: parameters(module), "named_parameters": named, "to": to,
-        "cuda": lambda a, k: module, "cpu": lambda a, k: module, "train": train, "eval": train,
-        "apply": lambda a, k: module, "compile": lambda a, k: module,
-        "half": lambda a, k: convert("float16"), "bfloat16": lambda a, k: convert("bfloat16"),
-        "float": lambda a, k: convert("float32"), "requires_grad_": freeze,
-        "register_buffer": set_member, "register_parameter": set_member, "add_module": set_member,
-        "register_module": set_member, "modules": modules, "children": modules,
-        "append": extend, "extend": extend, "gradient_checkpointing_enable": checkpointing,
-        "set_grad_checkpointing": checkpointing,
-        "forward": lambda a, k: ev.call(module, a, k),
-        "generate": lambda a, k: _generate(ev, module, a, k),
-    }  # fmt: skip
-    return Native(name, table[name]) if name in table else UNKNOWN
-
-
-def _generate(ev: Evaluator, module: Value, args: list[Value], kwargs: Kwargs) -> Value:
-    with ev.rec.without_grad():
-        ev.call(module, args, {k: v for k, v in kwargs.items() if isinstance(v, Tensor)})
-    return UNKNOWN
-
-
-def all_modules(module: Value) -> list[Value]:
-    """``module`` and everything inside it."""
-    found: list[Value] = [module]
-    for item in found:
-        inner = item.children.values() if isinstance(item, Layer) else item.attrs.values()
-        found += [value for value in inner if is_module(value) and value not in found]
-        if isinstance(item, Instance) and item.container is not None:
-            found += [v for v in item.container.children.values() if v not in found]
-    return found
-
-
 def set_attribute(ev: Evaluator, owner: Value, name: Value, value: Value) -> None:
     """``owner.name = value``."""
     if not isinstance(name, str):
@@ -394,10 +307,12 @@ def set_attribute(ev: Evaluator, owner: Value, name: Value, value: Value) -> Non
 
 def set_item(owner: Value, key: Value, value: Value) -> None:
     """``owner[key] = value``."""
-    if isinstance(owner, dict) and isinstance(key, (str, int, float, bool)):
-        owner[key] = value
-    elif isinstance(owner, list) and isinstance(key, int) and -len(owner) <= key < len(owner):
-        owner[key] = value
+    if isinstance(owner, dict):
+        if isinstance(key, (str, int, float, bool)):
+            owner[key] = value
+    elif isinstance(owner, list):
+        if isinstance(key, int) and -len(owner) <= key < len(owner):
+            owner[key] = value
     elif isinstance(owner, Layer) and is_module(value):
         keys = list(owner.children)
         known = isinstance(key, int) and -len(keys) <= key < len(keys)
@@ -416,7 +331,9 @@ def item(ev: Evaluator, owner: Value, key: Value) -> Value:
         sample = item(ev, owner.sample, 0)
         return sample if owner.batched else collate(sample, batch)
     if isinstance(owner, (list, tuple, str, range)):
-        known = (isinstance(key, slice) and key.stop is not UNKNOWN) or (isinstance(key, int) and -len(owner) <= key < len(owner))
+        known = (isinstance(key, slice) and key.stop is not UNKNOWN) or (
+            isinstance(key, int) and -len(owner) <= key < len(owner)
+        )
         return owner[key] if known else UNKNOWN
     if isinstance(owner, dict):
         return owner.get(key, UNKNOWN) if isinstance(key, (str, int, float, External)) else UNKNOWN
@@ -468,8 +385,3 @@ def iterate(ev: Evaluator, value: Value) -> list[Value] | None:
     if isinstance(value, Record) and value.kind in {"TensorDataset", "Subset", "ImageDataset"}:
         return [item(ev, value, 0)]
     return None
-
-
-def is_function_node(node: ast.AST) -> bool:
-    """Whether a node defines a function."""
-    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))

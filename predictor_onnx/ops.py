@@ -34,22 +34,99 @@ Kwargs = dict[str, Value]
 Op = Callable[[Context, list[Value], Kwargs], Value]
 
 _KEEP_OUTPUT: Final = frozenset(
-    "relu relu_ sigmoid tanh exp softmax log_softmax sqrt rsqrt selu elu reciprocal relu6"
-    " hardtanh softmin".split()
+    [
+        "relu",
+        "relu_",
+        "sigmoid",
+        "tanh",
+        "exp",
+        "softmax",
+        "log_softmax",
+        "sqrt",
+        "rsqrt",
+        "selu",
+        "elu",
+        "reciprocal",
+        "relu6",
+        "hardtanh",
+        "softmin",
+    ]
 )
 _KEEP_INPUT: Final = frozenset(
-    "gelu silu mish softplus leaky_relu hardswish hardsigmoid pow square abs log log2 log1p sin cos"
-    " logsigmoid clamp clip prelu erf celu swish hardshrink softsign tan atan glu rad2deg"
-    " cumsum cumprod sort normalize norm logsumexp var std layer_norm_free".split()
+    [
+        "gelu",
+        "silu",
+        "mish",
+        "softplus",
+        "leaky_relu",
+        "hardswish",
+        "hardsigmoid",
+        "pow",
+        "square",
+        "abs",
+        "log",
+        "log2",
+        "log1p",
+        "sin",
+        "cos",
+        "logsigmoid",
+        "clamp",
+        "clip",
+        "prelu",
+        "erf",
+        "celu",
+        "swish",
+        "hardshrink",
+        "softsign",
+        "tan",
+        "atan",
+        "glu",
+        "rad2deg",
+        "cumsum",
+        "cumprod",
+        "sort",
+        "normalize",
+        "norm",
+        "logsumexp",
+        "var",
+        "std",
+        "layer_norm_free",
+    ]
 )
 _KEEP_NOTHING: Final = frozenset(
-    "neg round floor ceil sign flip roll clone repeat_interleave zero_ fill_ masked_fill"
-    " nan_to_num zeros_like ones_like randn_like rand_like empty_like full_like".split()
+    [
+        "neg",
+        "round",
+        "floor",
+        "ceil",
+        "sign",
+        "flip",
+        "roll",
+        "clone",
+        "repeat_interleave",
+        "zero_",
+        "fill_",
+        "masked_fill",
+        "nan_to_num",
+        "zeros_like",
+        "ones_like",
+        "randn_like",
+        "rand_like",
+        "empty_like",
+        "full_like",
+    ]
 )
-_REDUCTIONS: Final = frozenset("mean sum max min amax amin argmax argmin any all prod".split())
+_REDUCTIONS: Final = frozenset(["mean", "sum", "max", "min", "amax", "amin", "argmax", "argmin", "any", "all", "prod"])
 _LOSSES: Final = frozenset(
-    "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy"
-    " binary_cross_entropy_with_logits kl_div".split()
+    [
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+        "kl_div",
+    ]
 )
 
 
@@ -416,10 +493,10 @@ def _mean_all(ctx: Context, args: list[Value], kwargs: Kwargs) -> Value:
 
 OPS: Final[dict[str, Op]] = {
     **{name: unary(name) for name in _KEEP_OUTPUT | _KEEP_INPUT | _KEEP_NOTHING},
-    **{name: _reduce for name in _REDUCTIONS},
+    **dict.fromkeys(_REDUCTIONS, _reduce),
     **{name: binary(name) for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "gt", "le",
                                        "ge", "maximum", "minimum", "add_", "mul_")},
-    **{name: _loss for name in _LOSSES},
+    **dict.fromkeys(_LOSSES, _loss),
     "max": _extreme, "min": _extreme,
     "matmul": matmul, "bmm": matmul, "mm": matmul, "baddbmm": matmul,
     "scaled_dot_product_attention": attention,

@@ -11,8 +11,8 @@ from predictor_onnx.model import Estimate, MemoryModel
 from predictor_onnx.prediction import Prediction, Request, Tier
 from predictor_onnx.source import CodeBundle
 
-#: Each size that had to be guessed from names widens the answer: p90 by this share, p99 by twice it.
-#: Not learnt: no measured configuration comes with code that hides its sizes.
+#: Each size that had to be guessed from names, and an architecture beyond anything measured, widens the
+#: answer: p90 by this share, p99 by twice it. A judgement, not learnt: nothing measured is like that.
 _GUESS_WIDTH: Final = 0.25
 
 
@@ -49,13 +49,15 @@ class Predictor:
     def _known(self, work: Workload, request: Request, code: CodeBundle) -> Prediction:
         estimate = self._model.estimate(work.vector())
         p50, p90, p99 = estimate.quantiles
-        guesses = min(work.guesses, 2) + (2 if work.unknown_models or work.stopped_early else 0)
+        outside = self._model.outside(work.vector())
+        guesses = min(work.guesses, 2) + min(len(outside), 1) + (2 if work.unknown_models or work.stopped_early else 0)
         p90 *= 1 + _GUESS_WIDTH * min(guesses, 3)
         p99 *= 1 + 2 * _GUESS_WIDTH * min(guesses, 3)
         tier = Tier.STATIC_NAMED if "/" in work.model_name else Tier.STATIC_LAYERS
         return Prediction(
             p50, p90, p99, tier, _sentence(work, p50, p90), _breakdown(work, estimate),
-            {**_drivers(work), "data_bytes": code.data_bytes + request.input_bytes},
+            {**_drivers(work), "data_bytes": code.data_bytes + request.input_bytes,
+             "beyond_training": bool(outside)},
             self._model.version, work.notes,
         )  # fmt: skip
 

@@ -76,9 +76,7 @@ def pair(value: Value, width: int = 2) -> tuple[int, ...] | None:
     return None
 
 
-def windowed(
-    size: int | None, kernel: int, stride: int, padding: int, dilation: int = 1
-) -> int | None:
+def windowed(size: int | None, kernel: int, stride: int, padding: int, dilation: int = 1) -> int | None:
     """Output size of a convolution or pooling along one dimension."""
     if size is None:
         return None
@@ -99,6 +97,5 @@ def windowed_all(
                      for s, t in zip(spatial, strides, strict=True))  # fmt: skip
     paddings = pair(padding, width) or (0,) * width
     return tuple(
-        windowed(s, k, t, p, d)
-        for s, k, t, p, d in zip(spatial, kernels, strides, paddings, dilations, strict=True)
+        windowed(s, k, t, p, d) for s, k, t, p, d in zip(spatial, kernels, strides, paddings, dilations, strict=True)
     )

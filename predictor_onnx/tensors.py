@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from predictor_onnx import ops
 from predictor_onnx.shapes import Shape, size_or_none, sizes
 from predictor_onnx.values import (
+    FLOAT_DTYPES,
     UNKNOWN,
     External,
     Native,
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 
 Kwargs = dict[str, Value]
 
-_SIZED: Final = frozenset("randn rand zeros ones empty normal full standard_normal random".split())
-_LIKE: Final = frozenset("randn_like rand_like zeros_like ones_like empty_like full_like".split())
+_SIZED: Final = frozenset(["randn", "rand", "zeros", "ones", "empty", "normal", "full", "standard_normal", "random"])
+_LIKE: Final = frozenset(["randn_like", "rand_like", "zeros_like", "ones_like", "empty_like", "full_like"])
 CREATORS: Final = _SIZED | frozenset(
-    "randint arange linspace eye tensor as_tensor from_numpy array asarray randperm".split()
+    ["randint", "arange", "linspace", "eye", "tensor", "as_tensor", "from_numpy", "array", "asarray", "randperm"]
 )
-_SAME: Final = frozenset("requires_grad_ retain_grad share_memory_ pin_memory numpy copy_ normal_"
-                         " uniform_ data_ cpu".split())  # fmt: skip
+_SAME: Final = frozenset(
+    ("requires_grad_", "retain_grad", "share_memory_", "pin_memory", "numpy", "copy_", "normal_",
+     "uniform_", "cpu")
+)  # fmt: skip
 _CASTS: Final = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "long": "int64",
                  "int": "int32", "double": "float64", "bool": "bool", "byte": "uint8"}  # fmt: skip
 _ALIASES: Final = {"__add__": "add", "softmax_": "softmax", "dot": "matmul", "size_": "size"}
@@ -154,7 +157,7 @@ def _measure(ev: Evaluator, tensor: Tensor, name: str, args: list[Value]) -> Val
 
 
 def _cast(ev: Evaluator, tensor: Tensor, dtype: str) -> Tensor:
-    if tensor.dtype in ops.FLOAT_DTYPES and dtype in ops.FLOAT_DTYPES:
+    if tensor.dtype in FLOAT_DTYPES and dtype in FLOAT_DTYPES:
         return ev.rec.cast(tensor, dtype)
     return tensor_of(tensor.shape, dtype)
 

@@ -71,9 +71,7 @@ def parameter_count(values: dict[str, Value], family: str, *, head: bool) -> int
     if family in {"Bert", "Roberta"}:
         total += 2 * h if family == "Bert" else h
         total += 0 if head else h * h + h  # the pooler
-    tied = values.get("tie_word_embeddings", tied) is not False and (
-        tied or values.get("tie_word_embeddings") is True
-    )
+    tied = values.get("tie_word_embeddings", tied) is not False and (tied or values.get("tie_word_embeddings") is True)
     return total + (0 if tied or not head else f["vocabulary"] * h)
 
 

@@ -37,9 +37,7 @@ def _block(settings: Kwargs, *, decoder: bool) -> Layer:
 def _stack(block: Layer, count: Value, kind: str) -> Layer:
     number = min(size_or_none(count) or 1, _MOST_LAYERS)
     decoder = block.kind == "TransformerDecoderLayer"
-    blocks: dict[str, Value] = {
-        str(i): _block(dict(block.hyper), decoder=decoder) for i in range(number)
-    }
+    blocks: dict[str, Value] = {str(i): _block(dict(block.hyper), decoder=decoder) for i in range(number)}
     return Layer(kind, children=blocks)
 
 

@@ -67,7 +67,9 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     x, y = _matrix(training)
     fitted = fit(x, y, _weights(training), [row.family for row in training], seed)
     path = output / "memory.onnx"
-    export.write(fitted, _population([row for row in rows if row.family not in held]), path)
+    population = _population([row for row in rows if row.family not in held])
+    shape = x[:, len(PHYSICS) :]
+    export.write(fitted, population, (shape.min(axis=0), shape.max(axis=0)), path)
     _say("evaluating the exported model on the held-out families")
     model = MemoryModel(path)
     unseen = [row for row in rows if row.family in held]

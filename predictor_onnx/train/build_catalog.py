@@ -118,7 +118,7 @@ def _without_weights(builder: Any) -> Callable[[], torch.nn.Module]:
         wanted["weights_backbone"] = None
     if "init_weights" in inspect.signature(builder).parameters:
         wanted["init_weights"] = False
-    return lambda: builder(**wanted)  # type: ignore[no-any-return]
+    return lambda: builder(**wanted)
 
 
 def _transformers() -> Iterator[tuple[str, Callable[[], Entry]]]:
@@ -136,9 +136,7 @@ def _transformers() -> Iterator[tuple[str, Callable[[], Entry]]]:
             found = {**_weights(model), "architecture": model_name}
             if kind == "image":
                 size = (3, 224, 224)
-                trace = trace_forward(
-                    model, lambda m: m(pixel_values=torch.empty(_BATCH, *size, device="meta"))
-                )
+                trace = trace_forward(model, lambda m: m(pixel_values=torch.empty(_BATCH, *size, device="meta")))
                 return {**found, "input": list(size), **_sizes(trace)}
             found["vocabulary"] = int(config.vocab_size)
             for length in _SEQUENCES:
@@ -153,9 +151,9 @@ def _text_call(kind: str, length: int) -> Callable[[torch.nn.Module], object]:
     tokens = torch.zeros(_BATCH, length, dtype=torch.long, device="meta")
     more = {"decoder_input_ids": tokens} if kind == "text-to-text" else {}
     # A cache keeps keys and values that a training step does not keep.
-    return lambda model: model(input_ids=tokens, use_cache=False, **more) if _takes_cache(
-        model
-    ) else model(input_ids=tokens, **more)
+    return lambda model: (
+        model(input_ids=tokens, use_cache=False, **more) if _takes_cache(model) else model(input_ids=tokens, **more)
+    )
 
 
 def _takes_cache(model: torch.nn.Module) -> bool:

@@ -8,6 +8,7 @@ import gzip
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -111,7 +112,7 @@ def read_timm(path: Path) -> tuple[list[Row], Counter[str]]:
 def _grows(points: list[tuple[int, float]]) -> bool:
     """Whether memory follows the batch; where it does not, the run had failed."""
     values = [measured for _, measured in points]
-    steps = zip(values, values[1:], strict=False)
+    steps = pairwise(values)
     return all(after >= 0.98 * before for before, after in steps) and values[-1] > 1.02 * values[0]
 
 

@@ -12,7 +12,7 @@ from onnxmltools import convert_lightgbm
 from onnxmltools.convert.common.data_types import FloatTensorType
 
 from predictor_onnx.features import FEATURES, PHYSICS
-from predictor_onnx.train.fit import LARGEST_CORRECTION, Fitted
+from predictor_onnx.train.fit import LARGEST_CORRECTION, Array, Fitted
 
 _OPSET: Final = 17
 #: The newest that onnxmltools writes; only its tree node is taken, which is in ai.onnx.ml.
@@ -55,7 +55,7 @@ class _Graph:
         return name
 
 
-def graph_of(fitted: Fitted, population: list[float]) -> Any:
+def graph_of(fitted: Fitted, population: list[float], reach: tuple[Array, Array]) -> Any:
     """The ONNX model; inputs and outputs are described in ``predictor_onnx.model``."""
     g, physics = _Graph(), fitted.physics
     split = len(PHYSICS)
@@ -99,12 +99,21 @@ def graph_of(fitted: Fitted, population: list[float]) -> Any:
     model.ir_version = 9
     helper.set_model_props(model, {
         "features": ",".join(FEATURES),
+        "lowest": ",".join(f"{value:.6g}" for value in reach[0]),
+        "highest": ",".join(f"{value:.6g}" for value in reach[1]),
         "population_mib": ",".join(f"{value:.1f}" for value in population),
     })  # fmt: skip
     onnx.checker.check_model(model)
     return model
 
 
-def write(fitted: Fitted, population: list[float], path: Path) -> None:
-    """Write the ONNX file; the same fit gives the same bytes."""
-    path.write_bytes(graph_of(fitted, population).SerializeToString(deterministic=True))
+def write(fitted: Fitted, population: list[float], reach: tuple[Array, Array], path: Path) -> None:
+    """Write the ONNX file; the same fit gives the same bytes.
+
+    Args:
+        fitted: what the graph computes.
+        population: p50, p90, p99 of measured memory, for code that cannot be sized.
+        reach: least and largest value of each structural feature in training.
+        path: of the file.
+    """
+    path.write_bytes(graph_of(fitted, population, reach).SerializeToString(deterministic=True))

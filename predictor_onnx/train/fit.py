@@ -94,7 +94,7 @@ def fit_correction(physics: Physics, x: Array, y: Array, weight: Array, seed: in
     work = np.maximum(backward, update)
     ratio = np.log(np.clip((y - fixed) / np.maximum(work, 1e-6), 0.4, 2.5))
     importance = weight * (work / (fixed + work)) ** 2
-    data = lightgbm.Dataset(x[:, len(PHYSICS):], ratio, weight=importance)
+    data = lightgbm.Dataset(x[:, len(PHYSICS) :], ratio, weight=importance)
     settings = {**_TREES, "objective": "huber", "alpha": 0.1, "seed": seed}
     return lightgbm.train(settings, data, num_boost_round=220)
 
@@ -102,7 +102,7 @@ def fit_correction(physics: Physics, x: Array, y: Array, weight: Array, seed: in
 def corrected(physics: Physics, trees: Any, x: Array) -> Array:
     """Peak in MiB with the correction applied."""
     fixed, backward, update = physics.parts(x)
-    change = np.clip(trees.predict(x[:, len(PHYSICS):]), -LARGEST_CORRECTION, LARGEST_CORRECTION)
+    change = np.clip(trees.predict(x[:, len(PHYSICS) :]), -LARGEST_CORRECTION, LARGEST_CORRECTION)
     result: Array = fixed + np.maximum(backward, update) * np.exp(change)
     return result
 
@@ -128,12 +128,13 @@ class Fitted:
     def quantiles(self, x: Array) -> Array:
         """p50, p90 and p99 in MiB, one row per configuration."""
         base = np.log(corrected(self.physics, self.correction, x))
-        shape = x[:, len(PHYSICS):]
+        shape = x[:, len(PHYSICS) :]
         steps = [head.predict(shape) + shift for head, shift in zip(self.heads, self.shifts, strict=True)]
         p50 = np.clip(steps[0], -0.2, 0.2)
         p90 = np.maximum(steps[1], p50 + 0.01)
         p99 = np.maximum(steps[2], p90 + 0.01)
-        return np.exp(np.stack([base + p50, base + p90, base + p99], axis=1))
+        result: Array = np.exp(np.stack([base + p50, base + p90, base + p99], axis=1))
+        return result
 
 
 def _head(shape: Array, residual: Array, weight: Array, level: float, seed: int) -> Any:
@@ -157,7 +158,7 @@ def fit(x: Array, y: Array, weight: Array, families: list[str], seed: int) -> Fi
         physics = fit_physics(x[inside], y[inside], weight[inside])
         trees = fit_correction(physics, x[inside], y[inside], weight[inside], seed)
         residual[outside] = np.log(y[outside] / corrected(physics, trees, x[outside]))
-    shape = x[:, len(PHYSICS):]
+    shape = x[:, len(PHYSICS) :]
     heads, shifts = [], []
     for level in LEVELS:
         unseen = np.zeros(len(y))

@@ -82,9 +82,7 @@ class _OpRecorder(TorchDispatchMode):  # type: ignore[misc]
             self.trace.saved_by_kind[self.producer.get(key, "other")] += size
         return tensor
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             # Models ask small questions of their masks ("all ones?"); the plain path answers no.
             return False if args[0].dtype == torch.bool else 0
@@ -92,9 +90,7 @@ class _OpRecorder(TorchDispatchMode):  # type: ignore[misc]
         name = str(func._overloadpacket.__name__)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         known = {_key(t) for t in inputs}
-        fresh = [
-            t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and _key(t) not in known
-        ]
+        fresh = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and _key(t) not in known]
         out_bytes = float(sum(_nbytes(t) for t in fresh))
         in_bytes = float(sum({_key(t): _nbytes(t) for t in inputs
                               if _key(t) not in self.ignore}.values()))  # fmt: skip
@@ -129,16 +125,14 @@ def _macs(name: str, args: Any, fresh: list[torch.Tensor]) -> float:
     return 0.0
 
 
-class _FusedAttention(torch.autograd.Function):
+class _FusedAttention(torch.autograd.Function):  # type: ignore[misc]
     """What the memory-efficient kernels keep: q, k, v, the output and one number per row.
 
     The meta device would fall back to the plain formula, which keeps the whole score matrix.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1]))
         return out
@@ -153,9 +147,7 @@ def _fused_attention(trace: ForwardTrace) -> Iterator[None]:
     functional = torch.nn.functional
     plain = functional.scaled_dot_product_attention
 
-    def fused(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         trace.macs += 2.0 * query.numel() * key.shape[-2]
         out: torch.Tensor = _FusedAttention.apply(query, key, value)
         return out
@@ -167,9 +159,7 @@ def _fused_attention(trace: ForwardTrace) -> Iterator[None]:
         functional.scaled_dot_product_attention = plain
 
 
-def trace_forward(
-    model: torch.nn.Module, call: Callable[[torch.nn.Module], object]
-) -> ForwardTrace:
+def trace_forward(model: torch.nn.Module, call: Callable[[torch.nn.Module], object]) -> ForwardTrace:
     """Run ``call(model)`` in training mode on meta tensors and account for its memory.
 
     The backward pass is not run; its peak is the largest, over the ops in reverse, of what is
@@ -185,7 +175,5 @@ def trace_forward(
         _fused_attention(trace),
     ):
         call(model)
-    trace.backward_peak_bytes = max(
-        [trace.saved_bytes, *(saved + moving for saved, moving in recorder.steps)]
-    )
+    trace.backward_peak_bytes = max([trace.saved_bytes, *(saved + moving for saved, moving in recorder.steps)])
     return trace
