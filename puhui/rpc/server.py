@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -155,6 +156,10 @@ class _Refusals(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 async def _abort(context: Any, method: str, error: Exception, started: float) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if context.done():
+        # Nobody is left to be told: the client went away while its answer was being sent.
+        _log.debug("client went away", method=method, error=repr(error))
+        raise asyncio.CancelledError from error
     if not isinstance(error, Refusal):
         _log.error("rpc failed unforeseen", method=method, exc_info=error)
         error = Refusal(
