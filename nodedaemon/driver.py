@@ -300,9 +300,7 @@ class Driver:
         Raises:
             DriverError: IN_USE while a process holds it, NOT_FOUND when it is gone already.
         """
-        instance = _ask(
-            pynvml.nvmlGpuInstanceGetComputeInstanceById, self._gpu_instance(gpu_uuid, gi), ci
-        )
+        instance = _ask(pynvml.nvmlGpuInstanceGetComputeInstanceById, self._gpu_instance(gpu_uuid, gi), ci)
         _ask(pynvml.nvmlComputeInstanceDestroy, instance)
 
     def destroy_gpu_instance(self, gpu_uuid: str, gi: int) -> None:

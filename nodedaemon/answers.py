@@ -1,0 +1,126 @@
+"""Mutations: fenced, one at a time per attempt, carried out to the end, and answered the same when repeated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import grpc
+from google.protobuf.message import Message
+
+from nodedaemon.journal import Answer, Journal
+from nodedaemon.owner import Owner
+from puhui.rpc.errors import Refusal
+from puhui.rpc.identity import request_digest
+from puhui.rpc.moment import now
+from puhui.v1.card_pb2 import AttemptRef
+
+__all__ = ["Mutation", "Mutations"]
+
+_Response = TypeVar("_Response", bound=Message)
+
+
+@runtime_checkable
+class Mutation(Protocol):
+    """A request that changes something for an attempt."""
+
+    @property
+    def owner(self) -> AttemptRef:
+        """For whom, and by what right."""
+
+    @property
+    def request_id(self) -> str:
+        """Makes the request idempotent; empty does not."""
+
+    def SerializeToString(self, *, deterministic: bool = ...) -> bytes:  # noqa: N802 - protobuf's name
+        """Returns the request's bytes."""
+
+
+class Mutations:
+    """Carries out mutations."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._locks: defaultdict[Owner, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def carry_out(
+        self, request: Mutation, kind: type[_Response], act: Callable[[Owner, int], Awaitable[_Response]]
+    ) -> _Response:
+        """Carries a mutation out, unless it was already, and answers it.
+
+        A caller that goes away does not stop it: when it repeats the request it gets the answer.
+
+        Args:
+            request: the request.
+            kind: class of the response.
+            act: does it, given the owner and the fencing token.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with STALE_FENCING_TOKEN; ALREADY_EXISTS with REQUEST_ID_REUSED;
+                INVALID_ARGUMENT with OWNER_INVALID; and whatever `act` raises, which is not kept.
+        """
+        owner, token = Owner.of(request.owner), request.owner.fencing_token
+        task = asyncio.create_task(self._in_turn(owner, token, request, kind, act))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+    async def _in_turn(
+        self,
+        owner: Owner,
+        token: int,
+        request: Mutation,
+        kind: type[_Response],
+        act: Callable[[Owner, int], Awaitable[_Response]],
+    ) -> _Response:
+        async with self._locks[owner]:
+            self._fence(owner, token)
+            digest = _digest(request)
+            known = self._journal.answer(owner.centre, request.request_id) if request.request_id else None
+            if known is not None:
+                if (known.rpc, known.digest) != (kind.DESCRIPTOR.name, digest):
+                    raise Refusal(
+                        grpc.StatusCode.ALREADY_EXISTS,
+                        "REQUEST_ID_REUSED",
+                        f"request_id {request.request_id!r} was used for another request; use a new one",
+                        request_id=request.request_id,
+                    )
+                return kind.FromString(known.message)
+            response = await act(owner, token)
+            if request.request_id:
+                answer = Answer(kind.DESCRIPTOR.name, digest, response.SerializeToString())
+                self._journal.keep_answer(owner, request.request_id, answer, now())
+            return response
+
+    def _fence(self, owner: Owner, token: int) -> None:
+        highest = self._journal.highest_token(owner)
+        if token < highest:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "STALE_FENCING_TOKEN",
+                f"fencing token {token} is lower than {highest}, the highest seen for {owner}: another control plane "
+                "commands this attempt now",
+                highest_token=str(highest),
+            )
+        if token > highest:
+            self._journal.raise_token(owner, token)
+
+    def lock(self, owner: Owner) -> asyncio.Lock:
+        """Returns the lock under which mutations of an attempt take their turn."""
+        return self._locks[owner]
+
+    async def settle(self) -> None:
+        """Waits until every mutation that has begun has ended."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+
+def _digest(request: Any) -> str:
+    # Who takes over an attempt repeats its requests with a token of its own.
+    same = type(request)()
+    same.CopyFrom(request)
+    same.owner.fencing_token = 0
+    return request_digest(same.SerializeToString(deterministic=True))

@@ -1,0 +1,527 @@
+"""Containers: one per attempt, made on its slices, watched to its end, removed without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import structlog
+
+from nodedaemon.artifacts import pack_artifacts, read_manifest
+from nodedaemon.bundles import Bundles
+from nodedaemon.devices import CardDevices, SliceIds, mounts_for, read_minors
+from nodedaemon.events import EventLog
+from nodedaemon.journal import ContainerRecord, ContainerStage, Journal, SliceRecord
+from nodedaemon.logs import follow_log
+from nodedaemon.owner import Owner
+from nodedaemon.runtime import ContainerExit, ContainerRuntime, ContainerSpec, ContainerStatus, Mount
+from nodedaemon.slices import Slices
+from nodedaemon.workspace import Attempts
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import now, seconds, timestamp
+from puhui.v1.node_pb2 import Container, ContainerState, NodeEventKind
+from puhui.v1.node_service_pb2 import CreateContainerRequest
+from puhui.v1.stream_pb2 import ArtifactManifest, LogChunk
+
+__all__ = ["Containers"]
+
+_log = structlog.get_logger(__name__)
+
+_DEFAULT_GRACE_S = 10.0
+_KILL_S = 20.0
+_LOOK_AGAIN_S = 30.0
+_STATES = {
+    ContainerStage.CREATING: ContainerState.CONTAINER_STATE_CREATING,
+    ContainerStage.RUNNING: ContainerState.CONTAINER_STATE_RUNNING,
+    ContainerStage.EXITED: ContainerState.CONTAINER_STATE_EXITED,
+    ContainerStage.REMOVED: ContainerState.CONTAINER_STATE_EXITED,
+}
+
+
+@dataclass
+class _Life:
+    """What is known of a container beside its record, while it is there."""
+
+    ended: asyncio.Event
+    deadline: asyncio.TimerHandle | None = None
+    timed_out: bool = False
+
+
+class Containers:
+    """The containers of this node.
+
+    Args:
+        runtime: what runs them.
+        journal: where what is intended is kept.
+        events: where what happens is told.
+        slices: the slices that they run on.
+        bundles: the code that they run.
+        attempts: where their things are.
+        cards: where the driver keeps its device files.
+        default_image: image of a container that asks for none.
+    """
+
+    def __init__(
+        self,
+        runtime: ContainerRuntime,
+        journal: Journal,
+        events: EventLog,
+        slices: Slices,
+        bundles: Bundles,
+        attempts: Attempts,
+        cards: CardDevices,
+        default_image: str,
+    ) -> None:
+        self._runtime = runtime
+        self._journal = journal
+        self._events = events
+        self._slices = slices
+        self._bundles = bundles
+        self._attempts = attempts
+        self._cards = cards
+        self._default_image = default_image
+        self._kind = runtime.describe().kind
+        self._lives: dict[Owner, _Life] = {}
+        # Ends that came before their start was written down: a command can be that quick.
+        self._early: dict[str, ContainerExit] = {}
+        self._packing: dict[Owner, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Making one -------------------------------------------------------------------------------------------
+
+    async def create(self, owner: Owner, token: int, request: CreateContainerRequest) -> Container:
+        """Makes a container and starts its command. Whatever fails, nothing is left behind.
+
+        Raises:
+            Refusal: INVALID_ARGUMENT with SPEC_INVALID or COMMAND_NOT_FOUND; FAILED_PRECONDITION with
+                SLICE_NOT_FOUND, BUNDLE_NOT_FOUND or IMAGE_NOT_FOUND; ALREADY_EXISTS with CONTAINER_EXISTS;
+                UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED.
+        """
+        known = self._journal.container(owner)
+        if known is not None and known.stage is not ContainerStage.CREATING:
+            if known.stage is ContainerStage.REMOVED or known.bundle_id != request.bundle_id:
+                raise Refusal(
+                    grpc.StatusCode.ALREADY_EXISTS,
+                    "CONTAINER_EXISTS",
+                    f"{owner} had its container already; a retry is a new attempt",
+                )
+            return self.describe(known)  # made before a crash that swallowed the answer
+        _require_sound(request)
+        slices = [self._slices.owned(owner, uuid) for uuid in request.slice_uuids]
+        code = self._bundles.code(request.bundle_id)
+        mounts = self._devices([SliceIds(gpu.minor, one.gi or 0, one.ci or 0) for one, gpu in slices])
+        record = self._journal.put_container(
+            ContainerRecord(
+                owner=owner,
+                token=token,
+                stage=ContainerStage.CREATING,
+                image=request.image or self._default_image,
+                bundle_id=request.bundle_id,
+                slice_uuids=tuple(request.slice_uuids),
+                stop_grace_s=seconds(request.stop_grace) if request.HasField("stop_grace") else _DEFAULT_GRACE_S,
+                create_time=now(),
+                max_duration_s=seconds(request.max_duration) if request.HasField("max_duration") else None,
+            )
+        )
+        try:
+            folder = self._attempts.make(owner)
+            spec = ContainerSpec(
+                name=self._name(owner),
+                image=record.image,
+                command=list(request.command),
+                env={**request.env, **self._env(owner, [one for one, _ in slices])},
+                labels={
+                    "puhui.centre": owner.centre,
+                    "puhui.job": owner.job_id,
+                    "puhui.attempt": str(owner.attempt),
+                    "puhui.token": str(token),
+                },
+                code=code,
+                workspace=folder.workspace,
+                log=folder.log,
+                mounts=mounts,
+                network=request.network,
+                cpus=request.limits.cpus,
+                host_memory_mib=request.limits.host_memory_mib,
+                pids=request.limits.pids,
+            )
+            record = await self._launch(record, spec)
+        except OSError as error:
+            await self._roll_back(record)
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "WORKSPACE_UNAVAILABLE",
+                f"the workspace cannot be made on this node: {error.strerror}",
+            ) from error
+        except BaseException:
+            await self._roll_back(record)
+            raise
+        described = self.describe(record)
+        self._events.add(
+            NodeEventKind.NODE_EVENT_KIND_CONTAINER_STARTED,
+            "CONTAINER_STARTED",
+            f"started container {record.container_id[:12]}",
+            owner=owner.ref(token),
+            container=described,
+        )
+        early = self._early.pop(record.container_id, None)
+        if early is not None:
+            self._note_exit(record, early)
+        return described
+
+    async def _launch(self, record: ContainerRecord, spec: ContainerSpec) -> ContainerRecord:
+        container_id = await self._runtime.create(spec)
+        # Before the start: an end that is quicker than the answer must find its container.
+        record = self._journal.put_container(replace(record, container_id=container_id))
+        status = await self._runtime.start(container_id)
+        record = self._journal.put_container(
+            replace(
+                record,
+                stage=ContainerStage.RUNNING,
+                pid=status.pid,
+                start_time=status.start_time or now(),
+            )
+        )
+        self._live(record)
+        return record
+
+    def _name(self, owner: Owner) -> str:
+        node_id = self._journal.fact("node_id", "")
+        tail = hashlib.sha256(f"{node_id}/{owner}".encode()).hexdigest()[:12]
+        return f"puhui-{owner.job_id}-{owner.attempt}-{tail}"
+
+    def _devices(self, slices: list[SliceIds]) -> list[Mount]:
+        if not slices:
+            return []
+        return mounts_for(slices, self._cards, read_minors(self._cards.minors.read_text()))
+
+    def _env(self, owner: Owner, slices: list[SliceRecord]) -> dict[str, str]:
+        visible = ",".join(one.uuid for one in slices)
+        env = {
+            # Empty hides every card; unset would show them all.
+            "CUDA_VISIBLE_DEVICES": visible,
+            "NVIDIA_VISIBLE_DEVICES": visible or "void",
+            "PUHUI_CENTRE": owner.centre,
+            "PUHUI_JOB_ID": owner.job_id,
+            "PUHUI_ATTEMPT": str(owner.attempt),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if slices:
+            env["PUHUI_SLICE_PROFILE"] = ",".join(one.profile for one in slices)
+            env["PUHUI_SLICE_MEMORY_MIB"] = str(sum(one.memory_mib for one in slices))
+        if self._cards.emulated:
+            env["PUHUI_EMULATED"] = "1"
+        return env
+
+    async def _roll_back(self, record: ContainerRecord) -> None:
+        try:
+            # By name: it may have been made without our learning its id.
+            await self._remove_from_runtime(record)
+            await self._discard(record.owner)
+        except Refusal as error:
+            # Still CREATING in the journal: the next start finds it.
+            _log.error("a half-made container could not be rolled back", owner=str(record.owner), error=error.message)
+            return
+        self._journal.delete_container(record.owner)
+
+    async def _remove_from_runtime(self, record: ContainerRecord) -> None:
+        await self._runtime.remove(record.container_id or self._name(record.owner))
+        self._early.pop(record.container_id, None)
+
+    # Its end ----------------------------------------------------------------------------------------------
+
+    def _live(self, record: ContainerRecord) -> None:
+        life = self._lives[record.owner] = _Life(asyncio.Event())
+        if record.max_duration_s is not None and record.start_time is not None:
+            left = max(0.0, record.start_time + record.max_duration_s - now())
+            life.deadline = asyncio.get_running_loop().call_later(left, self._time_out, record.owner)
+
+    def _time_out(self, owner: Owner) -> None:
+        self._lives[owner].timed_out = True
+        task = asyncio.create_task(self._end_overdue(owner))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end_overdue(self, owner: Owner) -> None:
+        record = self._journal.container(owner)
+        if record is not None:
+            with contextlib.suppress(Refusal):  # it is told of again by whoever asks next
+                await self._end(record, record.stop_grace_s)
+
+    async def watch(self) -> None:
+        """Notes every end of a command, until cancelled."""
+        again = asyncio.create_task(self._look_again())
+        try:
+            async for ended in self._runtime.exits():
+                if ended is None:
+                    await self._look()
+                    continue
+                record = next((r for r in self._journal.containers() if r.container_id == ended.id), None)
+                if record is not None and record.stage is ContainerStage.RUNNING:
+                    self._note_exit(record, ended)
+                elif record is not None and record.stage is ContainerStage.CREATING:
+                    self._early[ended.id] = ended
+        finally:
+            again.cancel()
+
+    async def _look_again(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        """Looks for ends that no event told of."""
+        try:
+            statuses = {status.id: status for status in await self._runtime.containers()}
+        except Refusal as error:
+            _log.warning("cannot look at the containers", error=error.message)
+            return
+        for record in self._journal.containers():
+            status = statuses.get(record.container_id)
+            if record.stage is ContainerStage.RUNNING and status is not None and status.exit_code is not None:
+                self.note_end(record, status)
+
+    def note_end(self, record: ContainerRecord, status: ContainerStatus) -> None:
+        """Notes that a command has ended, as the runtime's list tells."""
+        self._note_exit(
+            record,
+            ContainerExit(record.container_id, status.exit_code or 0, status.oom_killed, status.end_time or now()),
+        )
+
+    def _note_exit(self, record: ContainerRecord, ended: ContainerExit) -> None:
+        life = self._lives.get(record.owner)
+        record = self._journal.put_container(
+            replace(
+                record,
+                stage=ContainerStage.EXITED,
+                pid=0,
+                exit_code=ended.exit_code,
+                oom_killed=ended.oom_killed,
+                timed_out=record.timed_out or (life is not None and life.timed_out),
+                end_time=ended.end_time,
+            )
+        )
+        reason = "TIMED_OUT" if record.timed_out else "HOST_OUT_OF_MEMORY" if record.oom_killed else "COMMAND_ENDED"
+        self._tell_end(record, reason, f"command ended with exit code {ended.exit_code}")
+
+    def note_lost(self, record: ContainerRecord) -> None:
+        """Notes that somebody else removed a container: how its command ended is not known."""
+        record = self._journal.put_container(
+            replace(record, stage=ContainerStage.EXITED, pid=0, exit_code=None, end_time=now())
+        )
+        self._tell_end(record, "CONTAINER_LOST", "the container is gone, and nobody here removed it")
+
+    def _tell_end(self, record: ContainerRecord, reason: str, message: str) -> None:
+        life = self._lives.get(record.owner)
+        if life is not None:
+            if life.deadline is not None:
+                life.deadline.cancel()
+            life.ended.set()
+        self._events.add(
+            NodeEventKind.NODE_EVENT_KIND_CONTAINER_EXITED,
+            reason,
+            message,
+            owner=record.owner.ref(record.token),
+            container=self.describe(record),
+        )
+
+    async def stop(self, owner: Owner, grace_s: float | None) -> Container:
+        """Ends a container's command and waits for it: SIGTERM, grace, SIGKILL.
+
+        Raises:
+            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; DEADLINE_EXCEEDED with CONTAINER_STUCK.
+        """
+        record = self._known(owner)
+        return self.describe(await self._end(record, record.stop_grace_s if grace_s is None else grace_s))
+
+    async def _end(self, record: ContainerRecord, grace_s: float) -> ContainerRecord:
+        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
+            life = self._lives.get(record.owner)
+            if record.stage is not ContainerStage.RUNNING or life is None or life.ended.is_set():
+                break
+            await self._runtime.signal(record.container_id, number)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await life.ended.wait()
+        record = self._known(record.owner)
+        if record.stage is ContainerStage.RUNNING:
+            await self._look()
+            record = self._known(record.owner)
+        if record.stage is ContainerStage.RUNNING:
+            raise Refusal(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "CONTAINER_STUCK",
+                f"container {record.container_id[:12]} did not end within {_KILL_S:g} s of SIGKILL; a process of it "
+                "waits for the kernel, see `ps -eo pid,stat,wchan,args`",
+            )
+        return record
+
+    # Its removal ------------------------------------------------------------------------------------------
+
+    async def remove(self, owner: Owner, *, discard_results: bool) -> None:
+        """Removes a container, stopping it first if need be. What is gone already is gone.
+
+        Raises:
+            Refusal: DEADLINE_EXCEEDED with CONTAINER_STUCK; INTERNAL with RUNTIME_REFUSED or WORKSPACE_STUCK.
+        """
+        record = self._journal.container(owner)
+        if record is None:
+            return
+        if record.stage is ContainerStage.RUNNING:
+            record = await self._end(record, record.stop_grace_s)
+        if record.stage is not ContainerStage.REMOVED:
+            await self._remove_from_runtime(record)
+            record = self._journal.put_container(replace(record, stage=ContainerStage.REMOVED))
+            self._events.add(
+                NodeEventKind.NODE_EVENT_KIND_CONTAINER_REMOVED,
+                "CONTAINER_REMOVED",
+                f"removed container {record.container_id[:12]}",
+                owner=owner.ref(record.token),
+                container=self.describe(record),
+            )
+        if discard_results:
+            await self._discard(owner)
+            self._journal.delete_container(owner)
+            self._lives.pop(owner, None)
+            self._packing.pop(owner, None)
+
+    async def _discard(self, owner: Owner) -> None:
+        try:
+            await asyncio.to_thread(self._attempts.remove, owner)
+        except PermissionError:
+            await self._runtime.make_removable(self._attempts.folder(owner).path)
+            await asyncio.to_thread(self._attempts.remove, owner)
+
+    # Its results ------------------------------------------------------------------------------------------
+
+    async def read_log(self, owner: Owner, *, offset: int, tail_lines: int, follow: bool) -> AsyncIterator[LogChunk]:
+        """Yields output of an attempt's container.
+
+        Raises:
+            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND.
+        """
+        self._known(owner)
+        life = self._lives.get(owner)
+        end = life.ended if follow and life is not None else None
+
+        def ended() -> bool:
+            return life is None or life.ended.is_set()
+
+        async for chunk in follow_log(
+            self._attempts.folder(owner).log, offset=offset, tail_lines=tail_lines, ended=ended, end=end
+        ):
+            yield chunk
+
+    async def artifacts(self, owner: Owner) -> tuple[ArtifactManifest, Path]:
+        """Returns what an attempt that has ended left in its outputs.
+
+        Raises:
+            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with NOT_FINISHED.
+        """
+        record = self._known(owner)
+        if record.stage in (ContainerStage.CREATING, ContainerStage.RUNNING):
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NOT_FINISHED",
+                f"the command of {owner} still runs; its artifacts are collected when it has ended",
+            )
+        folder = self._attempts.folder(owner)
+        async with self._packing.setdefault(owner, asyncio.Lock()):
+            manifest = read_manifest(folder.artifacts)
+            if manifest is None:
+                try:
+                    manifest = await asyncio.to_thread(pack_artifacts, folder.outputs, folder.artifacts)
+                except PermissionError:
+                    await self._runtime.make_removable(folder.workspace)
+                    manifest = await asyncio.to_thread(pack_artifacts, folder.outputs, folder.artifacts)
+        return manifest, folder.artifacts
+
+    # Reading ----------------------------------------------------------------------------------------------
+
+    def adopt(self, record: ContainerRecord, status: ContainerStatus) -> None:
+        """Takes a container that outlived the daemon back."""
+        self._live(
+            self._journal.put_container(
+                replace(
+                    record,
+                    stage=ContainerStage.RUNNING,
+                    container_id=status.id,
+                    pid=status.pid,
+                    start_time=record.start_time or status.start_time or now(),
+                )
+            )
+        )
+
+    async def forget(self, record: ContainerRecord) -> None:
+        """Removes every trace of a container that never came to be."""
+        await self._roll_back(record)
+
+    def list(self) -> list[Container]:
+        """Returns the containers that are there, the oldest first."""
+        return [
+            self.describe(record) for record in self._journal.containers() if record.stage is not ContainerStage.REMOVED
+        ]
+
+    def holder_of(self, slice_uuid: str) -> str | None:
+        """Returns the id of the living container that runs on a slice, if any."""
+        for record in self._journal.containers():
+            if record.stage in (ContainerStage.CREATING, ContainerStage.RUNNING) and slice_uuid in record.slice_uuids:
+                return record.container_id or self._name(record.owner)
+        return None
+
+    def bundles_in_use(self) -> set[str]:
+        """Returns the ids of the bundles that containers have mounted."""
+        return {record.bundle_id for record in self._journal.containers() if record.stage is not ContainerStage.REMOVED}
+
+    def _known(self, owner: Owner) -> ContainerRecord:
+        record = self._journal.container(owner)
+        if record is None:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "CONTAINER_NOT_FOUND",
+                f"{owner} has no container here, and no results are kept of one",
+            )
+        return record
+
+    def describe(self, record: ContainerRecord) -> Container:
+        """Returns a container for the wire."""
+        container = Container(
+            id=record.container_id,
+            owner=record.owner.ref(record.token),
+            state=_STATES[record.stage],
+            image=record.image,
+            slice_uuids=record.slice_uuids,
+            pid=record.pid,
+            exit_code=record.exit_code,
+            oom_killed=record.oom_killed,
+            timed_out=record.timed_out,
+            create_time=timestamp(record.create_time),
+            runtime=self._kind,
+        )
+        if record.start_time is not None:
+            container.start_time.CopyFrom(timestamp(record.start_time))
+        if record.end_time is not None:
+            container.end_time.CopyFrom(timestamp(record.end_time))
+        return container
+
+
+def _require_sound(request: CreateContainerRequest) -> None:
+    problem = ""
+    if not request.command or not request.command[0]:
+        field, problem = "command", "names nothing to run"
+    elif any("\0" in word for word in request.command):
+        field, problem = "command", "holds a NUL character"
+    elif any(not name or "=" in name or "\0" in name + value for name, value in request.env.items()):
+        field, problem = "env", "has a name that is empty or holds '=', or a NUL character"
+    elif request.HasField("max_duration") and seconds(request.max_duration) <= 0:
+        field, problem = "max_duration", "must be longer than nothing"
+    elif request.HasField("stop_grace") and seconds(request.stop_grace) < 0:
+        field, problem = "stop_grace", "must not be negative"
+    if problem:
+        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", f"{field} {problem}", field=field)

@@ -1,0 +1,223 @@
+"""One node daemon, put together from its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodedaemon.answers import Mutations
+from nodedaemon.bundles import Bundles
+from nodedaemon.containers import Containers
+from nodedaemon.devices import CardDevices
+from nodedaemon.driver import Driver, DriverError
+from nodedaemon.emulation import install, parse_cards
+from nodedaemon.events import EventLog
+from nodedaemon.inventory import Inventory, Revision
+from nodedaemon.journal import Journal
+from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
+from nodedaemon.podman_runtime import PodmanRuntime
+from nodedaemon.process_runtime import ProcessRuntime, ProcessUser
+from nodedaemon.recovery import recover
+from nodedaemon.registration import Registration
+from nodedaemon.runtime import ContainerRuntime
+from nodedaemon.service import NodeService
+from nodedaemon.slices import Slices
+from nodedaemon.workspace import Attempts
+from puhui.rpc.identity import new_id
+from puhui.rpc.moment import now
+from puhui.rpc.notify import notify_ready, notify_stopping
+from puhui.rpc.server import RpcServer
+from puhui.v1.node_service_pb2_grpc import add_NodeServiceServicer_to_server
+
+__all__ = ["CannotServeError", "Settings", "serve"]
+
+_log = structlog.get_logger(__name__)
+
+_GRACE_S = 3.0
+_PRUNE_S = 3600.0
+
+
+class CannotServeError(Exception):
+    """The daemon cannot serve with these settings on this host; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a daemon is to serve. See `nodedaemon serve --help`."""
+
+    listen: str
+    state: Path
+    name: str
+    control_plane: str | None
+    join_token_file: Path | None
+    emulate: str | None
+    runtime: str
+    podman_user: str
+    image: str
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Serves until `stop` is set.
+
+    Raises:
+        CannotServeError: these settings do not work on this host.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            settings.state.mkdir(parents=True, exist_ok=True)
+            journal = Journal(settings.state / "node.db")
+        except sqlite3.OperationalError as error:
+            raise CannotServeError(
+                f"{settings.state / 'node.db'} cannot be opened ({error}); another daemon may be using this state"
+            ) from error
+        except OSError as error:
+            raise CannotServeError(f"the state directory {settings.state} cannot be made: {error.strerror}") from error
+        stack.callback(journal.close)
+        journal.prune(now())
+        driver, cards = _open_driver(settings)
+        stack.callback(driver.close)
+        runtime, user = await _open_runtime(settings, journal.fact("node_id", new_id("n")), cards.emulated)
+        stack.push_async_callback(runtime.close)
+
+        events = EventLog(journal)
+        revision = Revision()
+        slices = Slices(driver, journal, events, emulated=cards.emulated, changed=revision.grow)
+        inventory = Inventory(settings.name, driver, slices, runtime, revision, emulated=cards.emulated)
+        bundles = Bundles(settings.state / "bundles")
+        attempts = Attempts(settings.state / "attempts", user.uid, user.gid)
+        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
+        mutations = Mutations(journal)
+        await recover(journal, events, slices, containers, runtime)
+
+        server = RpcServer(settings.listen)
+        server.add(
+            "puhui.v1.NodeService",
+            add_NodeServiceServicer_to_server,
+            NodeService(inventory, mutations, slices, containers, bundles, events),
+        )
+        await stack.enter_async_context(_background(containers.watch(), stop))
+        await stack.enter_async_context(_background(_prune(journal), stop))
+        try:
+            port = await server.start()
+        except OSError as error:
+            raise CannotServeError(str(error)) from error
+        address = settings.listen if settings.listen.startswith("unix:") else _with_port(settings.listen, port)
+        if settings.control_plane is not None:
+            registration = Registration(settings.control_plane, settings.join_token_file, address, inventory)
+            await stack.enter_async_context(_background(registration.run(), stop))
+        _log.info("node daemon serves", address=address, name=settings.name, emulated=cards.emulated)
+        notify_ready(address)
+        await stop.wait()
+        notify_stopping()
+        events.close()
+        await server.stop(_GRACE_S)
+        await mutations.settle()
+
+
+def _open_driver(settings: Settings) -> tuple[Driver, CardDevices]:
+    try:
+        if settings.emulate is None:
+            return Driver(), CardDevices.real()
+        emulated = install(settings.state / "emulation", parse_cards(settings.emulate))
+        return Driver(), CardDevices(emulated.caps.directory, emulated.caps.minors_file, True)
+    except DriverError as error:
+        raise CannotServeError(
+            f"no NVIDIA driver answers on this host ({error}); install one, or serve emulated cards with "
+            "--emulate H100-80GB-SXM5:2"
+        ) from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CannotServeError(str(error)) from error
+
+
+async def _open_runtime(settings: Settings, node_id: str, emulated: bool) -> tuple[ContainerRuntime, ProcessUser]:
+    if settings.runtime not in ("auto", "podman", "process"):
+        raise CannotServeError(f"--runtime {settings.runtime}: use auto, podman or process")
+    if settings.runtime == "process" and not emulated:
+        raise CannotServeError("--runtime process isolates nothing and is refused on real GPUs: use --runtime podman")
+    why = ""
+    if settings.runtime != "process":
+        try:
+            account = PodmanAccount.find(settings.podman_user)
+            _open_state(settings.state, account)
+            account.require_reach(settings.state.resolve())
+            runtime = await PodmanRuntime.open(account, node_id)
+            return runtime, ProcessUser(account.name, account.uid, account.gid)
+        except PodmanUnusableError as error:
+            if settings.runtime == "podman" or not emulated:
+                raise CannotServeError(str(error)) from error
+            why = str(error)
+            _log.warning("no rootless containers on this host; commands run as plain processes", why=why)
+    user = _process_user(settings.podman_user, settings.state)
+    return ProcessRuntime(settings.state / "processes", user, why), user
+
+
+def _open_state(state: Path, account: PodmanAccount) -> None:
+    """Lets the user that owns the containers through to its files below the state directory, and nobody else."""
+    if os.geteuid() == 0:
+        os.chown(state, 0, account.gid)
+        state.chmod(0o710)
+
+
+def _process_user(name: str, state: Path) -> ProcessUser:
+    """Returns whom plain processes run as: the unprivileged user if it exists and can run Python here."""
+    if os.geteuid() != 0:
+        return ProcessUser(str(os.geteuid()), os.geteuid(), os.getegid())
+    try:
+        entry = pwd.getpwnam(name)
+        os.chown(state, 0, entry.pw_gid)
+        state.chmod(0o710)
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "import os, sys; sys.exit(not os.access(sys.argv[1], os.X_OK))",
+                str(state.resolve()),
+            ],
+            user=entry.pw_uid,
+            group=entry.pw_gid,
+            extra_groups=[],
+            cwd="/",
+            check=True,
+            capture_output=True,
+        )
+    except (KeyError, OSError, subprocess.CalledProcessError):
+        return ProcessUser("root", 0, 0)
+    return ProcessUser(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> AsyncIterator[None]:
+    """Runs something beside the daemon for as long as the block lasts. If it fails, the daemon stops.
+
+    Raises:
+        Exception: what it failed with.
+    """
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda _: stop.set())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _prune(journal: Journal) -> None:
+    while True:
+        await asyncio.sleep(_PRUNE_S)
+        journal.prune(now())
+
+
+def _with_port(listen: str, port: int) -> str:
+    return f"{listen.rpartition(':')[0]}:{port}"

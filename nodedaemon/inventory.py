@@ -1,0 +1,129 @@
+"""What this node has, for its control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import platform
+
+from nodedaemon.driver import Driver, GpuFacts, Mig
+from nodedaemon.runtime import ContainerRuntime
+from nodedaemon.slices import Slices, boot_id
+from puhui.v1.card_pb2 import Gpu, MigMode, Placement, Profile
+from puhui.v1.node_pb2 import NodeInventory, NodeVersions
+
+__all__ = ["Inventory", "Revision"]
+
+
+class Revision:
+    """Counts the changes of GPUs and slices."""
+
+    def __init__(self) -> None:
+        self.number = 1
+        self.changed = asyncio.Event()
+        """Set with every change; whoever waits for it clears it."""
+
+    def grow(self) -> None:
+        """Notes a change."""
+        self.number += 1
+        self.changed.set()
+
+
+class Inventory:
+    """Reads what this node has.
+
+    Args:
+        name: the node's name.
+        driver: the GPU driver.
+        slices: the node's slices.
+        runtime: what runs its containers.
+        revision: counts its changes.
+        emulated: whether the driver is emulated.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        driver: Driver,
+        slices: Slices,
+        runtime: ContainerRuntime,
+        revision: Revision,
+        *,
+        emulated: bool,
+    ) -> None:
+        self._name = name
+        self._driver = driver
+        self._slices = slices
+        self._runtime = runtime
+        self._emulated = emulated
+        self.revision = revision
+
+    async def read(self) -> NodeInventory:
+        """Returns what this node has now.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED.
+            DriverError: a GPU does not answer.
+        """
+        revision = self.revision.number
+        gpus = await asyncio.to_thread(self._gpus)
+        return NodeInventory(
+            name=self._name,
+            gpus=gpus,
+            slices=await self._slices.list(foreign=True),
+            runtime=self._runtime.describe(),
+            versions=NodeVersions(
+                puhui=importlib.metadata.version("puhui"),
+                driver=self._driver.version(),
+                nvml=self._driver.nvml_version(),
+                kernel=platform.release(),
+            ),
+            host_cpus=os.cpu_count() or 0,
+            host_memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+            boot_id=boot_id(),
+            revision=revision,
+        )
+
+    def _gpus(self) -> list[Gpu]:
+        return [
+            Gpu(
+                uuid=gpu.uuid,
+                index=gpu.index,
+                model=gpu.model,
+                memory_mib=gpu.memory_mib,
+                pci_bus_id=gpu.pci_bus_id,
+                mig_mode=MigMode.ValueType(gpu.mig),
+                profiles=self._profiles(gpu),
+                emulated=self._emulated,
+                notice=_notice(gpu),
+            )
+            for gpu in self._driver.gpus()
+        ]
+
+    def _profiles(self, gpu: GpuFacts) -> list[Profile]:
+        if gpu.mig is not Mig.ENABLED:
+            return []
+        return [
+            Profile(
+                name=profile.name,
+                profile_id=profile.profile_id,
+                memory_mib=profile.memory_mib,
+                compute_slices=profile.compute_slices,
+                multiprocessors=profile.multiprocessors,
+                max_instances=profile.max_instances,
+                placements=[Placement(start=span.start, size=span.size) for span in profile.placements],
+                remaining_instances=self._driver.remaining(gpu.uuid, profile.profile_id),
+            )
+            for profile in self._driver.profiles(gpu.uuid)
+        ]
+
+
+def _notice(gpu: GpuFacts) -> str:
+    if gpu.mig is Mig.DISABLED:
+        return (
+            f"MIG mode is off: enable it with `nvidia-smi -i {gpu.index} -mig 1`, as root, while nothing uses the GPU"
+        )
+    if gpu.mig is Mig.NOT_SUPPORTED:
+        return f"{gpu.model} cannot be cut: MIG needs an A30, an A100 or a later data-centre GPU"
+    return ""

@@ -1,0 +1,321 @@
+"""What the daemon intends, on disk: it forgets nothing when it is killed.
+
+One SQLite file, written before anything is done to the driver or to Podman. Every method is one
+transaction that takes a fraction of a millisecond, so the event loop calls it directly, and two coroutines never
+see each other's half-written rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database
+from sqlite_utils.migrations import Migrations
+
+from nodedaemon.driver import Span
+from nodedaemon.owner import Owner
+
+__all__ = ["Answer", "ContainerRecord", "ContainerStage", "Journal", "SliceRecord", "SliceStage"]
+
+_ANSWERS_KEPT_S = 24 * 3600
+_EVENTS_KEPT_S = 7 * 24 * 3600
+
+
+class SliceStage(StrEnum):
+    """How far the daemon has come with a slice."""
+
+    CREATING = "creating"
+    ACTIVE = "active"
+    DESTROYING = "destroying"
+    ERROR = "error"
+    DESTROYED = "destroyed"
+
+
+class ContainerStage(StrEnum):
+    """How far the daemon has come with a container."""
+
+    CREATING = "creating"
+    RUNNING = "running"
+    EXITED = "exited"
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True)
+class SliceRecord:
+    """An intended slice. Ids and UUID are unset while it is being created."""
+
+    id: int
+    owner: Owner
+    token: int
+    gpu_uuid: str
+    profile: str
+    profile_id: int
+    span: Span
+    memory_mib: int
+    stage: SliceStage
+    create_time: float
+    boot_id: str
+    gi: int | None = None
+    ci: int | None = None
+    uuid: str = ""
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class ContainerRecord:
+    """An intended container. Times are seconds since the epoch."""
+
+    owner: Owner
+    token: int
+    stage: ContainerStage
+    image: str
+    bundle_id: str
+    slice_uuids: tuple[str, ...]
+    stop_grace_s: float
+    create_time: float
+    max_duration_s: float | None = None
+    container_id: str = ""
+    pid: int = 0
+    start_time: float | None = None
+    end_time: float | None = None
+    exit_code: int | None = None
+    oom_killed: bool = False
+    timed_out: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a mutation answered, kept so that its repetition answers the same."""
+
+    rpc: str
+    digest: str
+    message: bytes
+
+
+_migrations: Any = Migrations("nodedaemon")
+
+
+@_migrations()  # type: ignore[untyped-decorator]
+def m001_first(db: Database) -> None:
+    """Creates the first tables."""
+    owner = "centre TEXT NOT NULL, job_id TEXT NOT NULL, attempt INTEGER NOT NULL"
+    key = "PRIMARY KEY (centre, job_id, attempt)"
+    for statement in (
+        "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+        f"CREATE TABLE tokens ({owner}, token INTEGER NOT NULL, {key})",
+        f"""CREATE TABLE slices (id INTEGER PRIMARY KEY AUTOINCREMENT, {owner}, token INTEGER NOT NULL,
+            gpu_uuid TEXT NOT NULL, profile TEXT NOT NULL, profile_id INTEGER NOT NULL, start INTEGER NOT NULL,
+            size INTEGER NOT NULL, memory_mib INTEGER NOT NULL, stage TEXT NOT NULL, create_time REAL NOT NULL,
+            boot_id TEXT NOT NULL, gi INTEGER, ci INTEGER, uuid TEXT NOT NULL, notice TEXT NOT NULL)""",
+        f"""CREATE TABLE containers ({owner}, token INTEGER NOT NULL, stage TEXT NOT NULL, image TEXT NOT NULL,
+            bundle_id TEXT NOT NULL, slice_uuids TEXT NOT NULL, stop_grace_s REAL NOT NULL, create_time REAL NOT NULL,
+            max_duration_s REAL, container_id TEXT NOT NULL, pid INTEGER NOT NULL, start_time REAL, end_time REAL,
+            exit_code INTEGER, oom_killed INTEGER NOT NULL, timed_out INTEGER NOT NULL, {key})""",
+        f"""CREATE TABLE answers ({owner}, request_id TEXT NOT NULL, rpc TEXT NOT NULL, digest TEXT NOT NULL,
+            message BLOB NOT NULL, time REAL NOT NULL, PRIMARY KEY (centre, request_id))""",
+        "CREATE TABLE events (cursor INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, message BLOB NOT NULL)",
+    ):
+        db.execute(statement)
+
+
+class Journal:
+    """The journal of one daemon.
+
+    Args:
+        path: the SQLite file; made if missing. Only one daemon may have it open.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, or another daemon has it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        connection = sqlite3.connect(path, timeout=2, check_same_thread=False)
+        self._db = Database(connection)
+        # One daemon per journal: the lock is held for as long as the process lives, however it dies.
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        self._db.enable_wal()
+        # Every commit survives the death of the process. A power cut may lose the last of them, but it also ends every
+        # slice and every process of the node, and an fsync per commit would cost more than a slice does.
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        _migrations.apply(self._db)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    # Facts ------------------------------------------------------------------------------------------------
+
+    def fact(self, name: str, default: str) -> str:
+        """Returns a fact about this daemon, and keeps `default` as the fact when there is none yet."""
+        self._write("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, default))
+        return str(self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
+
+    def set_fact(self, name: str, value: str) -> None:
+        """Changes a fact about this daemon."""
+        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    # Fencing and answers ----------------------------------------------------------------------------------
+
+    def highest_token(self, owner: Owner) -> int:
+        """Returns the highest fencing token seen for an attempt; 0 when none was."""
+        row = self._db.execute("SELECT token FROM tokens WHERE " + _OWNED, _key(owner)).fetchone()
+        return int(row[0]) if row else 0
+
+    def raise_token(self, owner: Owner, token: int) -> None:
+        """Notes a fencing token; a lower one than is known changes nothing."""
+        self._write(
+            "INSERT INTO tokens VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET token = max(token, excluded.token)",
+            (*_key(owner), token),
+        )
+
+    def answer(self, centre: str, request_id: str) -> Answer | None:
+        """Returns what a request was answered, if it was."""
+        row = self._db.execute(
+            "SELECT rpc, digest, message FROM answers WHERE centre = ? AND request_id = ?", (centre, request_id)
+        ).fetchone()
+        return Answer(*row) if row else None
+
+    def keep_answer(self, owner: Owner, request_id: str, answer: Answer, now: float) -> None:
+        """Keeps what a request was answered, for 24 h."""
+        self._write(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*_key(owner), request_id, answer.rpc, answer.digest, answer.message, now),
+        )
+
+    def forget_answers(self, owner: Owner) -> None:
+        """Forgets the answers about an attempt: what they tell of is no longer so."""
+        self._write("DELETE FROM answers WHERE " + _OWNED, _key(owner))
+
+    # Slices -----------------------------------------------------------------------------------------------
+
+    def add_slice(self, record: SliceRecord) -> SliceRecord:
+        """Adds a slice, and returns it with its id."""
+        row = _slice_row(record)
+        del row["id"]
+        names = ", ".join(row)
+        cursor = self._write(
+            f"INSERT INTO slices ({names}) VALUES ({', '.join('?' * len(row))})",
+            tuple(row.values()),  # noqa: S608
+        )
+        return replace(record, id=int(cursor.lastrowid or 0))
+
+    def update_slice(self, record: SliceRecord) -> SliceRecord:
+        """Changes a slice, and returns it."""
+        row = _slice_row(record)
+        number = row.pop("id")
+        names = ", ".join(f"{name} = ?" for name in row)
+        self._write(f"UPDATE slices SET {names} WHERE id = ?", (*row.values(), number))  # noqa: S608
+        return record
+
+    def delete_slice(self, record: SliceRecord) -> None:
+        """Forgets a slice that never came to be."""
+        self._write("DELETE FROM slices WHERE id = ?", (record.id,))
+
+    def slices(self) -> list[SliceRecord]:
+        """Returns every slice that is not destroyed, the oldest first."""
+        rows = self._db.query("SELECT * FROM slices WHERE stage != ? ORDER BY id", [SliceStage.DESTROYED])
+        return [_slice_record(row) for row in rows]
+
+    def slice(self, uuid: str) -> SliceRecord | None:
+        """Returns a slice by its UUID, the newest of that UUID, destroyed or not."""
+        rows = self._db.query("SELECT * FROM slices WHERE uuid = ? ORDER BY id DESC LIMIT 1", [uuid])
+        return next((_slice_record(row) for row in rows), None)
+
+    # Containers -------------------------------------------------------------------------------------------
+
+    def put_container(self, record: ContainerRecord) -> ContainerRecord:
+        """Adds or changes a container, and returns it."""
+        row = _container_row(record)
+        self._write(
+            f"INSERT OR REPLACE INTO containers ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",  # noqa: S608
+            tuple(row.values()),
+        )
+        return record
+
+    def delete_container(self, owner: Owner) -> None:
+        """Forgets a container whose results are discarded, or that never came to be."""
+        self._write("DELETE FROM containers WHERE " + _OWNED, _key(owner))
+
+    def container(self, owner: Owner) -> ContainerRecord | None:
+        """Returns the container of an attempt, removed ones whose results are kept too."""
+        rows = self._db.query("SELECT * FROM containers WHERE " + _OWNED, _key(owner))
+        return next((_container_record(row) for row in rows), None)
+
+    def containers(self) -> list[ContainerRecord]:
+        """Returns every container, removed ones whose results are kept too, the oldest first."""
+        return [_container_record(row) for row in self._db.query("SELECT * FROM containers ORDER BY create_time")]
+
+    # Events -----------------------------------------------------------------------------------------------
+
+    def add_event(self, time: float, message: bytes) -> int:
+        """Adds an event, and returns its cursor, which is higher than any before."""
+        return int(self._write("INSERT INTO events (time, message) VALUES (?, ?)", (time, message)).lastrowid or 0)
+
+    def events(self, after: int, most: int) -> list[tuple[int, bytes]]:
+        """Returns up to `most` events after a cursor, in order."""
+        return [
+            (int(cursor), bytes(message))
+            for cursor, message in self._db.execute(
+                "SELECT cursor, message FROM events WHERE cursor > ? ORDER BY cursor LIMIT ?", (after, most)
+            )
+        ]
+
+    def last_cursor(self) -> int:
+        """Returns the highest cursor that was ever given; 0 when none was."""
+        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
+        return int(row[0]) if row else 0
+
+    def prune(self, now: float) -> None:
+        """Drops what has been kept long enough: answers and destroyed slices 24 h, events 7 days."""
+        with self._db.atomic():
+            self._db.execute("DELETE FROM answers WHERE time < ?", (now - _ANSWERS_KEPT_S,))
+            self._db.execute(
+                "DELETE FROM slices WHERE stage = ? AND create_time < ?", (SliceStage.DESTROYED, now - _ANSWERS_KEPT_S)
+            )
+            self._db.execute("DELETE FROM events WHERE time < ?", (now - _EVENTS_KEPT_S,))
+
+    def _write(self, statement: str, values: Iterable[Any]) -> sqlite3.Cursor:
+        return self._db.execute(statement, tuple(values))
+
+
+_OWNED = "centre = ? AND job_id = ? AND attempt = ?"
+
+
+def _key(owner: Owner) -> tuple[str, str, int]:
+    return owner.centre, owner.job_id, owner.attempt
+
+
+def _slice_row(record: SliceRecord) -> dict[str, Any]:
+    row = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {**asdict(row.pop("owner")), **asdict(row.pop("span")), **row}
+
+
+def _slice_record(row: dict[str, Any]) -> SliceRecord:
+    owner = Owner(row.pop("centre"), row.pop("job_id"), row.pop("attempt"))
+    span = Span(row.pop("start"), row.pop("size"))
+    return SliceRecord(owner=owner, span=span, stage=SliceStage(row.pop("stage")), **row)
+
+
+def _container_row(record: ContainerRecord) -> dict[str, Any]:
+    row = {field.name: getattr(record, field.name) for field in fields(record)}
+    return {**asdict(row.pop("owner")), **row, "slice_uuids": json.dumps(record.slice_uuids)}
+
+
+def _container_record(row: dict[str, Any]) -> ContainerRecord:
+    owner = Owner(row.pop("centre"), row.pop("job_id"), row.pop("attempt"))
+    return ContainerRecord(
+        **{
+            **row,
+            "owner": owner,
+            "stage": ContainerStage(row["stage"]),
+            "slice_uuids": tuple(json.loads(row["slice_uuids"])),
+            "oom_killed": bool(row["oom_killed"]),
+            "timed_out": bool(row["timed_out"]),
+        }
+    )

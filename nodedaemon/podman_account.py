@@ -1,0 +1,243 @@
+"""The unprivileged user that owns the containers, and the Podman home of its own.
+
+Containers are never run as root. A daemon that is root hands everything that is Podman's to this user; a daemon that is
+not uses its own. All daemons of a host share the home, so that an image is there once.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["PodmanAccount", "PodmanUnusableError", "cgroup_layout", "choose_oci_runtime"]
+
+
+class PodmanUnusableError(Exception):
+    """This host cannot run rootless containers; the text says what is missing and how to get it."""
+
+
+def cgroup_layout(mounts: str) -> str:
+    """Returns how the host has mounted its cgroups: "v2", "hybrid" or "v1".
+
+    Args:
+        mounts: content of /proc/self/mounts.
+    """
+    kinds = {line.split()[1]: line.split()[2] for line in mounts.splitlines() if len(line.split()) > 2}
+    if kinds.get("/sys/fs/cgroup") == "cgroup2":
+        return "v2"
+    if any(kind == "cgroup2" for kind in kinds.values()):
+        return "hybrid"
+    return "v1"
+
+
+def choose_oci_runtime(layout: str, present: Sequence[str]) -> tuple[str, str]:
+    """Returns the OCI runtime to use and, when it is not the usual one, why, in a sentence.
+
+    Args:
+        layout: as `cgroup_layout` returns it.
+        present: names of the runtimes that are installed.
+
+    Raises:
+        PodmanUnusableError: none of them works on this host.
+    """
+    # crun refuses a hybrid layout, measured with crun 1.8.1 on Debian 12; runc does not.
+    order = ["crun", "runc"] if layout == "v2" else ["runc"]
+    for name in order:
+        if name in present:
+            why = "" if layout == "v2" else f"cgroups are {layout}, with which crun does not start: runc is used"
+            return name, why
+    wanted = " or ".join(order)
+    raise PodmanUnusableError(f"no {wanted} for cgroup layout {layout}: install it with `apt-get install {order[-1]}`")
+
+
+@dataclass(frozen=True)
+class PodmanAccount:
+    """A host user and its Podman home.
+
+    Use `find` to get one.
+    """
+
+    name: str
+    uid: int
+    gid: int
+    home: Path
+    """Puhui's Podman home: storage.conf, containers.conf, storage/."""
+    runtime_dir: Path
+    """XDG_RUNTIME_DIR of every podman of this user that Puhui starts."""
+    oci_runtime: str
+    layout: str
+    notices: tuple[str, ...]
+
+    @classmethod
+    def find(cls, user: str | None) -> PodmanAccount:
+        """Finds out which user is to own the containers and whether it can, and prepares its Podman home.
+
+        Args:
+            user: name of the user when this process is root; otherwise this process's own user is taken.
+
+        Raises:
+            PodmanUnusableError: it cannot; the text says what is missing and how to get it.
+        """
+        if os.geteuid() == 0:
+            try:
+                entry = pwd.getpwnam(user or "puhui")
+            except KeyError:
+                raise PodmanUnusableError(
+                    f"there is no user {user!r} to own the containers: create it with `useradd --system --create-home "
+                    f"--home-dir /var/lib/{user} --shell /usr/sbin/nologin {user}` and give it subordinate ids"
+                ) from None
+            if entry.pw_uid == 0:
+                raise PodmanUnusableError("containers are never run as root: name an unprivileged user")
+        else:
+            entry = pwd.getpwuid(os.geteuid())
+        _require_programs()
+        _require_subordinate_ids(entry)
+        layout = cgroup_layout(Path("/proc/self/mounts").read_text())
+        present = [name for name in ("crun", "runc") if shutil.which(name, path=_PATH)]
+        oci_runtime, why = choose_oci_runtime(layout, present)
+        account = cls(
+            name=entry.pw_name,
+            uid=entry.pw_uid,
+            gid=entry.pw_gid,
+            home=Path(entry.pw_dir, ".local/share/puhui/podman"),
+            runtime_dir=_runtime_dir(entry.pw_uid),
+            oci_runtime=oci_runtime,
+            layout=layout,
+            notices=(why,) if why else (),
+        )
+        account._prepare(Path(entry.pw_dir))
+        return account
+
+    def _prepare(self, user_home: Path) -> None:
+        try:
+            for folder in [*reversed(_below(self.home, user_home)), self.runtime_dir]:
+                self._own(folder)
+            self._write(
+                "storage.conf",
+                # Without a driver named here, vfs is taken, which copies the image for every container.
+                f'[storage]\ndriver = "overlay"\ngraphroot = "{self.home}/storage"\n'
+                f'runroot = "{self.runtime_dir}/storage"\n',
+            )
+            self._write(
+                "containers.conf",
+                f'[engine]\nruntime = "{self.oci_runtime}"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n',
+            )
+        except OSError as error:
+            raise PodmanUnusableError(f"the Podman home of {self.name} cannot be prepared: {error}") from error
+
+    def _own(self, folder: Path) -> None:
+        """Makes a directory that belongs to the user alone, and refuses one that somebody else put there."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700)
+            if os.geteuid() == 0:
+                os.chown(folder, self.uid, self.gid)
+        except FileExistsError:
+            status = folder.lstat()
+            if status.st_uid != self.uid or not folder.is_dir() or folder.is_symlink():
+                raise PodmanUnusableError(
+                    f"{folder} does not belong to {self.name}: remove it, or give it to that user"
+                ) from None
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.home / name
+        if path.exists() and path.read_text() == text:
+            return
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+
+    def environment(self) -> dict[str, str]:
+        """Returns the whole environment of every podman of this user that Puhui starts."""
+        return {
+            "PATH": _PATH,
+            "HOME": str(self.home.parents[3]),
+            "USER": self.name,
+            "LOGNAME": self.name,
+            "LANG": "C.UTF-8",
+            "XDG_RUNTIME_DIR": str(self.runtime_dir),
+            "CONTAINERS_CONF": str(self.home / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(self.home / "storage.conf"),
+        }
+
+    def command(self, *arguments: str, dies_with_parent: bool = False) -> list[str]:
+        """Returns an argument list that runs a program as this user; run it with `environment()` in "/".
+
+        Args:
+            arguments: the program and its arguments.
+            dies_with_parent: end the program when the process that starts it ends, however that happens.
+        """
+        drop = ["--reuid", str(self.uid), "--regid", str(self.gid), "--init-groups"] if os.geteuid() == 0 else []
+        tie = ["--pdeathsig", "TERM"] if dies_with_parent else []
+        return ["setpriv", *drop, *tie, "--", *arguments] if drop or tie else list(arguments)
+
+    def run(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """Runs a program as this user and returns what came of it.
+
+        Raises:
+            OSError: it cannot be started.
+            subprocess.TimeoutExpired: it took longer.
+        """
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment(),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def require_reach(self, folder: Path) -> None:
+        """Makes sure that the user can get into a directory.
+
+        Raises:
+            PodmanUnusableError: it cannot; the text names the directory that is in the way.
+        """
+        for place in reversed([folder, *folder.parents]):
+            if self.run("test", "-x", str(place)).returncode != 0:
+                raise PodmanUnusableError(
+                    f"user {self.name} cannot reach {folder}: {place} is closed to it; choose a state directory that "
+                    f"it can reach, such as one below /var/lib, or run `chmod o+x {place}`"
+                )
+
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def _below(folder: Path, top: Path) -> list[Path]:
+    """Returns a directory and those above it, as far as they are below `top`."""
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top) and parent != top)]
+
+
+def _runtime_dir(uid: int) -> Path:
+    if os.geteuid() == 0:
+        return Path("/run/puhui", f"podman-{uid}")
+    own = os.environ.get("XDG_RUNTIME_DIR")
+    if own and Path(own).is_dir() and Path(own).stat().st_uid == uid:
+        return Path(own, "puhui-podman")
+    return Path("/tmp", f"puhui-podman-{uid}")  # noqa: S108 - made with mode 0700, and its owner is checked
+
+
+def _require_programs() -> None:
+    for program, package in (("podman", "podman"), ("newuidmap", "uidmap"), ("setpriv", "util-linux")):
+        if shutil.which(program, path=_PATH) is None:
+            raise PodmanUnusableError(f"{program} is not installed: install it with `apt-get install {package}`")
+
+
+def _require_subordinate_ids(entry: pwd.struct_passwd) -> None:
+    for file, option in (("/etc/subuid", "--add-subuids"), ("/etc/subgid", "--add-subgids")):
+        names = {entry.pw_name, str(entry.pw_uid)}
+        if Path(file).exists() and any(line.split(":")[0] in names for line in Path(file).read_text().splitlines()):
+            continue
+        raise PodmanUnusableError(
+            f"user {entry.pw_name} has no range in {file}: give it one with "
+            f"`usermod {option} 200000-265535 {entry.pw_name}`"
+        )

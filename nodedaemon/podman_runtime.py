@@ -1,0 +1,412 @@
+"""Runs containers with rootless Podman, through podman-py.
+
+podman-py's own create() inspects the container again, and its wait() asks four times a second. Both are avoided by
+speaking the libpod API through podman-py's client: a container's way from nothing to running is two requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import resource
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from podman.api.client import APIClient
+
+from nodedaemon.commands import SEARCH_PATH, Found, candidates
+from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
+from nodedaemon.podman_service import API_VERSION, PodmanService
+from nodedaemon.runtime import (
+    CODE_PATH,
+    OUTPUTS_PATH,
+    WORKSPACE_PATH,
+    ContainerExit,
+    ContainerPhase,
+    ContainerSpec,
+    ContainerStatus,
+    Mount,
+)
+from puhui.rpc.errors import Refusal
+from puhui.v1.node_pb2 import Runtime, RuntimeKind
+
+__all__ = ["PodmanRuntime"]
+
+_log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+_PHASES = {
+    "created": ContainerPhase.CREATED,
+    "configured": ContainerPhase.CREATED,
+    "initialized": ContainerPhase.CREATED,
+    "running": ContainerPhase.RUNNING,
+    "paused": ContainerPhase.SUSPENDED,
+    "stopping": ContainerPhase.RUNNING,
+}
+_REQUEST_S = 120.0
+_KILLED = 137
+_DEFAULT_PIDS = 4096
+_MOST_FILES = 65536
+
+
+class PodmanRuntime:
+    """Rootless Podman. It sees only the containers of one daemon.
+
+    Use `open` to get one.
+    """
+
+    def __init__(self, account: PodmanAccount, service: PodmanService, node_id: str, info: dict[str, Any]) -> None:
+        self._account = account
+        self._service = service
+        self._node_id = node_id
+        self._info = info
+        self._limits = _enforced_limits(info)
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="podman")
+        self._local = threading.local()
+        self._known_commands: set[tuple[str, str, str]] = set()
+
+    @classmethod
+    async def open(cls, account: PodmanAccount, node_id: str) -> PodmanRuntime:
+        """Starts the service and asks it what this host can do.
+
+        Args:
+            account: the user that owns the containers.
+            node_id: label of this daemon's containers.
+
+        Raises:
+            PodmanUnusableError: containers cannot be run here; the text says why.
+        """
+        service = PodmanService(account, node_id)
+        await service.start()
+        try:
+            client = APIClient(service.url, version=API_VERSION, timeout=_REQUEST_S)
+            try:
+                info = (await asyncio.to_thread(client.get, "/info")).json()
+            finally:
+                client.close()
+            driver = info["store"]["graphDriverName"]
+            if driver == "vfs":
+                raise PodmanUnusableError(
+                    f"the storage in {account.home} has the driver vfs, which copies every image for every container, "
+                    "and it cannot be changed: remove that directory, and import the images again"
+                )
+        except BaseException:
+            await service.stop()
+            raise
+        return cls(account, service, node_id, info)
+
+    async def create(self, spec: ContainerSpec) -> str:  # noqa: D102 - see ContainerRuntime
+        answer = await self._call("POST", "/containers/create", data=json.dumps(self._body(spec)))
+        if answer.status_code == 404:
+            raise _image_not_found(spec.image)
+        container_id = str(_json(answer, "create the container")["Id"])
+        try:
+            await self._require_command(container_id, spec)
+        except BaseException:
+            await self.remove(container_id)
+            raise
+        return container_id
+
+    def _body(self, spec: ContainerSpec) -> dict[str, Any]:
+        """Returns libpod's SpecGenerator for a container."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        most_files = min(_MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        return {
+            "name": spec.name,
+            "image": spec.image,
+            # An image's own entrypoint would take the command for its arguments.
+            "entrypoint": [spec.command[0]],
+            "command": list(spec.command[1:]),
+            "env": {**spec.env, "HOME": WORKSPACE_PATH, "PUHUI_OUTPUTS": OUTPUTS_PATH},
+            "labels": {**spec.labels, "puhui.node": self._node_id},
+            "work_dir": CODE_PATH,
+            # Root in its own user namespace is this unprivileged user outside, so what it writes is that user's.
+            "user": "0:0",
+            "init": True,
+            "cap_drop": ["ALL"],
+            "no_new_privileges": True,
+            "read_only_filesystem": True,
+            "netns": {"nsmode": "slirp4netns" if spec.network else "none"},
+            "image_volume_mode": "ignore",
+            "mounts": [
+                _bind(Mount(spec.workspace, WORKSPACE_PATH, read_only=False)),
+                _bind(Mount(spec.code, CODE_PATH)),
+                *(_bind(mount) for mount in spec.mounts),
+                *(
+                    {"destination": path, "type": "tmpfs", "options": ["rw", "nosuid", "nodev", "mode=1777"]}
+                    for path in ("/tmp", "/var/tmp", "/run")  # noqa: S108 - the container's own
+                ),
+            ],
+            "shm_size": (spec.host_memory_mib * 2**20 or memory) // 2,
+            "r_limits": [
+                {"type": "core", "soft": 0, "hard": 0},
+                {"type": "nofile", "soft": most_files, "hard": most_files},
+            ],
+            "resource_limits": self._resource_limits(spec),
+            "log_configuration": {"driver": "k8s-file", "path": str(spec.log)},
+        }
+
+    def _resource_limits(self, spec: ContainerSpec) -> dict[str, Any]:
+        limits: dict[str, Any] = {}
+        if "cpus" in self._limits and spec.cpus:
+            limits["cpu"] = {"quota": int(spec.cpus * 100_000), "period": 100_000}
+        if "host_memory" in self._limits and spec.host_memory_mib:
+            # Swap counts in: without it a container would only be slow where it should end.
+            limits["memory"] = {"limit": spec.host_memory_mib * 2**20, "swap": spec.host_memory_mib * 2**20}
+        if "pids" in self._limits:
+            limits["pids"] = {"limit": spec.pids or _DEFAULT_PIDS}
+        return limits
+
+    async def _require_command(self, container_id: str, spec: ContainerSpec) -> None:
+        """Refuses a command that is not there: the init process in a container would only notice later."""
+        command = spec.command[0]
+        image, image_path = await self._image(spec.image)
+        search_path = spec.env.get("PATH") or image_path
+        where = candidates(command, search_path, spec.code)
+        if isinstance(where, Found):
+            if where.problem:
+                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "COMMAND_NOT_FOUND", where.problem, command=command)
+            return
+        key = (image, command, search_path)
+        if key in self._known_commands:
+            return
+        for path in where:
+            answer = await self._call("HEAD", f"/containers/{container_id}/archive", params={"path": path})
+            if answer.status_code == 200:
+                self._known_commands.add(key)
+                return
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "COMMAND_NOT_FOUND",
+            f"image {spec.image} has no {command!r}; name a program that it has, or a file of the code as ./NAME",
+            command=command,
+            image=spec.image,
+        )
+
+    async def _image(self, image: str) -> tuple[str, str]:
+        """Returns an image's id, and the PATH that it gives its containers."""
+        answer = await self._call("GET", f"/images/{image}/json")
+        if answer.status_code == 404:
+            raise _image_not_found(image)
+        facts = _json(answer, "look at the image")
+        env = dict(entry.split("=", 1) for entry in facts.get("Config", {}).get("Env") or [] if "=" in entry)
+        return str(facts["Id"]), env.get("PATH") or SEARCH_PATH
+
+    async def start(self, container_id: str) -> ContainerStatus:  # noqa: D102
+        answer = await self._call("POST", f"/containers/{container_id}/start")
+        if answer.status_code not in (204, 304):
+            raise _refused("start the container", answer)
+        found = await self._list({"id": [container_id]})
+        if not found:
+            raise Refusal(
+                grpc.StatusCode.INTERNAL, "RUNTIME_REFUSED", "the container vanished as it was started; submit again"
+            )
+        return found[0]
+
+    async def signal(self, container_id: str, signal: int) -> None:  # noqa: D102
+        answer = await self._call("POST", f"/containers/{container_id}/kill", params={"signal": str(signal)})
+        # 404 and 409: it is gone, or its command has ended.
+        if answer.status_code not in (204, 404, 409):
+            raise _refused("signal the container", answer)
+
+    async def remove(self, container_id: str) -> None:  # noqa: D102
+        answer = await self._call(
+            "DELETE", f"/containers/{container_id}", params={"force": "true", "timeout": "0", "v": "true"}
+        )
+        if answer.status_code not in (200, 204, 404):
+            raise _refused("remove the container", answer)
+
+    async def containers(self) -> list[ContainerStatus]:  # noqa: D102
+        return await self._list({})
+
+    async def _list(self, filters: dict[str, list[str]]) -> list[ContainerStatus]:
+        filters = {**filters, "label": [f"puhui.node={self._node_id}"]}
+        answer = await self._call(
+            "GET", "/containers/json", params={"all": "true", "filters": json.dumps(filters), "sync": "true"}
+        )
+        return [_status(entry) for entry in _json(answer, "list the containers") or []]
+
+    async def exits(self) -> AsyncIterator[ContainerExit | None]:  # noqa: D102
+        while True:
+            # Whoever reads must look for what happened while nobody listened.
+            yield None
+            with contextlib.suppress(Refusal):
+                async for event in self._events():
+                    attributes = event.get("Actor", {}).get("Attributes", {})
+                    code = int(attributes.get("containerExitCode", -1))
+                    container_id = str(event["Actor"]["ID"])
+                    killed = code == _KILLED and await self._was_out_of_memory(container_id)
+                    yield ContainerExit(container_id, code, killed, event["timeNano"] / 1e9)
+            await asyncio.sleep(0.2)
+
+    async def _events(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields what Podman tells of containers whose command has ended, until the stream breaks."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        client = APIClient(self._service.url, version=API_VERSION)
+        filters = {"label": [f"puhui.node={self._node_id}"], "event": ["died"], "type": ["container"]}
+        stream: list[Any] = []
+
+        def read() -> None:
+            try:
+                answer = client.get("/events", params={"stream": "true", "filters": json.dumps(filters)}, stream=True)
+                stream.append(answer)
+                for line in answer.iter_lines(chunk_size=1):
+                    if line:
+                        loop.call_soon_threadsafe(queue.put_nowait, json.loads(line))
+            except (OSError, ValueError, AttributeError) as error:
+                # AttributeError: the connection was closed under the reader, as `finally` below does.
+                _log.debug("event stream of podman ended", error=str(error))
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    loop.call_soon_threadsafe(queue.put_nowait, None)
+
+        # A thread of its own: the pool's are for what ends.
+        threading.Thread(target=read, name="podman-events", daemon=True).start()
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+        finally:
+            for answer in stream:
+                answer.close()
+            client.close()
+
+    async def _was_out_of_memory(self, container_id: str) -> bool:
+        answer = await self._call("GET", f"/containers/{container_id}/json")
+        return answer.status_code == 200 and bool(answer.json().get("State", {}).get("OOMKilled"))
+
+    async def make_removable(self, folder: Path) -> None:  # noqa: D102
+        script = 'chown -R 0:0 "$1" && chmod -R u+rwX "$1"'
+        done = await asyncio.to_thread(
+            self._account.run, "podman", "unshare", "sh", "-c", script, "sh", str(folder), timeout_s=_REQUEST_S
+        )
+        if done.returncode != 0:
+            raise Refusal(
+                grpc.StatusCode.INTERNAL,
+                "WORKSPACE_STUCK",
+                f"what the container left in {folder} cannot be made readable: {done.stderr.strip()[-300:]}",
+            )
+
+    def describe(self) -> Runtime:  # noqa: D102
+        host = self._info["host"]
+        notices = list(self._account.notices)
+        missing = [name for name in ("cpus", "host_memory", "pids") if name not in self._limits]
+        if missing:
+            notices.append(
+                f"limits on {', '.join(missing)} cannot be enforced: that needs cgroup v2 with its controllers "
+                f"delegated to user {self._account.name}, and this host's layout is {self._account.layout}"
+            )
+        return Runtime(
+            kind=RuntimeKind.RUNTIME_KIND_PODMAN,
+            version=str(self._info["version"]["Version"]),
+            oci_runtime=str(host["ociRuntime"]["name"]),
+            storage_driver=str(self._info["store"]["graphDriverName"]),
+            cgroup_layout=self._account.layout,
+            enforced_limits=self._limits,
+            user=self._account.name,
+            notices=notices,
+        )
+
+    async def close(self) -> None:  # noqa: D102
+        await self._service.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _call(self, method: str, path: str, **arguments: Any) -> Any:
+        try:
+            return await self._on_thread(functools.partial(self._request, method, path, **arguments))
+        except OSError as error:
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE,
+                "RUNTIME_UNAVAILABLE",
+                f"podman does not answer on this node ({type(error).__name__}); it is being started again",
+                retry_after_s=1,
+            ) from error
+
+    def _request(self, method: str, path: str, **arguments: Any) -> Any:
+        # One client per thread: a requests session is not meant to be shared.
+        client = getattr(self._local, "client", None)
+        if client is None:
+            client = self._local.client = APIClient(self._service.url, version=API_VERSION, timeout=_REQUEST_S)
+        if "data" in arguments:
+            arguments["headers"] = {"content-type": "application/json"}
+        return getattr(client, method.lower())(path, **arguments)
+
+    async def _on_thread(self, call: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _bind(mount: Mount) -> dict[str, Any]:
+    options = ["rbind", "ro" if mount.read_only else "rw", "nosuid", "dev" if mount.device else "nodev"]
+    return {"destination": mount.target, "type": "bind", "source": str(mount.source), "options": options}
+
+
+def _status(entry: dict[str, Any]) -> ContainerStatus:
+    state = str(entry["State"])
+    phase = _PHASES.get(state, ContainerPhase.EXITED)
+    ended = phase is ContainerPhase.EXITED
+    return ContainerStatus(
+        id=str(entry["Id"]),
+        labels=entry.get("Labels") or {},
+        phase=phase,
+        pid=int(entry.get("Pid") or 0) if not ended else 0,
+        exit_code=int(entry["ExitCode"]) if ended else None,
+        start_time=_seconds(entry.get("StartedAt")),
+        end_time=_seconds(entry.get("ExitedAt")) if ended else None,
+    )
+
+
+def _seconds(value: Any) -> float | None:
+    """Reads a time: Podman gives seconds in some fields and text in others, and year 1 for never."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = datetime.fromisoformat(value).timestamp()
+    return float(value) if isinstance(value, int | float) and value > 0 else None
+
+
+def _enforced_limits(info: dict[str, Any]) -> list[str]:
+    host = info["host"]
+    if str(host.get("cgroupVersion")) != "v2":
+        return []
+    controllers = host.get("cgroupControllers") or []
+    return [limit for limit, controller in _CONTROLLERS if controller in controllers]
+
+
+_CONTROLLERS = (("cpus", "cpu"), ("host_memory", "memory"), ("pids", "pids"))
+
+
+def _image_not_found(image: str) -> Refusal:
+    return Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "IMAGE_NOT_FOUND",
+        f"this node does not have the image {image}; get it with `puhui-nodedaemon podman -- pull {image}`",
+        image=image,
+    )
+
+
+def _json(answer: Any, what: str) -> Any:
+    if answer.status_code >= 400:
+        raise _refused(what, answer)
+    return answer.json()
+
+
+def _refused(what: str, answer: Any) -> Refusal:
+    try:
+        said = str(answer.json().get("message", answer.text))
+    except ValueError:
+        said = str(answer.text)
+    return Refusal(
+        grpc.StatusCode.INTERNAL,
+        "RUNTIME_REFUSED",
+        f"podman refused to {what}: {said[:500]}",
+        status=str(answer.status_code),
+    )

@@ -1,0 +1,125 @@
+"""Stays with one process of the process runtime, as conmon stays with a container.
+
+    python -m nodedaemon.process_keeper FOLDER
+
+FOLDER/spec.json says what to run. The keeper writes the process's output in the k8s-file format, and how it ended to
+FOLDER/exit.json. It outlives the daemon, so output and exit code are never lost. Standard library only: it must
+start fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+_READ_BYTES = 8192
+
+
+def main(folder: Path) -> int:
+    """Runs the process and stays until it has ended. Returns 0."""
+    spec = json.loads((folder / "spec.json").read_text())
+    # What is meant for the process reaches it by its own id; the keeper itself outlives everything but SIGKILL.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with Path(spec["log"]).open("ab", buffering=0) as log:
+        try:
+            process = subprocess.Popen(
+                spec["command"],
+                cwd=spec["cwd"],
+                env=spec["env"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                **_dropped(spec),
+                preexec_fn=_restore_signals,  # noqa: PLW1509 - this process has one thread
+            )
+        except OSError as error:
+            _tell({"error": f"{spec['command'][0]}: {error.strerror}"})
+            return 0
+        _tell({"pid": process.pid})
+        _write(folder / "running.json", {"pid": process.pid, "start_time": time.time()})
+        _copy(process, log)
+    code = process.wait()
+    # As when a container's init ends: nothing of it lives on.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    _write(folder / "exit.json", {"exit_code": 128 - code if code < 0 else code, "end_time": time.time()})
+    return 0
+
+
+def _dropped(spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns how the process gives up root, when this is root and it is to run as somebody else."""
+    if os.geteuid() != 0 or spec["uid"] == 0:
+        return {}
+    return {"user": spec["uid"], "group": spec["gid"], "extra_groups": []}
+
+
+def _restore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _tell(facts: dict[str, object]) -> None:
+    """Answers the daemon, which may have gone meanwhile."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(facts) + "\n")
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _copy(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    """Copies output to the log until the process has ended and all that it wrote is there."""
+    assert process.stdout is not None  # noqa: S101 - both are pipes
+    assert process.stderr is not None  # noqa: S101
+    ended = os.pidfd_open(process.pid)
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ, b"stdout")
+        selector.register(process.stderr, selectors.EVENT_READ, b"stderr")
+        selector.register(ended, selectors.EVENT_READ, b"")
+        open_pipes = 2
+        while open_pipes:
+            # A child that lives on may keep the pipes open for ever: what is there when the process ends is all.
+            ready = [key for key, _ in selector.select()]
+            over = any(key.data == b"" for key in ready)
+            for key in ready:
+                if key.data == b"":
+                    continue
+                data = os.read(key.fd, _READ_BYTES)
+                if data:
+                    log.write(_lines(data, key.data))
+                else:
+                    selector.unregister(key.fileobj)
+                    open_pipes -= 1
+            if over and not any(key.data != b"" for key in ready):
+                break
+    os.close(ended)
+
+
+def _lines(data: bytes, stream: bytes) -> bytes:
+    stamp = time.time_ns()
+    text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp // 10**9)) + f".{stamp % 10**9:09d}+00:00"
+    head = text.encode() + b" " + stream
+    pieces = data.split(b"\n")
+    lines = [head + b" F " + piece + b"\n" for piece in pieces[:-1]]
+    if pieces[-1]:
+        lines.append(head + b" P " + pieces[-1] + b"\n")
+    return b"".join(lines)
+
+
+def _write(path: Path, facts: dict[str, object]) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(facts))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,113 @@
+"""What to do at a start, when the journal, the driver and the runtime may tell three different stories.
+
+Pure: the stories in, a plan out. `Reconciler` in `nodedaemon.recovery` carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nodedaemon.driver import GpuInstance
+from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
+from nodedaemon.runtime import ContainerPhase, ContainerStatus
+from nodedaemon.slices import is_same
+
+__all__ = ["ContainerPlan", "SlicePlan", "plan_containers", "plan_slices"]
+
+
+@dataclass
+class SlicePlan:
+    """What to do about slices. What is not named is foreign and is not touched."""
+
+    adopt: list[SliceRecord] = field(default_factory=list)
+    """Still there."""
+    finish: list[tuple[SliceRecord, int]] = field(default_factory=list)
+    """Half made: the GPU instance with this id is there."""
+    destroy: list[SliceRecord] = field(default_factory=list)
+    """Half destroyed."""
+    drop: list[tuple[SliceRecord, str]] = field(default_factory=list)
+    """Not there any more, and why."""
+
+
+def plan_slices(journal: Sequence[SliceRecord], driver: Sequence[GpuInstance], boot_id: str) -> SlicePlan:
+    """Plans for the slices.
+
+    Args:
+        journal: every slice that is not destroyed.
+        driver: every GPU instance of the node, whoever made it.
+        boot_id: the host's boot now. No instance survives a boot, so whatever sits where a slice of an earlier boot
+            was is somebody else's.
+    """
+    plan = SlicePlan()
+    for record in journal:
+        instance = next((i for i in driver if is_same(record, i)), None)
+        if record.boot_id != boot_id:
+            plan.drop.append((record, "the host was rebooted, which wipes every slice"))
+        elif record.stage is SliceStage.CREATING:
+            if instance is None:
+                plan.drop.append((record, "the daemon ended before it was made"))
+            else:
+                plan.finish.append((record, instance.id))
+        elif instance is None:
+            done = record.stage is SliceStage.DESTROYING
+            plan.drop.append((record, "it was being destroyed" if done else "somebody else destroyed it"))
+        elif record.stage is SliceStage.ACTIVE and instance.compute_instances:
+            plan.adopt.append(record)
+        elif record.stage is SliceStage.ACTIVE:
+            plan.finish.append((record, instance.id))
+        else:
+            plan.destroy.append(record)
+    return plan
+
+
+@dataclass
+class ContainerPlan:
+    """What to do about containers of this daemon."""
+
+    adopt: list[tuple[ContainerRecord, ContainerStatus]] = field(default_factory=list)
+    """Their command still runs."""
+    ended: list[tuple[ContainerRecord, ContainerStatus]] = field(default_factory=list)
+    """Their command ended while nobody looked."""
+    lost: list[ContainerRecord] = field(default_factory=list)
+    """Somebody else removed them."""
+    forget: list[ContainerRecord] = field(default_factory=list)
+    """They never came to be."""
+    remove: list[str] = field(default_factory=list)
+    """Ids of containers that nobody owns, or that are half made."""
+
+
+def plan_containers(journal: Sequence[ContainerRecord], runtime: Sequence[ContainerStatus]) -> ContainerPlan:
+    """Plans for the containers.
+
+    Args:
+        journal: every container, removed ones whose results are kept too.
+        runtime: every container that carries this daemon's label.
+    """
+    plan = ContainerPlan()
+    by_owner = {
+        (status.labels.get("puhui.centre"), status.labels.get("puhui.job"), status.labels.get("puhui.attempt")): status
+        for status in runtime
+    }
+    for record in journal:
+        status = by_owner.pop((record.owner.centre, record.owner.job_id, str(record.owner.attempt)), None)
+        began = status is not None and status.phase is not ContainerPhase.CREATED
+        if record.stage is ContainerStage.CREATING and not began:
+            plan.forget.append(record)
+            if status is not None:
+                plan.remove.append(status.id)
+        elif record.stage is ContainerStage.REMOVED:
+            if status is not None:
+                plan.remove.append(status.id)
+        elif record.stage is ContainerStage.EXITED:
+            continue
+        elif status is None or not began:
+            plan.lost.append(record)
+            if status is not None:
+                plan.remove.append(status.id)
+        elif status.phase is ContainerPhase.EXITED:
+            plan.ended.append((record, status))
+        else:
+            plan.adopt.append((record, status))
+    plan.remove.extend(status.id for status in by_owner.values())
+    return plan

@@ -1,0 +1,110 @@
+"""The commands of `puhui-nodedaemon`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from nodedaemon.daemon import CannotServeError, Settings
+from nodedaemon.daemon import serve as serve_until
+from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
+from puhui.rpc.logs import configure_logs
+
+__all__ = ["app"]
+
+app = typer.Typer(name="puhui-nodedaemon", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _about() -> None:
+    """Runs one GPU node: cuts slices and runs containers on them."""
+
+
+@app.command()
+def serve(
+    state: Annotated[Path, typer.Option(envvar="PUHUI_NODE_STATE", help="Directory for all that this daemon keeps.")],
+    listen: Annotated[
+        str, typer.Option(envvar="PUHUI_NODE_LISTEN", help="HOST:PORT on loopback, or unix:/PATH.")
+    ] = "127.0.0.1:7071",
+    name: Annotated[str, typer.Option(envvar="PUHUI_NODE_NAME", help="Name of this node; empty is the host's.")] = "",
+    control_plane: Annotated[
+        str | None, typer.Option(envvar="PUHUI_NODE_CONTROL_PLANE", help="HOST:PORT of the control plane to join.")
+    ] = None,
+    join_token_file: Annotated[
+        Path | None, typer.Option(envvar="PUHUI_NODE_JOIN_TOKEN_FILE", help="File with the centre's join token.")
+    ] = None,
+    emulate: Annotated[
+        str | None,
+        typer.Option(envvar="PUHUI_NODE_EMULATE", help='Emulated cards, such as "H100-80GB-SXM5:2,A100-80GB:1".'),
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option(envvar="PUHUI_NODE_RUNTIME", help="auto, podman, or process (emulated cards only).")
+    ] = "auto",
+    podman_user: Annotated[
+        str,
+        typer.Option(envvar="PUHUI_NODE_PODMAN_USER", help="User that owns the containers of a daemon run by root."),
+    ] = "puhui",
+    image: Annotated[
+        str, typer.Option(envvar="PUHUI_NODE_IMAGE", help="Image of containers that ask for none.")
+    ] = "localhost/puhui/base:latest",
+    log_level: Annotated[
+        str, typer.Option(envvar="PUHUI_NODE_LOG_LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Serves this node until SIGTERM. Containers live on."""
+    try:
+        configure_logs(log_level)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    settings = Settings(
+        listen=listen,
+        state=state.absolute(),
+        name=name or socket.gethostname(),
+        control_plane=control_plane,
+        join_token_file=join_token_file,
+        emulate=emulate,
+        runtime=runtime,
+        podman_user=podman_user,
+        image=image,
+    )
+    try:
+        asyncio.run(_serve(settings))
+    except (CannotServeError, ValueError) as error:
+        _fail(str(error))
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await serve_until(settings, stop)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def podman(
+    context: typer.Context,
+    podman_user: Annotated[
+        str, typer.Option(envvar="PUHUI_NODE_PODMAN_USER", help="User that owns the containers, when run by root.")
+    ] = "puhui",
+) -> None:
+    """Runs podman as the daemon does: same user, same storage. Put its arguments behind `--`."""
+    try:
+        account = PodmanAccount.find(podman_user)
+    except PodmanUnusableError as error:
+        _fail(str(error))
+    os.chdir("/")
+    command = account.command("podman", *context.args)
+    os.execvpe(command[0], command, account.environment())  # noqa: S606 - this process becomes podman
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"puhui-nodedaemon: {message}\n")
+    raise typer.Exit(1)

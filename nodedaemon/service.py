@@ -1,0 +1,197 @@
+"""The node daemon's face: NodeService over what the other modules do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from nodedaemon.answers import Mutations
+from nodedaemon.bundles import Bundles
+from nodedaemon.containers import Containers
+from nodedaemon.driver import Span
+from nodedaemon.events import EventLog
+from nodedaemon.inventory import Inventory
+from nodedaemon.owner import Owner
+from nodedaemon.slices import Slices
+from puhui.rpc.errors import unimplemented
+from puhui.rpc.moment import seconds
+from puhui.rpc.transfer import UploadPart, read_chunks
+from puhui.v1.node_service_pb2 import (
+    AttachSliceRequest,
+    AttachSliceResponse,
+    CreateContainerRequest,
+    CreateContainerResponse,
+    CreateSliceRequest,
+    CreateSliceResponse,
+    DestroySliceRequest,
+    DestroySliceResponse,
+    DetachSliceRequest,
+    DetachSliceResponse,
+    ExecRequest,
+    ExecResponse,
+    GetNodeRequest,
+    GetNodeResponse,
+    ListContainersRequest,
+    ListContainersResponse,
+    ListSlicesRequest,
+    ListSlicesResponse,
+    NodeServiceGetArtifactsRequest,
+    NodeServiceGetArtifactsResponse,
+    NodeServicePutBundleRequest,
+    NodeServicePutBundleResponse,
+    NodeServiceReadLogsRequest,
+    NodeServiceReadLogsResponse,
+    RemoveContainerRequest,
+    RemoveContainerResponse,
+    ResumeContainerRequest,
+    ResumeContainerResponse,
+    StopContainerRequest,
+    StopContainerResponse,
+    SuspendContainerRequest,
+    SuspendContainerResponse,
+    WatchEventsRequest,
+    WatchEventsResponse,
+    WatchUtilizationRequest,
+    WatchUtilizationResponse,
+)
+from puhui.v1.node_service_pb2_grpc import NodeServiceServicer
+
+__all__ = ["NodeService"]
+
+
+class NodeService(NodeServiceServicer):
+    """Serves puhui.v1.NodeService."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        mutations: Mutations,
+        slices: Slices,
+        containers: Containers,
+        bundles: Bundles,
+        events: EventLog,
+    ) -> None:
+        self._inventory = inventory
+        self._mutations = mutations
+        self._slices = slices
+        self._containers = containers
+        self._bundles = bundles
+        self._events = events
+
+    async def GetNode(self, request: GetNodeRequest, context: Any) -> GetNodeResponse:  # noqa: D102, N802
+        return GetNodeResponse(node=await self._inventory.read())
+
+    # Slices
+
+    async def CreateSlice(self, request: CreateSliceRequest, context: Any) -> CreateSliceResponse:  # noqa: D102, N802
+        async def act(owner: Owner, token: int) -> CreateSliceResponse:
+            span = Span(request.placement.start, request.placement.size)
+            return CreateSliceResponse(
+                slice=await self._slices.create(owner, token, request.gpu_uuid, request.profile, span)
+            )
+
+        return await self._mutations.carry_out(request, CreateSliceResponse, act)
+
+    async def DestroySlice(self, request: DestroySliceRequest, context: Any) -> DestroySliceResponse:  # noqa: D102, N802
+        async def act(owner: Owner, token: int) -> DestroySliceResponse:
+            await self._slices.destroy(owner, request.slice_uuid, self._containers.holder_of)
+            return DestroySliceResponse()
+
+        return await self._mutations.carry_out(request, DestroySliceResponse, act)
+
+    async def ListSlices(self, request: ListSlicesRequest, context: Any) -> ListSlicesResponse:  # noqa: D102, N802
+        return ListSlicesResponse(slices=await self._slices.list(foreign=request.include_foreign))
+
+    # Containers
+
+    async def CreateContainer(  # noqa: D102, N802
+        self, request: CreateContainerRequest, context: Any
+    ) -> CreateContainerResponse:
+        async def act(owner: Owner, token: int) -> CreateContainerResponse:
+            return CreateContainerResponse(container=await self._containers.create(owner, token, request))
+
+        return await self._mutations.carry_out(request, CreateContainerResponse, act)
+
+    async def StopContainer(self, request: StopContainerRequest, context: Any) -> StopContainerResponse:  # noqa: D102, N802
+        async def act(owner: Owner, token: int) -> StopContainerResponse:
+            grace_s = seconds(request.grace) if request.HasField("grace") else None
+            return StopContainerResponse(container=await self._containers.stop(owner, grace_s))
+
+        return await self._mutations.carry_out(request, StopContainerResponse, act)
+
+    async def RemoveContainer(  # noqa: D102, N802
+        self, request: RemoveContainerRequest, context: Any
+    ) -> RemoveContainerResponse:
+        async def act(owner: Owner, token: int) -> RemoveContainerResponse:
+            await self._containers.remove(owner, discard_results=request.discard_results)
+            return RemoveContainerResponse()
+
+        return await self._mutations.carry_out(request, RemoveContainerResponse, act)
+
+    async def ListContainers(  # noqa: D102, N802
+        self, request: ListContainersRequest, context: Any
+    ) -> ListContainersResponse:
+        return ListContainersResponse(containers=self._containers.list())
+
+    # Code, output, results
+
+    async def PutBundle(  # noqa: D102, N802
+        self, request_iterator: AsyncIterator[NodeServicePutBundleRequest], context: Any
+    ) -> NodeServicePutBundleResponse:
+        bundle, already = await self._bundles.put(
+            cast("AsyncIterator[UploadPart]", request_iterator), self._containers.bundles_in_use()
+        )
+        return NodeServicePutBundleResponse(bundle=bundle, already_present=already)
+
+    async def ReadLogs(  # noqa: D102, N802
+        self, request: NodeServiceReadLogsRequest, context: Any
+    ) -> AsyncIterator[NodeServiceReadLogsResponse]:
+        chunks = self._containers.read_log(
+            Owner.of(request.owner), offset=request.offset, tail_lines=request.tail_lines, follow=request.follow
+        )
+        async for chunk in chunks:
+            yield NodeServiceReadLogsResponse(chunk=chunk)
+
+    async def GetArtifacts(  # noqa: D102, N802
+        self, request: NodeServiceGetArtifactsRequest, context: Any
+    ) -> AsyncIterator[NodeServiceGetArtifactsResponse]:
+        manifest, archive = await self._containers.artifacts(Owner.of(request.owner))
+        yield NodeServiceGetArtifactsResponse(manifest=manifest)
+        for chunk in read_chunks(archive, request.offset):
+            yield NodeServiceGetArtifactsResponse(chunk=chunk)
+
+    # Watching
+
+    async def WatchEvents(  # noqa: D102, N802
+        self, request: WatchEventsRequest, context: Any
+    ) -> AsyncIterator[WatchEventsResponse]:
+        async for event in self._events.watch(request.after_cursor):
+            yield WatchEventsResponse(event=event)
+
+    # In the contract, not yet served
+
+    async def AttachSlice(self, request: AttachSliceRequest, context: Any) -> AttachSliceResponse:  # noqa: D102, N802
+        raise unimplemented("NodeService.AttachSlice")
+
+    async def DetachSlice(self, request: DetachSliceRequest, context: Any) -> DetachSliceResponse:  # noqa: D102, N802
+        raise unimplemented("NodeService.DetachSlice")
+
+    async def SuspendContainer(  # noqa: D102, N802
+        self, request: SuspendContainerRequest, context: Any
+    ) -> SuspendContainerResponse:
+        raise unimplemented("NodeService.SuspendContainer")
+
+    async def ResumeContainer(  # noqa: D102, N802
+        self, request: ResumeContainerRequest, context: Any
+    ) -> ResumeContainerResponse:
+        raise unimplemented("NodeService.ResumeContainer")
+
+    def Exec(  # noqa: D102, N802
+        self, request_iterator: AsyncIterator[ExecRequest], context: Any
+    ) -> AsyncIterator[ExecResponse]:
+        raise unimplemented("NodeService.Exec")
+
+    def WatchUtilization(  # noqa: D102, N802
+        self, request: WatchUtilizationRequest, context: Any
+    ) -> AsyncIterator[WatchUtilizationResponse]:
+        raise unimplemented("NodeService.WatchUtilization")

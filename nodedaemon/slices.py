@@ -1,0 +1,493 @@
+"""Slices: cut at an exact placement, verified, and destroyed again. Foreign ones are never touched."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pynvml
+import structlog
+
+from nodedaemon.driver import Driver, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts, Span
+from nodedaemon.events import EventLog
+from nodedaemon.journal import Journal, SliceRecord, SliceStage
+from nodedaemon.owner import Owner
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import now, timestamp
+from puhui.v1.card_pb2 import Placement, Slice, SliceState
+from puhui.v1.node_pb2 import NodeEventKind
+
+__all__ = ["Slices", "boot_id", "is_same"]
+
+_log = structlog.get_logger(__name__)
+
+_T = TypeVar("_T")
+
+_FIRST_RETRY_S = 0.02
+_LONGEST_RETRY_S = 1.0
+_STATES = {
+    SliceStage.CREATING: SliceState.SLICE_STATE_CREATING,
+    SliceStage.ACTIVE: SliceState.SLICE_STATE_ACTIVE,
+    SliceStage.DESTROYING: SliceState.SLICE_STATE_DESTROYING,
+    SliceStage.ERROR: SliceState.SLICE_STATE_ERROR,
+}
+
+
+def boot_id() -> str:
+    """Returns what changes whenever the host boots."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+class Slices:
+    """The slices of this node.
+
+    Args:
+        driver: the GPU driver.
+        journal: where what is intended is kept.
+        events: where what happens is told.
+        emulated: whether the driver is emulated.
+        changed: called after any change of slices.
+        release_s: how long a destroy waits for the last process on the slice to go, in seconds.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        journal: Journal,
+        events: EventLog,
+        *,
+        emulated: bool,
+        changed: Callable[[], None],
+        release_s: float = 10.0,
+    ) -> None:
+        self._driver = driver
+        self._journal = journal
+        self._events = events
+        self._emulated = emulated
+        self._changed = changed
+        self._release_s = release_s
+        self._gpus = {gpu.uuid: gpu for gpu in driver.gpus()}
+        # NVML lets calls on one GPU overlap, and then two creates race for one place. Other GPUs go on.
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._boot_id = boot_id()
+
+    # Making one -------------------------------------------------------------------------------------------
+
+    async def create(self, owner: Owner, token: int, gpu_uuid: str, profile_name: str, span: Span) -> Slice:
+        """Cuts a slice exactly there.
+
+        Raises:
+            Refusal: NOT_FOUND with GPU_NOT_FOUND or PROFILE_NOT_FOUND, INVALID_ARGUMENT with PLACEMENT_INVALID,
+                FAILED_PRECONDITION with PLACEMENT_TAKEN or MIG_DISABLED, PERMISSION_DENIED with
+                DRIVER_PERMISSION, INTERNAL with DRIVER_REFUSED.
+        """
+        gpu = self._gpu(gpu_uuid)
+        async with self._locks[gpu_uuid]:
+            profile = await self._profile(gpu, profile_name)
+            if span not in profile.placements:
+                raise _placement_invalid(profile, span)
+            for record in self._journal.slices():
+                if record.gpu_uuid == gpu_uuid and (record.owner, record.profile, record.span) == (
+                    owner,
+                    profile_name,
+                    span,
+                ):
+                    if record.stage is SliceStage.ACTIVE:
+                        return self.describe(record)  # made before a crash that swallowed the answer
+            await self._require_free(gpu, span)
+            record = self._journal.add_slice(
+                SliceRecord(
+                    id=0,
+                    owner=owner,
+                    token=token,
+                    gpu_uuid=gpu_uuid,
+                    profile=profile.name,
+                    profile_id=profile.profile_id,
+                    span=span,
+                    memory_mib=profile.memory_mib,
+                    stage=SliceStage.CREATING,
+                    create_time=now(),
+                    boot_id=self._boot_id,
+                )
+            )
+            record = await self._make(gpu, profile, record)
+        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, "SLICE_CREATED", "made slice {slice}")
+        return self.describe(record)
+
+    async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
+        for instance in await self._ask(gpu, self._driver.instances, gpu.uuid):
+            if instance.span.overlaps(span):
+                mine = next((r for r in self._journal.slices() if is_same(r, instance)), None)
+                raise Refusal(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "PLACEMENT_TAKEN",
+                    f"{instance.profile.name} at {instance.span.start} on GPU {gpu.index} is in the way; it belongs to "
+                    + (f"{mine.owner}" if mine else "nobody this daemon knows, and is not touched"),
+                    gpu_uuid=gpu.uuid,
+                    foreign=str(mine is None).lower(),
+                )
+
+    async def _make(self, gpu: GpuFacts, profile: ProfileFacts, record: SliceRecord) -> SliceRecord:
+        gi: int | None = None
+        try:
+            gi = await self._ask(gpu, self._driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span)
+            return await self._complete(gpu, replace(record, gi=gi), profile.compute_slices)
+        except BaseException:
+            if gi is not None:
+                await self._unmake(gpu, gi)
+            self._journal.delete_slice(record)
+            raise
+
+    async def _complete(self, gpu: GpuFacts, record: SliceRecord, compute_slices: int) -> SliceRecord:
+        """Gives a GPU instance its full-width compute instance, and believes only what the driver then lists."""
+        gi = _given(record.gi)
+        instance = await self._instance(gpu, gi)
+        if not (instance and instance.compute_instances):
+            await self._ask(gpu, self._driver.create_compute_instance, gpu.uuid, gi, compute_slices)
+            instance = await self._instance(gpu, gi)
+        whole = [c for c in instance.compute_instances if c.compute_slices == compute_slices] if instance else []
+        if instance is None or instance.span != record.span or len(whole) != 1 or not whole[0].uuid:
+            raise Refusal(
+                grpc.StatusCode.INTERNAL,
+                "SLICE_NOT_VERIFIED",
+                f"the driver said that it made {record.profile} at {record.span.start} on GPU {gpu.index}, but lists "
+                f"{instance!r}; see the driver's log",
+            )
+        return self._journal.update_slice(
+            replace(record, ci=whole[0].id, uuid=whole[0].uuid, stage=SliceStage.ACTIVE, notice="")
+        )
+
+    async def _unmake(self, gpu: GpuFacts, gi: int) -> None:
+        """Rolls a half-made slice back. What cannot be rolled back now is found again at the next start."""
+        try:
+            instance = await self._instance(gpu, gi)
+            for compute in instance.compute_instances if instance else ():
+                await self._ask(gpu, self._driver.destroy_compute_instance, gpu.uuid, gi, compute.id)
+            if instance:
+                await self._ask(gpu, self._driver.destroy_gpu_instance, gpu.uuid, gi)
+        except Refusal as error:
+            _log.error("a half-made slice could not be rolled back", gpu=gpu.index, gi=gi, error=error.message)
+
+    async def _instance(self, gpu: GpuFacts, gi: int) -> GpuInstance | None:
+        instances = await self._ask(gpu, self._driver.instances, gpu.uuid)
+        return next((instance for instance in instances if instance.id == gi), None)
+
+    # Destroying one ---------------------------------------------------------------------------------------
+
+    async def destroy(self, owner: Owner, uuid: str, holder_of: Callable[[str], str | None]) -> None:
+        """Destroys a slice, waiting a while for the last process on it to go.
+
+        Args:
+            owner: who asks; only an attempt's own slices are destroyed for it.
+            uuid: the slice.
+            holder_of: says which living container has a slice, if any.
+
+        Raises:
+            Refusal: NOT_FOUND with SLICE_NOT_FOUND; FAILED_PRECONDITION with SLICE_IN_USE, naming who holds it;
+                INTERNAL with DRIVER_REFUSED.
+        """
+        record = self._journal.slice(uuid)
+        if record is None or record.owner != owner:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "SLICE_NOT_FOUND",
+                f"{owner} has no slice {uuid!r} here; ListSlices shows what there is",
+                slice_uuid=uuid,
+            )
+        if record.stage is SliceStage.DESTROYED:
+            return
+        container = holder_of(uuid)
+        if container is not None:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "SLICE_IN_USE",
+                f"container {container[:12]} runs on slice {uuid}; remove the container first",
+                slice_uuid=uuid,
+                container_id=container,
+            )
+        await self.take_apart(record)
+
+    async def take_apart(self, record: SliceRecord) -> None:
+        """Destroys a slice of this daemon: first its compute instance, then its GPU instance.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with SLICE_IN_USE; INTERNAL with DRIVER_REFUSED.
+        """
+        gpu = self._gpu(record.gpu_uuid)
+        record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYING))
+        deadline = time.monotonic() + self._release_s
+        pause = _FIRST_RETRY_S
+        while True:
+            try:
+                async with self._locks[gpu.uuid]:
+                    await self._destroy_once(gpu, record)
+                break
+            except Refusal as error:
+                holders = await self._holders(gpu, record) if error.reason == "SLICE_IN_USE" else []
+                if error.reason != "SLICE_IN_USE" or time.monotonic() + pause > deadline:
+                    raise self._stuck(record, error, holders) from error
+            # The lock is free meanwhile: what waits for a process to go must not hold up others.
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_RETRY_S)
+        record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYED, notice=""))
+        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED, "SLICE_DESTROYED", "destroyed slice {slice}")
+
+    async def _destroy_once(self, gpu: GpuFacts, record: SliceRecord) -> None:
+        instance = next(
+            (i for i in await self._ask(gpu, self._driver.instances, gpu.uuid) if is_same(record, i)),
+            None,
+        )
+        if instance is None:
+            return  # somebody else was quicker
+        for compute in instance.compute_instances:
+            await self._ask(gpu, self._driver.destroy_compute_instance, gpu.uuid, instance.id, compute.id)
+        await self._ask(gpu, self._driver.destroy_gpu_instance, gpu.uuid, instance.id)
+
+    async def _holders(self, gpu: GpuFacts, record: SliceRecord) -> list[str]:
+        pids = await self._ask(gpu, self._driver.processes, gpu.uuid, record.uuid) if record.uuid else []
+        return [f"{pid} ({_command(pid)})" for pid in pids]
+
+    def _stuck(self, record: SliceRecord, error: Refusal, holders: list[str]) -> Refusal:
+        if error.reason == "SLICE_IN_USE":
+            who = "process " + ", ".join(holders) if holders else "a process that the driver does not name"
+            error = Refusal(
+                error.code,
+                error.reason,
+                f"slice {record.uuid} is still held by {who}; end it, then destroy the slice again",
+                slice_uuid=record.uuid,
+                holders=", ".join(holders),
+            )
+        record = self._journal.update_slice(replace(record, stage=SliceStage.ERROR, notice=error.message))
+        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, error.reason, error.message)
+        return error
+
+    # After a restart --------------------------------------------------------------------------------------
+
+    async def finish(self, record: SliceRecord, gi: int) -> None:
+        """Completes a slice whose making was cut short.
+
+        Raises:
+            Refusal: as `create` does; the half that was there is gone then.
+        """
+        gpu = self._gpu(record.gpu_uuid)
+        async with self._locks[gpu.uuid]:
+            profile = await self._profile(gpu, record.profile)
+            try:
+                record = await self._complete(gpu, replace(record, gi=gi), profile.compute_slices)
+            except BaseException:
+                await self._unmake(gpu, gi)
+                self._journal.delete_slice(record)
+                raise
+        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, "SLICE_COMPLETED", "completed slice {slice}")
+
+    def adopt(self, record: SliceRecord) -> None:
+        """Notes that a slice of the journal is still there."""
+        if record.stage is not SliceStage.ACTIVE:
+            self._journal.update_slice(replace(record, stage=SliceStage.ACTIVE, notice=""))
+
+    def drop(self, record: SliceRecord, message: str) -> None:
+        """Notes that a slice of the journal is there no more, and nobody asked for that."""
+        self._journal.forget_answers(record.owner)
+        if not record.uuid:
+            self._journal.delete_slice(record)
+            return
+        record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYED))
+        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED, "SLICE_VANISHED", message)
+
+    # Reading ----------------------------------------------------------------------------------------------
+
+    async def list(self, *, foreign: bool) -> list[Slice]:
+        """Returns the slices of this node, by GPU index and placement.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED.
+        """
+        records = self._journal.slices()
+        found = [(self._gpu(record.gpu_uuid).index, record.span, self.describe(record)) for record in records]
+        if foreign:
+            for gpu in self._gpus.values():
+                if gpu.mig is Mig.ENABLED:
+                    found.extend(
+                        (gpu.index, instance.span, self._foreign(gpu, instance))
+                        for instance in await self._ask(gpu, self._driver.instances, gpu.uuid)
+                        if not any(is_same(record, instance) for record in self._journal.slices())
+                    )
+        return [described for _, _, described in sorted(found, key=lambda entry: entry[:2])]
+
+    def describe(self, record: SliceRecord) -> Slice:
+        """Returns a slice for the wire."""
+        return Slice(
+            uuid=record.uuid,
+            gpu_uuid=record.gpu_uuid,
+            gpu_index=self._gpu(record.gpu_uuid).index,
+            profile=record.profile,
+            placement=Placement(start=record.span.start, size=record.span.size),
+            gpu_instance_id=record.gi or 0,
+            compute_instance_id=record.ci or 0,
+            memory_mib=record.memory_mib,
+            state=_STATES.get(record.stage, SliceState.SLICE_STATE_UNSPECIFIED),
+            owner=record.owner.ref(record.token),
+            emulated=self._emulated,
+            create_time=timestamp(record.create_time),
+            notice=record.notice,
+        )
+
+    def _foreign(self, gpu: GpuFacts, instance: GpuInstance) -> Slice:
+        compute = instance.compute_instances[0] if instance.compute_instances else None
+        return Slice(
+            uuid=compute.uuid if compute else "",
+            gpu_uuid=gpu.uuid,
+            gpu_index=gpu.index,
+            profile=instance.profile.name,
+            placement=Placement(start=instance.span.start, size=instance.span.size),
+            gpu_instance_id=instance.id,
+            compute_instance_id=compute.id if compute else 0,
+            memory_mib=instance.profile.memory_mib,
+            state=SliceState.SLICE_STATE_FOREIGN,
+            emulated=self._emulated,
+        )
+
+    def owned(self, owner: Owner, uuid: str) -> tuple[SliceRecord, GpuFacts]:
+        """Returns an active slice of an attempt, and its GPU.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND.
+        """
+        record = self._journal.slice(uuid)
+        if record is None or record.owner != owner or record.stage is not SliceStage.ACTIVE:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "SLICE_NOT_FOUND",
+                f"{owner} has no active slice {uuid!r} here; create it first",
+                slice_uuid=uuid,
+            )
+        return record, self._gpu(record.gpu_uuid)
+
+    async def instances(self) -> list[GpuInstance]:
+        """Returns every GPU instance on every GPU, whoever made it.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED.
+        """
+        found: list[GpuInstance] = []
+        for gpu in self._gpus.values():
+            if gpu.mig is Mig.ENABLED:
+                found.extend(await self._ask(gpu, self._driver.instances, gpu.uuid))
+        return found
+
+    # ------------------------------------------------------------------------------------------------------
+
+    def _gpu(self, uuid: str) -> GpuFacts:
+        if uuid not in self._gpus:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "GPU_NOT_FOUND",
+                f"this node has no GPU {uuid!r}; GetNode shows what it has",
+                gpu_uuid=uuid,
+            )
+        return self._gpus[uuid]
+
+    async def _profile(self, gpu: GpuFacts, name: str) -> ProfileFacts:
+        if gpu.mig is not Mig.ENABLED:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "MIG_DISABLED",
+                f"GPU {gpu.index} cannot be cut now; if its model can, enable MIG with `nvidia-smi -i {gpu.index} -mig 1`",
+                gpu_uuid=gpu.uuid,
+            )
+        profiles = await self._ask(gpu, self._driver.profiles, gpu.uuid)
+        for profile in profiles:
+            if profile.name == name:
+                return profile
+        offered = ", ".join(profile.name for profile in profiles)
+        raise Refusal(
+            grpc.StatusCode.NOT_FOUND,
+            "PROFILE_NOT_FOUND",
+            f"GPU {gpu.index} has no profile {name!r}; it offers {offered}",
+            gpu_uuid=gpu.uuid,
+        )
+
+    async def _ask(self, gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
+        return await asyncio.to_thread(_translated, gpu, call, *arguments)
+
+    def _told(self, record: SliceRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
+        described = self.describe(record)
+        gpu = self._gpu(record.gpu_uuid)
+        where = f"{record.uuid} ({record.profile} at {record.span.start} on GPU {gpu.index})"
+        self._events.add(
+            kind, reason, message.replace("{slice}", where), owner=record.owner.ref(record.token), slice=described
+        )
+        self._changed()
+
+
+def is_same(record: SliceRecord, instance: GpuInstance) -> bool:
+    """Says whether an instance on a GPU is a slice of the journal."""
+    if (record.gpu_uuid, record.span, record.profile_id) != (
+        instance.gpu_uuid,
+        instance.span,
+        instance.profile.profile_id,
+    ):
+        return False
+    if record.gi is None:
+        return True  # being made: the place was free when that was written down
+    uuids = {compute.uuid for compute in instance.compute_instances}
+    return record.gi == instance.id and (not uuids or record.uuid in uuids)
+
+
+def _given(number: int | None) -> int:
+    assert number is not None, "a GPU instance has an id"  # noqa: S101 - for the type checker
+    return number
+
+
+def _placement_invalid(profile: ProfileFacts, span: Span) -> Refusal:
+    offered = ", ".join(str(place.start) for place in profile.placements)
+    return Refusal(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "PLACEMENT_INVALID",
+        f"{profile.name} cannot be at {span.start} with size {span.size}; it has size "
+        f"{profile.placements[0].size if profile.placements else 0} and may be at {offered or 'no place'}",
+    )
+
+
+def _translated(gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
+    """Calls the driver, and turns what it refuses into words."""
+    try:
+        return call(*arguments)
+    except DriverError as error:
+        if error.code == pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "PLACEMENT_TAKEN",
+                f"the driver has no room for that on GPU {gpu.index}: {error}",
+                gpu_uuid=gpu.uuid,
+            ) from error
+        if error.code == pynvml.NVML_ERROR_IN_USE:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "SLICE_IN_USE", str(error)) from error
+        if error.code == pynvml.NVML_ERROR_NO_PERMISSION:
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "DRIVER_PERMISSION",
+                f"{error}; give the daemon's user read access to /dev/nvidia-caps/nvidia-cap1, as root",
+            ) from error
+        raise Refusal(
+            grpc.StatusCode.INTERNAL,
+            "DRIVER_REFUSED",
+            f"the driver refused on GPU {gpu.index}: {error}",
+            gpu_uuid=gpu.uuid,
+            nvml_call=error.call,
+            nvml_code=str(error.code),
+        ) from error
+
+
+def _command(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return "ended meanwhile"
+    return b" ".join(words).decode(errors="replace").strip()[:200] or "no command line"

@@ -1,0 +1,104 @@
+"""The directory of an attempt: its workspace, its log and its results.
+
+attempts/CENTRE/JOB/ATTEMPT/
+    workspace/           the container's /workspace; code/ is where the code is mounted, outputs/ is kept
+    output.log           all output, in the k8s-file format
+    artifacts.tar.gz     what was in outputs/, packed when it is first asked for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from nodedaemon.owner import Owner
+
+__all__ = ["AttemptFolder", "Attempts"]
+
+
+@dataclass(frozen=True)
+class AttemptFolder:
+    """Where the things of one attempt are."""
+
+    path: Path
+
+    @property
+    def workspace(self) -> Path:
+        """The container's /workspace."""
+        return self.path / "workspace"
+
+    @property
+    def outputs(self) -> Path:
+        """The container's /workspace/outputs."""
+        return self.workspace / "outputs"
+
+    @property
+    def log(self) -> Path:
+        """All output."""
+        return self.path / "output.log"
+
+    @property
+    def artifacts(self) -> Path:
+        """The packed results."""
+        return self.path / "artifacts.tar.gz"
+
+
+class Attempts:
+    """The directories of all attempts of this node.
+
+    Args:
+        root: directory for them.
+        uid: user that the containers' files belong to.
+        gid: that user's group.
+    """
+
+    def __init__(self, root: Path, uid: int, gid: int) -> None:
+        self._root = root
+        self._uid = uid
+        self._gid = gid
+        self._make(root)
+
+    def folder(self, owner: Owner) -> AttemptFolder:
+        """Returns where the things of an attempt are, or would be."""
+        return AttemptFolder(self._root / owner.centre / owner.job_id / str(owner.attempt))
+
+    def make(self, owner: Owner) -> AttemptFolder:
+        """Makes the directory of an attempt, empty.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        folder = self.folder(owner)
+        for path in (folder.path.parents[1], folder.path.parent, folder.path, folder.workspace, folder.outputs):
+            self._make(path)
+        self._make(folder.workspace / "code")
+        folder.log.touch(mode=0o600)  # so that it can be followed before anything is written
+        self._give(folder.log)
+        return folder
+
+    def _make(self, path: Path) -> None:
+        path.mkdir(mode=0o700, exist_ok=True)
+        self._give(path)
+
+    def _give(self, path: Path) -> None:
+        if os.geteuid() == 0 and self._uid != 0:
+            os.chown(path, self._uid, self._gid, follow_symlinks=False)
+
+    def remove(self, owner: Owner) -> None:
+        """Removes the directory of an attempt, and those above it that are empty then.
+
+        Raises:
+            PermissionError: files of other users are in it; the runtime can make it removable.
+        """
+        path = self.folder(owner).path
+        # rmtree never follows a link, whatever the container left here.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+        for parent in (path.parent, path.parents[1]):
+            try:
+                parent.rmdir()
+            except OSError:
+                return  # other attempts are there
