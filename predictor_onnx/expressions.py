@@ -24,6 +24,7 @@ from predictor_onnx.values import (
     Scope,
     Tensor,
     Value,
+    is_module,
 )
 
 _LARGEST_BITS: Final = 256
@@ -362,12 +363,15 @@ class Expressions:
         """Assign ``value`` to a target; overridden where attributes can be set."""
         raise NotImplementedError
 
-    def _comprehension(self, generators: list[ast.comprehension], scope: Scope) -> Iterator[Scope]:
+    def _comprehension(
+        self, generators: list[ast.comprehension], scope: Scope, items: list[Value] | None = None
+    ) -> Iterator[Scope]:
         if not generators:
             yield scope
             return
         first, *rest = generators
-        items = self.iterate(self.expr(first.iter, scope))
+        if items is None:
+            items = self.iterate(self.expr(first.iter, scope))
         for item in items if items is not None else []:
             inner = Scope({}, scope)
             self.bind(first.target, item, inner)
@@ -375,7 +379,21 @@ class Expressions:
                 yield from self._comprehension(rest, inner)
 
     def _listcomp(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp, scope: Scope) -> Value:
-        return [self.expr(node.elt, s) for s in self._comprehension(node.generators, scope)]
+        first = node.generators[0]
+        items = self.iterate(self.expr(first.iter, scope))
+        if items is None:
+            return self._listcomp_of_unknown(node, scope)
+        return [self.expr(node.elt, s) for s in self._comprehension(node.generators, scope, items)]
+
+    def _listcomp_of_unknown(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp, scope: Scope) -> Value:
+        """Over unknown items: one module stands for the unknown number; other values are unknown."""
+        inner = Scope({}, scope)
+        self.bind(node.generators[0].target, UNKNOWN, inner)
+        value = self.expr(node.elt, inner)
+        if is_module(value):
+            self.rec.guesses += 1
+            return [value]
+        return [value] if isinstance(value, Tensor) else UNKNOWN
 
     def _dictcomp(self, node: ast.DictComp, scope: Scope) -> Value:
         result: dict[Value, Value] = {}

@@ -326,6 +326,8 @@ def item(ev: Evaluator, owner: Value, key: Value) -> Value:
     """``owner[key]``."""
     if isinstance(owner, Tensor):
         return tensors.index(ev, owner, key)
+    if owner is UNKNOWN and isinstance(key, slice) and isinstance(key.stop, int) and key.step == 1:
+        return tensor_of((key.stop,), "int64")  # a window ``data[i : i + n]`` of unknown data
     if isinstance(owner, Loader):
         batch = owner.batch_size
         sample = item(ev, owner.sample, 0)

@@ -29,7 +29,7 @@ CREATORS: Final = _SIZED | frozenset(
     ["randint", "arange", "linspace", "eye", "tensor", "as_tensor", "from_numpy", "array", "asarray", "randperm"]
 )
 _SAME: Final = frozenset(
-    ("requires_grad_", "retain_grad", "share_memory_", "pin_memory", "numpy", "copy_", "normal_",
+    ("requires_grad_", "retain_grad", "share_memory_", "pin_memory", "numpy", "copy_", "astype", "normal_",
      "uniform_", "cpu")
 )  # fmt: skip
 _CASTS: Final = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "long": "int64",

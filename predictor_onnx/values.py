@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, TypeAlias
 
 #: Any value of the evaluated program: a plain Python object or one of the classes below.
 Value: TypeAlias = Any
@@ -29,7 +29,7 @@ class Unknown:
 
     _instance: Unknown | None = None
 
-    def __new__(cls) -> Self:
+    def __new__(cls) -> Unknown:  # noqa: PYI034 - there is one, of this very class
         """There is one unknown."""
         if cls._instance is None:
             cls._instance = super().__new__(cls)

@@ -12,7 +12,7 @@ from onnxmltools import convert_lightgbm
 from onnxmltools.convert.common.data_types import FloatTensorType
 
 from predictor_onnx.features import FEATURES, PHYSICS
-from predictor_onnx.train.fit import LARGEST_CORRECTION, Array, Fitted
+from predictor_onnx.train.fit import LARGEST_CORRECTION, LEAST_CORRECTION, Array, Fitted
 
 _OPSET: Final = 17
 #: The newest that onnxmltools writes; only its tree node is taken, which is in ai.onnx.ml.
@@ -68,7 +68,7 @@ def graph_of(fitted: Fitted, population: list[float], reach: tuple[Array, Array]
     backward = g.linear(g.columns(3, split, "backward_columns"), list(physics.backward), 0.0, "backward")
     shape = g.columns(split, len(FEATURES), "shape")
     change = g.trees(fitted.correction, shape, "correction_raw")
-    change = g.node("Clip", [change, g.constant("least", -LARGEST_CORRECTION),
+    change = g.node("Clip", [change, g.constant("least", LEAST_CORRECTION),
                              g.constant("most", LARGEST_CORRECTION)], "correction")  # fmt: skip
     work = g.node("Max", [backward, update], "work")
     work = g.node("Mul", [work, g.node("Exp", [change], "factor")], "corrected_work")

@@ -21,8 +21,11 @@ from predictor_onnx.features import PHYSICS
 Array = npt.NDArray[np.float64]
 
 LEVELS: Final = (0.5, 0.9, 0.99)
-#: The correction stays within a factor of e^0.5.
+#: Bounds of the correction's logarithm. What autograd saves is really there, so it may add more than remove.
+LEAST_CORRECTION: Final = -0.25
 LARGEST_CORRECTION: Final = 0.5
+#: Share of the saved activations that is at least alive at the peak; in-place ops reuse the rest.
+LEAST_ACTIVATION: Final = 0.9
 _BACKWARD: Final = slice(3, len(PHYSICS))
 _BACKWARD_TERMS: Final = len(PHYSICS) - 3
 _UPDATE: Final = 2
@@ -58,24 +61,28 @@ def fit_physics(x: Array, y: Array, weight: Array, turns: int = 40) -> Physics:
     """
     physics = Physics(1500.0, 200.0, 1.0, 1.0, np.r_[0.5, 0.1, np.ones(_BACKWARD_TERMS - 2)])
     robust = np.ones(len(y))
+    least = np.zeros(4 + _BACKWARD_TERMS)
+    least[2:4] = 1.0
+    least[6:] = LEAST_ACTIVATION
     for _ in range(turns):
         _, backward, update = physics.parts(x)
         peaks_late = update > backward
         design = np.c_[np.ones(len(y)), x[:, 0], x[:, 1],
                        np.where(peaks_late, x[:, _UPDATE], 0.0),
                        np.where(peaks_late[:, None], 0.0, x[:, _BACKWARD])]  # fmt: skip
-        # Resident and update count at least once; only what exceeds that is fitted.
-        target = y - design[:, 2] - design[:, 3]
+        # What must be there is taken as given; only what exceeds it is fitted.
+        target = y - design @ least
         scale = robust * np.sqrt(weight) / y
         prior = np.zeros((design.shape[1] - 6, design.shape[1]))
         prior[:, 6:] = np.eye(design.shape[1] - 6)
         pull = 0.02 * np.sqrt(weight.sum())
         solution, _ = nnls(
             np.r_[design * scale[:, None], pull * prior],
-            np.r_[target * scale, pull * np.ones(len(prior))],
+            np.r_[target * scale, pull * (1 - LEAST_ACTIVATION) * np.ones(len(prior))],
         )
-        physics = Physics(float(solution[0]), float(solution[1]), 1 + float(solution[2]),
-                          1 + float(solution[3]), solution[4:])  # fmt: skip
+        solution = solution + least
+        physics = Physics(float(solution[0]), float(solution[1]), float(solution[2]),
+                          float(solution[3]), solution[4:])  # fmt: skip
         error = np.abs(physics.predict(x) / y - 1)
         robust = 1 / np.sqrt(np.maximum(error, 0.02) / 0.02)
     return physics
@@ -102,7 +109,7 @@ def fit_correction(physics: Physics, x: Array, y: Array, weight: Array, seed: in
 def corrected(physics: Physics, trees: Any, x: Array) -> Array:
     """Peak in MiB with the correction applied."""
     fixed, backward, update = physics.parts(x)
-    change = np.clip(trees.predict(x[:, len(PHYSICS) :]), -LARGEST_CORRECTION, LARGEST_CORRECTION)
+    change = np.clip(trees.predict(x[:, len(PHYSICS) :]), LEAST_CORRECTION, LARGEST_CORRECTION)
     result: Array = fixed + np.maximum(backward, update) * np.exp(change)
     return result
 
