@@ -90,7 +90,7 @@ class Bundles:
 
     async def _checked(self, bundle_id: str, path: Path) -> BundleRecord:
         contents = await asyncio.to_thread(check, path, self.limits)
-        return BundleRecord(bundle_id, path.stat().st_size, contents.unpacked_bytes, tuple(contents.sizes))
+        return BundleRecord(bundle_id, path.stat().st_size, contents.unpacked_bytes, dict(contents.sizes))
 
     async def _keep(self, record: BundleRecord, path: Path) -> BundleRecord:
         path.replace(self.path(record.id))

@@ -83,7 +83,7 @@ def m0001_first_tables(db: Database) -> None:
             id text primary key,
             size_bytes integer not null,
             unpacked_bytes integer not null,
-            paths text not null      -- JSON array
+            sizes text not null      -- JSON: bytes by path
         ) without rowid
         """
     )

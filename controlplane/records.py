@@ -152,5 +152,5 @@ class BundleRecord:
     id: str
     size_bytes: int
     unpacked_bytes: int
-    paths: tuple[str, ...]
-    """Normalized path of every regular file in it."""
+    sizes: Mapping[str, int]
+    """Size of every regular file in it, in bytes, by its normalized path."""

@@ -60,6 +60,10 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def has_log(self, job_id: str, attempt: int) -> bool:
+        """Returns whether the whole log of an attempt is here."""
+        return (self.folder(job_id, attempt) / "log").exists()
+
     def log(self, job_id: str, attempt: int, offset: int = 0, tail_lines: int = 0) -> Iterator[stream_pb2.LogChunk]:
         """Yields the output of an attempt from a byte offset on, or its last lines; nothing when there is no log."""
         path = self.folder(job_id, attempt) / "log"

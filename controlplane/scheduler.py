@@ -59,6 +59,13 @@ class Scheduler:
         bisect.insort(self._queue, queued, key=lambda job: job.rank)
         self.wake()
 
+    def put_back(self, record: JobRecord) -> None:
+        """A driver is done with a job: it waits again, or has ended."""
+        if record.state == job_pb2.JOB_STATE_QUEUED:
+            self.add(record)
+        else:
+            self.wake()
+
     def remove(self, job_id: str) -> None:
         """A job waits no longer."""
         self._queue = [job for job in self._queue if job.id != job_id]

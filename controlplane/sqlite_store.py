@@ -195,15 +195,15 @@ class SqliteStore:
 
     async def put_bundle(self, bundle: BundleRecord) -> None:
         """Stores that a bundle is on disk."""
-        row = {**asdict(bundle), "paths": json.dumps(bundle.paths)}
+        row = {**asdict(bundle), "sizes": json.dumps(dict(bundle.sizes))}
         await self._writer.write(lambda db: db.table("bundles").upsert(row, pk="id") and None)
 
     async def bundle(self, bundle_id: str) -> BundleRecord | None:
         """Returns a bundle."""
         row = self._read.execute(
-            "select id, size_bytes, unpacked_bytes, paths from bundles where id = ?", [bundle_id]
+            "select id, size_bytes, unpacked_bytes, sizes from bundles where id = ?", [bundle_id]
         ).fetchone()
-        return BundleRecord(row[0], row[1], row[2], tuple(json.loads(row[3]))) if row is not None else None
+        return BundleRecord(row[0], row[1], row[2], json.loads(row[3])) if row is not None else None
 
     async def forget_requests(self, before: float) -> None:
         """Forgets requests that were made before a time (seconds since the epoch)."""

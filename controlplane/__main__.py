@@ -1,0 +1,114 @@
+"""The command `puhui-controlplane`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from controlplane.centre import Centre, Settings
+from puhui.rpc.logs import configure_logs
+from puhui.rpc.notify import notify_ready, notify_stopping
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="puhui-controlplane",
+    help="The control plane of one Puhui centre.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """The control plane of one Puhui centre."""
+
+
+def _variable(name: str) -> str:
+    return f"PUHUI_CONTROLPLANE_{name}"
+
+
+@app.command()
+def serve(
+    state: Annotated[
+        Path, typer.Option(envvar=_variable("STATE"), help="Folder of everything that must not be forgotten.")
+    ],
+    listen: Annotated[
+        str, typer.Option(envvar=_variable("LISTEN"), help="Loopback address, host:port or unix:/path.")
+    ] = "127.0.0.1:7070",
+    centre: Annotated[str, typer.Option(envvar=_variable("CENTRE"), help="Name of the centre.")] = "local",
+    join_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=_variable("JOIN_TOKEN_FILE"),
+            help="Secret by which nodes join; made if it is not there. STATE/join-token if not given.",
+        ),
+    ] = None,
+    prediction_budget: Annotated[
+        float,
+        typer.Option(
+            envvar=_variable("PREDICTION_BUDGET"), min=0.01, help="Seconds that a submission waits for its prediction."
+        ),
+    ] = 2.0,
+    patience: Annotated[
+        float,
+        typer.Option(
+            envvar=_variable("PATIENCE"), min=0.0, help="Seconds that a waiting job lets smaller ones overtake it."
+        ),
+    ] = 60.0,
+    release_patience: Annotated[
+        float,
+        typer.Option(
+            envvar=_variable("RELEASE_PATIENCE"),
+            min=0.1,
+            help="Seconds after which a job ends although its node has not confirmed the release.",
+        ),
+    ] = 5.0,
+    log_level: Annotated[
+        str, typer.Option(envvar=_variable("LOG_LEVEL"), help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Serves a centre until SIGTERM or SIGINT."""
+    try:
+        configure_logs(log_level)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--log-level") from error
+    settings = Settings(
+        listen=listen,
+        state=state,
+        centre=centre,
+        join_token_file=join_token_file or state / "join-token",
+        prediction_budget_s=prediction_budget,
+        patience_s=patience,
+        release_patience_s=release_patience,
+    )
+    try:
+        asyncio.run(_serve(settings))
+    except (OSError, ValueError) as error:
+        typer.echo(f"puhui-controlplane: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    centre = await Centre.start(settings)
+    notify_ready(centre.address)
+    await stop.wait()
+    notify_stopping()
+    await centre.stop()
+
+
+def main() -> None:
+    """Runs the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""One centre: its parts, put together, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from controlplane.attempt_driver import Surroundings
+from controlplane.attempts import Attempts
+from controlplane.bundles import Bundles
+from controlplane.federation_service import FederationService
+from controlplane.fleet_service import FleetService
+from controlplane.idempotency import KEPT_S
+from controlplane.job_service import JobService
+from controlplane.jobs import PLACED_STATES
+from controlplane.log_reader import LogReader
+from controlplane.node_client import GrpcNodeClient, NodeClient
+from controlplane.nodes import Nodes
+from controlplane.pages import Pages
+from controlplane.prediction import OnnxPrediction, Prediction
+from controlplane.records import JobRecord
+from controlplane.reservations import Reservations
+from controlplane.results import Results
+from controlplane.scheduler import Scheduler
+from controlplane.sqlite_store import SqliteStore
+from controlplane.submission import Submission
+from controlplane.watch import Feed
+from puhui.rpc.moment import now
+from puhui.rpc.server import RpcServer
+from puhui.v1.federation_service_pb2_grpc import add_FederationServiceServicer_to_server
+from puhui.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
+from puhui.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
+
+__all__ = ["Centre", "Settings"]
+
+_log = structlog.get_logger(__name__)
+
+_STOP_GRACE_S = 1.0
+_FORGET_EVERY_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a control plane is to run."""
+
+    listen: str
+    """Address to serve at: "host:port" on loopback, or "unix:/path"."""
+    state: Path
+    """Folder of everything that it must not forget."""
+    centre: str
+    """Name of the centre."""
+    join_token_file: Path
+    """Holds the secret by which nodes join; made if it is not there."""
+    prediction_budget_s: float = 2.0
+    """A submission waits for its prediction at most this long."""
+    patience_s: float = 60.0
+    """A waiting job lets itself be overtaken for this long."""
+    release_patience_s: float = 5.0
+    """A job ends without its node's confirmation after this long."""
+
+
+class Centre:
+    """A running control plane. Make one with `start`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(
+        cls,
+        settings: Settings,
+        *,
+        prediction: Prediction | None = None,
+        connect: Callable[[str], NodeClient] = GrpcNodeClient,
+    ) -> Centre:
+        """Starts a control plane on its state, and takes up every attempt where the last one left it.
+
+        Args:
+            settings: how it is to run.
+            prediction: says what code needs; the trained predictor if not given.
+            connect: opens a connection to a node at an address.
+
+        Raises:
+            OSError: the state is in use or cannot be written, or the address is taken.
+            ValueError: the address is not private.
+        """
+        centre = cls(settings)
+        settings.state.mkdir(parents=True, exist_ok=True)
+        settings.state.chmod(0o700)
+        centre._lock = _locked(settings.state / "lock")
+        feed = Feed()
+        centre._store = store = await SqliteStore.open(settings.state / "puhui.db", feed)
+        centre._prediction = prediction or OnnxPrediction(settings.prediction_budget_s)
+        bundles = Bundles(settings.state / "bundles", store)
+        results = Results(settings.state / "results")
+        reservations = Reservations(lambda: centre._scheduler.wake())
+        centre._nodes = nodes = Nodes(
+            store,
+            settings.centre,
+            join_token(settings.join_token_file),
+            connect,
+            reservations,
+            lambda: centre._scheduler.wake(),
+        )
+        centre._scheduler = scheduler = Scheduler(store, nodes, reservations, settings.patience_s)
+        around = Surroundings(
+            settings.centre, store, nodes, reservations, bundles, results, settings.release_patience_s
+        )
+        centre._attempts = Attempts(around, scheduler.put_back)
+        centre._reservations = reservations
+        await centre._take_up()
+        pages = Pages(await store.centre_id())
+        submission = Submission(settings.centre, store, bundles, nodes, centre._prediction)
+        logs = LogReader(settings.centre, store, feed, nodes, results)
+        job_service = JobService(
+            store, feed, bundles, results, nodes, scheduler, centre._attempts, submission, logs, pages
+        )
+        centre._server = server = RpcServer(settings.listen)
+        server.add("puhui.v1.JobService", add_JobServiceServicer_to_server, job_service)
+        server.add(
+            "puhui.v1.FleetService",
+            add_FleetServiceServicer_to_server,
+            FleetService(settings.centre, nodes, scheduler, pages),
+        )
+        server.add("puhui.v1.FederationService", add_FederationServiceServicer_to_server, FederationService())
+        port = await server.start()
+        centre.address = settings.listen if not port else f"{settings.listen.rpartition(':')[0]}:{port}"
+        centre._tasks.append(asyncio.create_task(scheduler.run(centre._attempts), name="scheduler"))
+        centre._tasks.append(asyncio.create_task(centre._forget(), name="forget requests"))
+        _log.info("serving", address=centre.address, centre=settings.centre)
+        return centre
+
+    address: str
+    """Where it serves."""
+    _lock: int
+    _store: SqliteStore
+    _prediction: Prediction
+    _nodes: Nodes
+    _scheduler: Scheduler
+    _attempts: Attempts
+    _reservations: Reservations
+    _server: RpcServer
+
+    async def _take_up(self) -> None:
+        """Goes on where the last control plane was when it ended."""
+        held = await self._store.reservations()
+        self._reservations.load(held)
+        await self._nodes.start()
+        driven: set[tuple[str, int]] = set()
+        for record in await self._store.unfinished_jobs():
+            if record.state in PLACED_STATES:
+                driven.add((record.id, len(record.job.attempts)))
+                self._attempts.drive(record, adopt=True)
+            else:
+                self._scheduler.add(record)
+        for reservation in held:
+            if reservation.key not in driven:
+                self._attempts.drive(await self._require(reservation.job_id), reservation.attempt, adopt=True)
+        if driven or held:
+            _log.info("taking up attempts", running=len(driven), held=len(held), queued=self._scheduler.queued)
+
+    async def _require(self, job_id: str) -> JobRecord:
+        record = await self._store.job(job_id)
+        if record is None:
+            raise RuntimeError(f"the store holds a reservation of {job_id}, but no such job")
+        return record
+
+    async def _forget(self) -> None:
+        while True:
+            await self._store.forget_requests(now() - KEPT_S)
+            await asyncio.sleep(_FORGET_EVERY_S)
+
+    async def stop(self) -> None:
+        """Stops serving. Containers run on; the next start goes on where this one was."""
+        await self._server.stop(_STOP_GRACE_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._attempts.stop()
+        await self._nodes.stop()
+        await self._prediction.close()
+        await self._store.close()
+        os.close(self._lock)
+
+
+def join_token(path: Path) -> str:
+    """Returns the join token in a file; makes both if there is no such file.
+
+    Raises:
+        OSError: it cannot be read or made.
+        ValueError: it is empty.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        token = path.read_text().strip()
+        if not token:
+            raise ValueError(f"{path} is empty; remove it, and a new join token is made") from None
+        return token
+    token = secrets.token_urlsafe(32)
+    with os.fdopen(handle, "w") as file:
+        file.write(token + "\n")
+    return token
+
+
+def _locked(path: Path) -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise OSError(f"{path.parent} is in use by another control plane") from error
+    return handle

@@ -1,0 +1,239 @@
+"""JobService: what people ask of a centre."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from controlplane import jobs
+from controlplane.attempts import Attempts
+from controlplane.bundles import Bundles
+from controlplane.idempotency import earlier_answer, request_of, reused
+from controlplane.jobs import FINAL_STATES, PLACED_STATES, transition
+from controlplane.log_reader import LogReader, attempt_number, require_job
+from controlplane.nodes import Nodes
+from controlplane.pages import Pages, page_size
+from controlplane.placement import Room
+from controlplane.records import BundleRecord, Change, JobQuery, JobRecord, Request
+from controlplane.results import Results
+from controlplane.scheduler import Scheduler
+from controlplane.store import RequestReused, Store
+from controlplane.submission import Submission
+from controlplane.watch import Feed
+from puhui.rpc.errors import Refusal, unimplemented
+from puhui.rpc.moment import moment, now
+from puhui.rpc.transfer import read_chunks
+from puhui.v1 import job_pb2, stream_pb2
+from puhui.v1 import job_service_pb2 as wire
+from puhui.v1.job_service_pb2_grpc import JobServiceServicer
+
+__all__ = ["JobService"]
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class JobService(JobServiceServicer):
+    """Serves JobService for one centre."""
+
+    def __init__(
+        self,
+        store: Store,
+        feed: Feed,
+        bundles: Bundles,
+        results: Results,
+        nodes: Nodes,
+        scheduler: Scheduler,
+        attempts: Attempts,
+        submission: Submission,
+        logs: LogReader,
+        pages: Pages,
+    ) -> None:
+        self._store = store
+        self._feed = feed
+        self._bundles = bundles
+        self._results = results
+        self._nodes = nodes
+        self._scheduler = scheduler
+        self._attempts = attempts
+        self._submission = submission
+        self._logs = logs
+        self._pages = pages
+
+    async def PutBundle(  # noqa: N802 - named by the contract
+        self, request_iterator: AsyncIterator[wire.PutBundleRequest], context: _Context
+    ) -> wire.PutBundleResponse:
+        """Receives a bundle."""
+        record, present = await self._bundles.receive(request_iterator)
+        return wire.PutBundleResponse(bundle=_bundle(record), already_present=present)
+
+    async def SubmitJob(self, request: wire.SubmitJobRequest, context: _Context) -> wire.SubmitJobResponse:  # noqa: N802
+        """Accepts a job."""
+        record, new = await self._submission.submit(request)
+        if new:
+            self._scheduler.add(record)
+        return wire.SubmitJobResponse(job=self._shown(record))
+
+    async def PredictJob(self, request: wire.PredictJobRequest, context: _Context) -> wire.PredictJobResponse:  # noqa: N802
+        """Says what slice some code would get."""
+        need = await self._submission.predict(request)
+        decision = Room(self._nodes.gpus()).best(need.sizing.choices)
+        if decision is not None:
+            message = f"{decision.shape.profile} is free on GPU {decision.gpu.gpu_index} of {decision.gpu.node_name}"
+        elif need.sizing.choices:
+            message = f"{need.sizing.choices[0].profile} is not free now; the job would wait"
+        else:
+            message = f"the job would wait: {need.sizing.reason}"
+        return wire.PredictJobResponse(
+            prediction=need.prediction, sizing=need.sizing, fits_now=decision is not None, message=message
+        )
+
+    async def GetJob(self, request: wire.GetJobRequest, context: _Context) -> wire.GetJobResponse:  # noqa: N802
+        """Returns one job."""
+        return wire.GetJobResponse(job=self._shown(await require_job(self._store, request.job_id)))
+
+    async def ListJobs(self, request: wire.ListJobsRequest, context: _Context) -> wire.ListJobsResponse:  # noqa: N802
+        """Returns a page of jobs."""
+        of = b"jobs\0" + request.filter.SerializeToString(deterministic=True)
+        before = int(self._pages.after(of, request.page_token)) if request.page_token else None
+        size = page_size(request.page_size)
+        wanted = request.filter
+        query = JobQuery(
+            states=tuple(state for state in wanted.states if state),
+            tenant=wanted.tenant,
+            name_prefix=wanted.name_prefix,
+            labels=dict(wanted.labels),
+            created_since=moment(wanted.created_since) if wanted.HasField("created_since") else 0.0,
+            before_sequence=before,
+            limit=size + 1,
+        )
+        found = await self._store.jobs(query)
+        more = len(found) > size
+        page = found[:size]
+        return wire.ListJobsResponse(
+            jobs=[self._shown(record) for record in page],
+            next_page_token=self._pages.token(of, str(page[-1].sequence)) if more else "",
+        )
+
+    async def WatchJob(  # noqa: N802
+        self, request: wire.WatchJobRequest, context: _Context
+    ) -> AsyncIterator[wire.WatchJobResponse]:
+        """Yields events of a job until it has ended."""
+        cursor = request.after_cursor
+        with self._feed.watching(request.job_id) as news:
+            while True:
+                news.clear()
+                record = await require_job(self._store, request.job_id)
+                events = await self._store.events(request.job_id, cursor)
+                for event in events:
+                    cursor = event.cursor
+                    yield wire.WatchJobResponse(event=event, job=self._shown(record))
+                    if event.state in FINAL_STATES:
+                        return
+                if events:
+                    continue
+                if record.state in FINAL_STATES:
+                    return
+                await news.wait()
+
+    async def CancelJob(self, request: wire.CancelJobRequest, context: _Context) -> wire.CancelJobResponse:  # noqa: N802
+        """Ends a job."""
+        noted = request_of("CancelJob", request, request.request_id)
+        await earlier_answer(self._store, noted)
+        await require_job(self._store, request.job_id)
+        try:
+            record = await self._store.change_job(
+                request.job_id, lambda record, _: _cancelled(record, request.message[:1000], noted)
+            )
+        except RequestReused as error:
+            raise reused(request.request_id) from error
+        if record.state in FINAL_STATES:
+            self._scheduler.remove(record.id)
+        else:
+            self._attempts.cancel(record.id)
+        return wire.CancelJobResponse(job=self._shown(record))
+
+    async def ReadLogs(  # noqa: N802
+        self, request: wire.ReadLogsRequest, context: _Context
+    ) -> AsyncIterator[wire.ReadLogsResponse]:
+        """Yields output of a job."""
+        async for chunk in self._logs.read(request):
+            yield wire.ReadLogsResponse(chunk=chunk)
+
+    async def GetArtifacts(  # noqa: N802
+        self, request: wire.GetArtifactsRequest, context: _Context
+    ) -> AsyncIterator[wire.GetArtifactsResponse]:
+        """Yields artifacts of a job that has ended."""
+        record = await require_job(self._store, request.job_id)
+        number = attempt_number(record, request.attempt)
+        if number == len(record.job.attempts) and record.state not in FINAL_STATES:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NOT_FINISHED",
+                f"job {record.id} has not ended; its artifacts can be had once it has (`puhui wait {record.id}`)",
+                job_id=record.id,
+            )
+        manifest = self._results.manifest(record.id, number) or stream_pb2.ArtifactManifest()
+        if request.offset > manifest.size_bytes:
+            raise Refusal(
+                grpc.StatusCode.OUT_OF_RANGE,
+                "OFFSET_OUT_OF_RANGE",
+                f"the archive has {manifest.size_bytes} bytes; begin again at 0",
+                size_bytes=str(manifest.size_bytes),
+            )
+        yield wire.GetArtifactsResponse(manifest=manifest)
+        if manifest.size_bytes:
+            for chunk in read_chunks(self._results.archive(record.id, number), request.offset):
+                yield wire.GetArtifactsResponse(chunk=chunk)
+
+    def RunJob(  # noqa: N802
+        self, request_iterator: AsyncIterator[wire.RunJobRequest], context: _Context
+    ) -> AsyncIterator[wire.RunJobResponse]:
+        """Not served yet."""
+        raise unimplemented("RunJob")
+
+    async def SuspendJob(self, request: wire.SuspendJobRequest, context: _Context) -> wire.SuspendJobResponse:  # noqa: N802
+        """Not served yet."""
+        raise unimplemented("SuspendJob")
+
+    async def ResumeJob(self, request: wire.ResumeJobRequest, context: _Context) -> wire.ResumeJobResponse:  # noqa: N802
+        """Not served yet."""
+        raise unimplemented("ResumeJob")
+
+    async def ExplainJob(self, request: wire.ExplainJobRequest, context: _Context) -> wire.ExplainJobResponse:  # noqa: N802
+        """Not served yet."""
+        raise unimplemented("ExplainJob")
+
+    def _shown(self, record: JobRecord) -> job_pb2.Job:
+        """Returns a job as people see it: with what is known only at this moment."""
+        job = record.job
+        note = ""
+        if job.state == job_pb2.JOB_STATE_QUEUED:
+            note = self._scheduler.why_waiting(job.id)
+        elif job.state in PLACED_STATES:
+            link = self._nodes.link(record.attempt.node_id)
+            if link is not None and not link.in_contact:
+                note = f"{job.message}; its node {self._nodes.name(link.node_id)} is out of contact"
+        if not note:
+            return job
+        shown = job_pb2.Job()
+        shown.CopyFrom(job)
+        shown.message = note
+        return shown
+
+
+def _cancelled(record: JobRecord, message: str, noted: Request | None) -> Change | None:
+    if record.state in FINAL_STATES or record.cancel_requested:
+        return Change(record, request=noted) if noted is not None else None
+    after, event = transition(record, jobs.CancelRequested(message), now())
+    return Change(after, (event,), request=noted)
+
+
+def _bundle(record: BundleRecord) -> stream_pb2.Bundle:
+    return stream_pb2.Bundle(
+        id=record.id,
+        size_bytes=record.size_bytes,
+        unpacked_bytes=record.unpacked_bytes,
+        file_count=len(record.sizes),
+    )

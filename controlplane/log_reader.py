@@ -1,0 +1,139 @@
+"""Output of a job, wherever it is: live on its node while it runs, in the results afterwards, without a seam."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from controlplane.faults import retry_delay_s
+from controlplane.jobs import FINAL_STATES
+from controlplane.node_client import is_unreachable
+from controlplane.nodes import Nodes
+from controlplane.records import JobRecord
+from controlplane.results import Results
+from controlplane.store import Store
+from controlplane.watch import Feed
+from puhui.rpc.errors import Refusal
+from puhui.v1 import card_pb2, job_service_pb2, stream_pb2
+
+__all__ = ["LogReader", "attempt_number", "require_job"]
+
+
+async def require_job(store: Store, job_id: str) -> JobRecord:
+    """Returns a job.
+
+    Raises:
+        Refusal: NOT_FOUND with JOB_NOT_FOUND.
+    """
+    record = await store.job(job_id)
+    if record is None:
+        raise Refusal(
+            grpc.StatusCode.NOT_FOUND,
+            "JOB_NOT_FOUND",
+            f"no job {job_id[:80] or '(no id)'} in this centre; `puhui ps --all` lists what there is",
+            job_id=job_id[:80],
+        )
+    return record
+
+
+def attempt_number(record: JobRecord, asked: int) -> int:
+    """Returns the attempt that is meant: `asked`, or the newest for 0 (0 when there is none yet).
+
+    Raises:
+        Refusal: NOT_FOUND with ATTEMPT_NOT_FOUND.
+    """
+    placed = len(record.job.attempts)
+    if asked > placed:
+        raise Refusal(
+            grpc.StatusCode.NOT_FOUND,
+            "ATTEMPT_NOT_FOUND",
+            f"job {record.id} has {placed} attempts, and no number {asked}",
+            job_id=record.id,
+        )
+    return asked or placed
+
+
+class LogReader:
+    """Reads logs for one centre."""
+
+    def __init__(self, centre: str, store: Store, feed: Feed, nodes: Nodes, results: Results) -> None:
+        self._centre = centre
+        self._store = store
+        self._feed = feed
+        self._nodes = nodes
+        self._results = results
+
+    async def read(self, request: job_service_pb2.ReadLogsRequest) -> AsyncIterator[stream_pb2.LogChunk]:
+        """Yields output as the request asks for it.
+
+        Raises:
+            Refusal: NOT_FOUND with JOB_NOT_FOUND or ATTEMPT_NOT_FOUND; UNAVAILABLE with NODE_UNREACHABLE when
+                the output is on a node out of contact and is not to be waited for.
+        """
+        attempt_number(await require_job(self._store, request.job_id), request.attempt)
+        offset, tail_lines, tries = request.offset, request.tail_lines, 0
+        with self._feed.watching(request.job_id) as news:
+            while True:
+                news.clear()
+                record = await require_job(self._store, request.job_id)
+                number = attempt_number(record, request.attempt)
+                if number and self._results.has_log(record.id, number):
+                    for chunk in self._results.log(record.id, number, offset, tail_lines):
+                        yield chunk
+                    return
+                over = record.state in FINAL_STATES or number < len(record.job.attempts)
+                started = number > 0 and bool(record.job.attempts[number - 1].container_id)
+                if not started:
+                    if over or not request.follow:
+                        return
+                    await news.wait()
+                    continue
+                try:
+                    async for chunk in self._live(record, number, offset, tail_lines, request.follow):
+                        offset, tail_lines, tries = chunk.offset + len(chunk.data), 0, 0
+                        yield chunk
+                    return
+                except Refusal as refusal:
+                    tries += 1
+                    await self._after(refusal, record, number, news, tries, request.follow)
+
+    async def _live(
+        self, record: JobRecord, number: int, offset: int, tail_lines: int, follow: bool
+    ) -> AsyncIterator[stream_pb2.LogChunk]:
+        link = self._nodes.link(record.job.attempts[number - 1].node_id)
+        if link is None:
+            return
+        owner = card_pb2.AttemptRef(centre=self._centre, job_id=record.id, attempt=number)
+        async with contextlib.aclosing(link.client.read_logs(owner, offset, tail_lines, follow)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _after(
+        self, refusal: Refusal, record: JobRecord, number: int, news: asyncio.Event, tries: int, follow: bool
+    ) -> None:
+        """Waits until reading on makes sense after the node refused, or passes the refusal on."""
+        if self._results.has_log(record.id, number):
+            return  # it was collected while we read
+        if is_unreachable(refusal):
+            node_id = record.job.attempts[number - 1].node_id
+            link = self._nodes.link(node_id)
+            if not follow or link is None:
+                raise Refusal(
+                    grpc.StatusCode.UNAVAILABLE,
+                    "NODE_UNREACHABLE",
+                    f"the output is on node {self._nodes.name(node_id)}, which is out of contact; try again later",
+                    retry_after_s=10.0,
+                    node_id=node_id,
+                ) from refusal
+            await asyncio.sleep(retry_delay_s(tries))
+            await link.contact()
+            return
+        if refusal.code != grpc.StatusCode.NOT_FOUND:
+            raise refusal
+        # The node has nothing (any more) and the results are not here yet: the next word about the job says more.
+        if record.state in FINAL_STATES or not follow:
+            raise refusal
+        await news.wait()

@@ -1,0 +1,122 @@
+"""The predictor, asked off the event loop and within a time budget. All that is known of `predictor_onnx` is here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+import structlog
+
+import predictor_onnx
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import duration
+from puhui.v1 import prediction_pb2
+from puhui.v1.prediction_pb2 import (
+    PREDICTION_TIER_NO_ACCELERATOR,
+    PREDICTION_TIER_STATIC,
+    PREDICTION_TIER_UNKNOWN,
+)
+
+__all__ = ["Code", "OnnxPrediction", "Prediction"]
+
+_log = structlog.get_logger(__name__)
+
+_TIERS = {
+    predictor_onnx.Tier.STATIC_NAMED: PREDICTION_TIER_STATIC,
+    predictor_onnx.Tier.STATIC_LAYERS: PREDICTION_TIER_STATIC,
+    predictor_onnx.Tier.UNKNOWN: PREDICTION_TIER_UNKNOWN,
+    predictor_onnx.Tier.NO_ACCELERATOR_USE: PREDICTION_TIER_NO_ACCELERATOR,
+}
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is to be predicted."""
+
+    files: Mapping[str, bytes]
+    """Content of the text files, by path."""
+    sizes: Mapping[str, int]
+    """Size of every file, in bytes, by path."""
+    command: Sequence[str]
+    input_bytes: int
+    """Data that is read beside the bundle."""
+
+
+class Prediction(Protocol):
+    """Says what code needs."""
+
+    async def of(self, code: Code) -> prediction_pb2.Prediction:
+        """Returns what the code needs.
+
+        Raises:
+            Refusal: INVALID_ARGUMENT with CODE_UNPARSABLE.
+        """
+
+    async def close(self) -> None:
+        """Ends its threads."""
+
+
+class OnnxPrediction:
+    """The trained predictor, in two threads, so that one piece of odd code does not hold up the others."""
+
+    def __init__(self, budget_s: float) -> None:
+        self._budget_s = budget_s
+        self._predictor = predictor_onnx.Predictor()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="predictor")
+        # What is said of code that nothing is known of is the answer when time runs out.
+        self._unknown = self._predictor.predict(predictor_onnx.CodeBundle({}), predictor_onnx.Request(()))
+
+    async def close(self) -> None:
+        """Ends its threads; what they are busy with is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def of(self, code: Code) -> prediction_pb2.Prediction:
+        """Returns what the code needs."""
+        started = time.monotonic()
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, self._predict, code)
+        try:
+            answer = await asyncio.wait_for(asked, self._budget_s)
+        except predictor_onnx.CodeDoesNotParseError as error:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "CODE_UNPARSABLE",
+                str(error),
+                path=error.path,
+                line=str(error.line),
+            ) from error
+        except TimeoutError:
+            answer = self._unknown
+            note = f"the prediction was not ready within {self._budget_s:g} s; "
+        except Exception as error:  # noqa: BLE001 - whatever the code does to the predictor, the job is accepted
+            _log.error("prediction failed unforeseen", exc_info=error)
+            answer = self._unknown
+            note = f"the predictor failed on this code ({type(error).__name__}); "
+        else:
+            note = ""
+        message = _message(answer, note)
+        message.elapsed.CopyFrom(duration(time.monotonic() - started))
+        return message
+
+    def _predict(self, code: Code) -> predictor_onnx.Prediction:
+        return self._predictor.predict(
+            predictor_onnx.CodeBundle(code.files, code.sizes),
+            predictor_onnx.Request(tuple(code.command), code.input_bytes),
+        )
+
+
+def _message(answer: predictor_onnx.Prediction, note: str) -> prediction_pb2.Prediction:
+    return prediction_pb2.Prediction(
+        tier=_TIERS[answer.tier],
+        memory=prediction_pb2.MemoryQuantiles(p50_mib=answer.p50_mib, p90_mib=answer.p90_mib, p99_mib=answer.p99_mib),
+        required_mib=math.ceil(predictor_onnx.required_mib(answer)),
+        parts=[prediction_pb2.MemoryPart(category=category, mib=mib) for category, mib in answer.breakdown_mib.items()],
+        facts=[prediction_pb2.CodeFact(name=name, value=str(value)) for name, value in answer.features.items()],
+        reason=note + answer.reason,
+        model_version=answer.model_version,
+    )

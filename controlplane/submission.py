@@ -1,0 +1,164 @@
+"""Accepting a job: from a request to a stored job with a size (steps S1 and S2)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from controlplane import jobs
+from controlplane.bundles import Bundles
+from controlplane.entrypoint import find_entrypoint, require_parsable
+from controlplane.idempotency import earlier_answer, request_of, reused
+from controlplane.jobs import transition
+from controlplane.nodes import Nodes
+from controlplane.prediction import Code, Prediction
+from controlplane.records import BundleRecord, JobRecord
+from controlplane.sizing import size
+from controlplane.spec import require_offered, require_valid
+from controlplane.store import RequestReused, Store
+from puhui.rpc.bundle import pack_files
+from puhui.rpc.errors import Refusal
+from puhui.rpc.identity import new_id
+from puhui.rpc.moment import now, timestamp
+from puhui.v1 import job_pb2, job_service_pb2, prediction_pb2
+
+__all__ = ["Need", "Submission"]
+
+Keep = Callable[[], Awaitable[None]]
+
+_MOST_INLINE_BYTES = 2**20
+_DEFAULT_TENANT = "default"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a piece of code needs, and in which bundle it is."""
+
+    bundle: BundleRecord
+    prediction: prediction_pb2.Prediction
+    sizing: prediction_pb2.Sizing
+
+
+class Submission:
+    """Accepts jobs for one centre."""
+
+    def __init__(self, centre: str, store: Store, bundles: Bundles, nodes: Nodes, prediction: Prediction) -> None:
+        self._centre = centre
+        self._store = store
+        self._bundles = bundles
+        self._nodes = nodes
+        self._prediction = prediction
+
+    async def submit(self, request: job_service_pb2.SubmitJobRequest) -> tuple[JobRecord, bool]:
+        """Accepts a job. Returns it, and whether it is new.
+
+        Raises:
+            Refusal: it cannot be accepted; nothing was stored.
+            OSError: the disk is full; nothing was stored.
+        """
+        noted = request_of("SubmitJob", request, request.request_id)
+        earlier = await earlier_answer(self._store, noted)
+        if earlier is not None:
+            return earlier, False
+        spec = _with_defaults(request.spec)
+        async with self._need(spec, request, keep=True) as need:
+            at = now()
+            job = job_pb2.Job(
+                id=new_id("j"),
+                centre=self._centre,
+                spec=spec,
+                bundle_id=need.bundle.id,
+                state=job_pb2.JOB_STATE_QUEUED,
+                create_time=timestamp(at),
+            )
+            record, submitted = transition(JobRecord(job), jobs.Submitted(), at)
+            record, predicted = transition(record, jobs.Predicted(need.prediction, need.sizing), at)
+            try:
+                stored = await self._store.add_job(record, (submitted, predicted), noted)
+            except RequestReused as error:
+                raise reused(request.request_id) from error
+        return stored, stored.id == job.id
+
+    async def predict(self, request: job_service_pb2.PredictJobRequest) -> Need:
+        """Returns what would be needed. Stores nothing.
+
+        Raises:
+            Refusal: a job like this would not be accepted.
+            OSError: the disk is full.
+        """
+        async with self._need(_with_defaults(request.spec), request, keep=False) as need:
+            return need
+
+    @contextlib.asynccontextmanager
+    async def _need(
+        self,
+        spec: job_pb2.JobSpec,
+        request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest,
+        *,
+        keep: bool,
+    ) -> AsyncIterator[Need]:
+        require_valid(spec)
+        geometries = self._nodes.geometries()
+        require_offered(spec.resources, geometries)
+        async with self._code(request, keep=keep) as (bundle, path, kept):
+            entrypoint = find_entrypoint(spec.command, bundle.sizes)
+            sources = await self._bundles.sources(path)
+            if entrypoint is not None and entrypoint.python and entrypoint.path in sources:
+                await asyncio.to_thread(require_parsable, entrypoint.path, sources[entrypoint.path])
+            code = Code(sources, bundle.sizes, spec.command, sum(data.size_bytes for data in spec.inputs))
+            prediction = await self._prediction.of(code)
+            await kept()
+            yield Need(bundle, prediction, size(spec.resources, prediction, geometries))
+
+    @contextlib.asynccontextmanager
+    async def _code(
+        self, request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest, *, keep: bool
+    ) -> AsyncIterator[tuple[BundleRecord, Path, Keep]]:
+        """Yields the bundle, its archive, and what keeps it once nothing is wrong with the request."""
+        which = request.WhichOneof("code")
+        if which == "bundle_id":
+            bundle = await self._bundles.require(request.bundle_id)
+            yield bundle, self._bundles.path(bundle.id), _nothing
+            return
+        if which != "inline" or not request.inline.files:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "CODE_MISSING",
+                "a job needs code: name a bundle that was uploaded with PutBundle, or put files into `inline`",
+            )
+        files = {name: text.encode() for name, text in request.inline.files.items()}
+        total = sum(len(text) for text in files.values())
+        if total > _MOST_INLINE_BYTES:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "INLINE_TOO_LARGE",
+                "inline code is at most 1 MiB; upload it with PutBundle instead",
+                size_bytes=str(total),
+            )
+        inline = await self._bundles.write_inline(pack_files(files))
+        try:
+
+            async def kept() -> None:
+                if keep:
+                    await self._bundles.keep_inline(inline)
+
+            yield inline.record, inline.path, kept
+        finally:
+            self._bundles.drop_inline(inline)
+
+
+async def _nothing() -> None:
+    return None
+
+
+def _with_defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:
+    full = job_pb2.JobSpec()
+    full.CopyFrom(spec)
+    full.kind = full.kind or job_pb2.JOB_KIND_BATCH
+    full.tenant = full.tenant or _DEFAULT_TENANT
+    return full
