@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import grpc
 
 from controlplane.records import BundleRecord
+from controlplane.results import sync_folder
 from controlplane.store import Store
 from puhui.rpc.bundle import BundleLimits, check, read_files
 from puhui.rpc.errors import Refusal
@@ -70,6 +72,7 @@ class Bundles:
             try:
                 file.write(archive)
                 file.flush()
+                os.fsync(file.fileno())
                 record = await self._checked("sha256:" + hashlib.sha256(archive).hexdigest(), path)
             except BaseException:
                 path.unlink(missing_ok=True)
@@ -93,8 +96,14 @@ class Bundles:
         return BundleRecord(bundle_id, path.stat().st_size, contents.unpacked_bytes, dict(contents.sizes))
 
     async def _keep(self, record: BundleRecord, path: Path) -> BundleRecord:
-        path.replace(self.path(record.id))
-        await self._store.put_bundle(record)
+        place = self.path(record.id)
+        path.replace(place)
+        try:
+            sync_folder(self._folder)
+            await self._store.put_bundle(record)
+        except BaseException:
+            place.unlink(missing_ok=True)
+            raise
         return record
 
     def path(self, bundle_id: str) -> Path:

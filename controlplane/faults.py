@@ -28,15 +28,11 @@ class Verdict(enum.Enum):
     """Somebody else commands this attempt. Hands off."""
 
 
-_JOBS_FAULT = frozenset(
-    {
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.OUT_OF_RANGE,
-    }
-)
+# Refused so, no node would take it.
+_JOBS_FAULT = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.OUT_OF_RANGE})
 _JOBS_REASONS = frozenset({"IMAGE_NOT_FOUND", "ENTRYPOINT_NOT_FOUND", "COMMAND_NOT_FOUND"})
+# The node is not what it was when the share was reserved.
+_CHANGED_REASONS = frozenset({"PLACEMENT_INVALID", "PROFILE_NOT_FOUND", "GPU_NOT_FOUND", "MIG_DISABLED"})
 
 
 def verdict(refusal: Refusal) -> Verdict:
@@ -45,6 +41,8 @@ def verdict(refusal: Refusal) -> Verdict:
         return Verdict.WAIT
     if refusal.reason == "STALE_FENCING_TOKEN":
         return Verdict.FENCED
+    if refusal.reason in _CHANGED_REASONS:
+        return Verdict.REQUEUE
     if refusal.reason in _JOBS_REASONS or refusal.code in _JOBS_FAULT:
         return Verdict.FAIL
     return Verdict.REQUEUE

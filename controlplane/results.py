@@ -21,7 +21,7 @@ from typing import BinaryIO, Self
 
 from puhui.v1 import stream_pb2
 
-__all__ = ["ArtifactWriter", "LogWriter", "Results"]
+__all__ = ["ArtifactWriter", "LogWriter", "Results", "sync_folder"]
 
 _LENGTH = struct.Struct("<I")
 _INDEX = struct.Struct("<QQ")
@@ -101,6 +101,19 @@ class Results:
         shutil.rmtree(self._folder / job_id, ignore_errors=False)
 
 
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class _Durable:
     """A file that gets its final name when all of it is on disk, or vanishes."""
 
@@ -117,6 +130,7 @@ class _Durable:
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.replace(self._path)
+        sync_folder(self._path.parent)
 
     def drop(self) -> None:
         self._file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +21,9 @@ from puhui.rpc.errors import Refusal
 __all__ = ["RpcServer", "require_private_address"]
 
 _log = structlog.get_logger(__name__)
+
+# Full, over the user's quota, or over the limit for one file.
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -160,6 +164,13 @@ async def _abort(context: Any, method: str, error: Exception, started: float) ->
         # Nobody is left to be told: the client went away while its answer was being sent.
         _log.debug("client went away", method=method, error=repr(error))
         raise asyncio.CancelledError from error
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        error = Refusal(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "DISK_FULL",
+            "the server's disk is full, so nothing was stored; make room there and try again",
+            retry_after_s=30.0,
+        )
     if not isinstance(error, Refusal):
         _log.error("rpc failed unforeseen", method=method, exc_info=error)
         error = Refusal(
