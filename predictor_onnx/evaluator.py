@@ -385,6 +385,8 @@ class Evaluator(Expressions):
             if target.command and not args and not kwargs:
                 return self.run_command(target)
             return self.invoke(target, args, kwargs)
+        if isinstance(target, Record) and isinstance(target.attrs.get("main"), Function):
+            return self.run_command(target.attrs["main"])
         if isinstance(target, Bound):
             return self.invoke(target.function, [target.owner, *args], kwargs, target.owner)
         if isinstance(target, Native):

@@ -76,7 +76,9 @@ class Library:
             self._checkpoint_sequential, "field": self._field, "replace": lambda n, a, k: a[0],
             "Option": self._typer_option, "Argument": self._typer_option, "option":
             self._click_option, "argument": self._click_option, "Typer": self._typer,
-            "run": self._typer_run, "partial": self._partial, "exit": self._exit,
+            "run": self._typer_run,
+            "command": lambda n, a, k: Record("command", {}),
+            "group": lambda n, a, k: Record("command", {}), "partial": self._partial, "exit": self._exit,
             "TrainingArguments": self._training_arguments, "Seq2SeqTrainingArguments":
             self._training_arguments, "Trainer": self._trainer, "Seq2SeqTrainer": self._trainer,
             "SFTTrainer": self._trainer, "Accelerator": self._accelerator,
@@ -317,7 +319,7 @@ class Library:
             ("accelerator", "backward"): backward,
             ("accelerator", "autocast"): lambda a, k: Record("autocast", {"dtype": rec.autocast}),
             ("Trainer", "train"): train, ("Trainer", "fit"): train,
-            ("typer", "command"): lambda a, k: Record("command"),
+            ("typer", "command"): lambda a, k: Record("command", {"app": owner}),
         }  # fmt: skip
         call = table.get((owner.kind, name))
         return UNKNOWN if call is None else Native(name, call)

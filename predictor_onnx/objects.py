@@ -52,10 +52,10 @@ def decorate(function: Function, decorator: Value) -> None:
     if isinstance(decorator, Record) and decorator.kind == "option":
         option = decorator.attrs["option"]
         function.options[option.dest] = option
-    if (isinstance(decorator, Record) and decorator.kind == "command") or path in {
-        "click.command", "click.group",
-    }:  # fmt: skip
+    if isinstance(decorator, Record) and decorator.kind == "command":
         function.command = True
+        if "app" in decorator.attrs:
+            decorator.attrs["app"].attrs["main"] = function
 
 
 def bind_arguments(function: Function, args: list[Value], kwargs: Kwargs) -> Kwargs:

@@ -98,8 +98,8 @@ One ONNX file (`memory.onnx`, onnxruntime, one thread) from {count} features of 
 p50, p90 and p99 of peak device memory in MiB:
 `context + resident + max(backward, update) x correction`. The physics is fitted by robust non-negative least
 squares; weights and gradients count at least their own bytes. The correction (LightGBM, bounded to a factor of
-e^-0.25 to e^0.5) and the quantile heads see the architecture only, never the batch, so the answer keeps growing beyond the
-data. The quantiles are shifted by conformal residuals of families that their own fit had not seen.
+e^-0.25 to e^0.5) and the quantile heads see the architecture only, never the batch, so the answer keeps growing
+beyond the data. The quantiles are shifted by conformal residuals of families that their own fit had not seen.
 
 ## Data, and what is assumed about it
 
