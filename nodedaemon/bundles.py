@@ -99,7 +99,7 @@ class Bundles:
             code.mkdir()
             contents = unpack(archive, code, self._limits)
             for folder, _, files in os.walk(code):
-                os.chmod(folder, 0o755)
+                Path(folder).chmod(0o755)
                 for name in files:
                     path = Path(folder, name)
                     if not path.is_symlink():

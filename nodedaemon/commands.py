@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,6 @@ def candidates(command: str, search_path: str, code: Path) -> Found | list[str]:
         return Found()  # it may lead into the image
     if not path.is_file():
         return Found(f"the code has no file {command!r}")
-    if not os.stat(path).st_mode & 0o111:
+    if not path.stat().st_mode & 0o111:
         return Found(f"{command} is not executable: run it with its interpreter, such as python3 {command}")
     return Found()

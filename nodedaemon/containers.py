@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import signal
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import grpc
 import structlog
 
-from nodedaemon.artifacts import pack_artifacts, read_manifest
 from nodedaemon.bundles import Bundles
+from nodedaemon.container_request import container_name, environment, require_sound
+from nodedaemon.descriptions import describe_container
 from nodedaemon.devices import CardDevices, SliceIds, mounts_for, read_minors
 from nodedaemon.events import EventLog
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal, SliceRecord
-from nodedaemon.logs import follow_log
+from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
 from nodedaemon.owner import Owner
+from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerExit, ContainerRuntime, ContainerSpec, ContainerStatus, Mount
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal
-from puhui.rpc.moment import now, seconds, timestamp
-from puhui.v1.node_pb2 import Container, ContainerState, NodeEventKind
+from puhui.rpc.moment import now, seconds
+from puhui.v1.node_pb2 import Container, NodeEventKind
 from puhui.v1.node_service_pb2 import CreateContainerRequest
-from puhui.v1.stream_pb2 import ArtifactManifest, LogChunk
 
 __all__ = ["Containers"]
 
@@ -36,12 +33,6 @@ _log = structlog.get_logger(__name__)
 _DEFAULT_GRACE_S = 10.0
 _KILL_S = 20.0
 _LOOK_AGAIN_S = 30.0
-_STATES = {
-    ContainerStage.CREATING: ContainerState.CONTAINER_STATE_CREATING,
-    ContainerStage.RUNNING: ContainerState.CONTAINER_STATE_RUNNING,
-    ContainerStage.EXITED: ContainerState.CONTAINER_STATE_EXITED,
-    ContainerStage.REMOVED: ContainerState.CONTAINER_STATE_EXITED,
-}
 
 
 @dataclass
@@ -86,11 +77,11 @@ class Containers:
         self._attempts = attempts
         self._cards = cards
         self._default_image = default_image
+        self._node_id = journal.fact("node_id", "")
         self._kind = runtime.describe().kind
         self._lives: dict[Owner, _Life] = {}
         # Ends that came before their start was written down: a command can be that quick.
         self._early: dict[str, ContainerExit] = {}
-        self._packing: dict[Owner, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Making one -------------------------------------------------------------------------------------------
@@ -112,7 +103,7 @@ class Containers:
                     f"{owner} had its container already; a retry is a new attempt",
                 )
             return self.describe(known)  # made before a crash that swallowed the answer
-        _require_sound(request)
+        require_sound(request)
         slices = [self._slices.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id)
         mounts = self._devices([SliceIds(gpu.minor, one.gi or 0, one.ci or 0) for one, gpu in slices])
@@ -135,7 +126,7 @@ class Containers:
                 name=self._name(owner),
                 image=record.image,
                 command=list(request.command),
-                env={**request.env, **self._env(owner, [one for one, _ in slices])},
+                env={**request.env, **environment(owner, [one for one, _ in slices], emulated=self._cards.emulated)},
                 labels={
                     "puhui.centre": owner.centre,
                     "puhui.job": owner.job_id,
@@ -192,32 +183,12 @@ class Containers:
         return record
 
     def _name(self, owner: Owner) -> str:
-        node_id = self._journal.fact("node_id", "")
-        tail = hashlib.sha256(f"{node_id}/{owner}".encode()).hexdigest()[:12]
-        return f"puhui-{owner.job_id}-{owner.attempt}-{tail}"
+        return container_name(self._node_id, owner)
 
     def _devices(self, slices: list[SliceIds]) -> list[Mount]:
         if not slices:
             return []
         return mounts_for(slices, self._cards, read_minors(self._cards.minors.read_text()))
-
-    def _env(self, owner: Owner, slices: list[SliceRecord]) -> dict[str, str]:
-        visible = ",".join(one.uuid for one in slices)
-        env = {
-            # Empty hides every card; unset would show them all.
-            "CUDA_VISIBLE_DEVICES": visible,
-            "NVIDIA_VISIBLE_DEVICES": visible or "void",
-            "PUHUI_CENTRE": owner.centre,
-            "PUHUI_JOB_ID": owner.job_id,
-            "PUHUI_ATTEMPT": str(owner.attempt),
-            "PYTHONUNBUFFERED": "1",
-        }
-        if slices:
-            env["PUHUI_SLICE_PROFILE"] = ",".join(one.profile for one in slices)
-            env["PUHUI_SLICE_MEMORY_MIB"] = str(sum(one.memory_mib for one in slices))
-        if self._cards.emulated:
-            env["PUHUI_EMULATED"] = "1"
-        return env
 
     async def _roll_back(self, record: ContainerRecord) -> None:
         try:
@@ -389,7 +360,6 @@ class Containers:
             await self._discard(owner)
             self._journal.delete_container(owner)
             self._lives.pop(owner, None)
-            self._packing.pop(owner, None)
 
     async def _discard(self, owner: Owner) -> None:
         try:
@@ -398,72 +368,28 @@ class Containers:
             await self._runtime.make_removable(self._attempts.folder(owner).path)
             await asyncio.to_thread(self._attempts.remove, owner)
 
-    # Its results ------------------------------------------------------------------------------------------
-
-    async def read_log(self, owner: Owner, *, offset: int, tail_lines: int, follow: bool) -> AsyncIterator[LogChunk]:
-        """Yields output of an attempt's container.
-
-        Raises:
-            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND.
-        """
-        self._known(owner)
-        life = self._lives.get(owner)
-        end = life.ended if follow and life is not None else None
-
-        def ended() -> bool:
-            return life is None or life.ended.is_set()
-
-        async for chunk in follow_log(
-            self._attempts.folder(owner).log, offset=offset, tail_lines=tail_lines, ended=ended, end=end
-        ):
-            yield chunk
-
-    async def artifacts(self, owner: Owner) -> tuple[ArtifactManifest, Path]:
-        """Returns what an attempt that has ended left in its outputs.
-
-        Raises:
-            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with NOT_FINISHED.
-        """
-        record = self._known(owner)
-        if record.stage in (ContainerStage.CREATING, ContainerStage.RUNNING):
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "NOT_FINISHED",
-                f"the command of {owner} still runs; its artifacts are collected when it has ended",
-            )
-        folder = self._attempts.folder(owner)
-        async with self._packing.setdefault(owner, asyncio.Lock()):
-            manifest = read_manifest(folder.artifacts)
-            if manifest is None:
-                try:
-                    manifest = await asyncio.to_thread(pack_artifacts, folder.outputs, folder.artifacts)
-                except PermissionError:
-                    await self._runtime.make_removable(folder.workspace)
-                    manifest = await asyncio.to_thread(pack_artifacts, folder.outputs, folder.artifacts)
-        return manifest, folder.artifacts
-
     # Reading ----------------------------------------------------------------------------------------------
 
-    def adopt(self, record: ContainerRecord, status: ContainerStatus) -> None:
+    def adopt(self, record: ContainerRecord, status: ContainerStatus) -> ContainerRecord:
         """Takes a container that outlived the daemon back."""
-        self._live(
-            self._journal.put_container(
-                replace(
-                    record,
-                    stage=ContainerStage.RUNNING,
-                    container_id=status.id,
-                    pid=status.pid,
-                    start_time=record.start_time or status.start_time or now(),
-                )
+        record = self._journal.put_container(
+            replace(
+                record,
+                stage=ContainerStage.RUNNING,
+                container_id=status.id,
+                pid=status.pid,
+                start_time=record.start_time or status.start_time or now(),
             )
         )
+        self._live(record)
+        return record
 
     async def forget(self, record: ContainerRecord) -> None:
         """Removes every trace of a container that never came to be."""
         await self._roll_back(record)
 
-    def list(self) -> list[Container]:
-        """Returns the containers that are there, the oldest first."""
+    def describe_all(self) -> list[Container]:
+        """Returns the containers that are there for the wire, the oldest first."""
         return [
             self.describe(record) for record in self._journal.containers() if record.stage is not ContainerStage.REMOVED
         ]
@@ -480,48 +406,13 @@ class Containers:
         return {record.bundle_id for record in self._journal.containers() if record.stage is not ContainerStage.REMOVED}
 
     def _known(self, owner: Owner) -> ContainerRecord:
-        record = self._journal.container(owner)
-        if record is None:
-            raise Refusal(
-                grpc.StatusCode.NOT_FOUND,
-                "CONTAINER_NOT_FOUND",
-                f"{owner} has no container here, and no results are kept of one",
-            )
-        return record
+        return known_container(self._journal, owner)
+
+    def ended(self, owner: Owner) -> asyncio.Event | None:
+        """Returns what is set when an attempt's command has ended; None when it has no living container."""
+        life = self._lives.get(owner)
+        return life.ended if life is not None else None
 
     def describe(self, record: ContainerRecord) -> Container:
         """Returns a container for the wire."""
-        container = Container(
-            id=record.container_id,
-            owner=record.owner.ref(record.token),
-            state=_STATES[record.stage],
-            image=record.image,
-            slice_uuids=record.slice_uuids,
-            pid=record.pid,
-            exit_code=record.exit_code,
-            oom_killed=record.oom_killed,
-            timed_out=record.timed_out,
-            create_time=timestamp(record.create_time),
-            runtime=self._kind,
-        )
-        if record.start_time is not None:
-            container.start_time.CopyFrom(timestamp(record.start_time))
-        if record.end_time is not None:
-            container.end_time.CopyFrom(timestamp(record.end_time))
-        return container
-
-
-def _require_sound(request: CreateContainerRequest) -> None:
-    problem = ""
-    if not request.command or not request.command[0]:
-        field, problem = "command", "names nothing to run"
-    elif any("\0" in word for word in request.command):
-        field, problem = "command", "holds a NUL character"
-    elif any(not name or "=" in name or "\0" in name + value for name, value in request.env.items()):
-        field, problem = "env", "has a name that is empty or holds '=', or a NUL character"
-    elif request.HasField("max_duration") and seconds(request.max_duration) <= 0:
-        field, problem = "max_duration", "must be longer than nothing"
-    elif request.HasField("stop_grace") and seconds(request.stop_grace) < 0:
-        field, problem = "stop_grace", "must not be negative"
-    if problem:
-        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", f"{field} {problem}", field=field)
+        return describe_container(record, self._kind)

@@ -23,13 +23,15 @@ from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver, DriverError
 from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
+from nodedaemon.gpus import Gpus
 from nodedaemon.inventory import Inventory, Revision
 from nodedaemon.journal import Journal
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_runtime import PodmanRuntime
 from nodedaemon.process_runtime import ProcessRuntime, ProcessUser
-from nodedaemon.recovery import recover
+from nodedaemon.recovery import Recovery
 from nodedaemon.registration import Registration
+from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.service import NodeService
 from nodedaemon.slices import Slices
@@ -92,19 +94,21 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
         events = EventLog(journal)
         revision = Revision()
-        slices = Slices(driver, journal, events, emulated=cards.emulated, changed=revision.grow)
-        inventory = Inventory(settings.name, driver, slices, runtime, revision, emulated=cards.emulated)
+        gpus = Gpus(driver, emulated=cards.emulated)
+        slices = Slices(gpus, journal, events, changed=revision.grow)
+        inventory = Inventory(settings.name, gpus, slices, runtime, revision)
         bundles = Bundles(settings.state / "bundles")
         attempts = Attempts(settings.state / "attempts", user.uid, user.gid)
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
+        results = Results(journal, attempts, runtime, containers.ended)
         mutations = Mutations(journal)
-        await recover(journal, events, slices, containers, runtime)
+        await Recovery(journal, events, gpus, slices, containers, runtime).run()
 
         server = RpcServer(settings.listen)
         server.add(
             "puhui.v1.NodeService",
             add_NodeServiceServicer_to_server,
-            NodeService(inventory, mutations, slices, containers, bundles, events),
+            NodeService(inventory, mutations, slices, containers, results, bundles, events),
         )
         await stack.enter_async_context(_background(containers.watch(), stop))
         await stack.enter_async_context(_background(_prune(journal), stop))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pynvml
 
-__all__ = ["ComputeInstance", "DriverError", "Driver", "GpuFacts", "GpuInstance", "Mig", "ProfileFacts", "Span"]
+__all__ = ["ComputeInstance", "Driver", "DriverError", "GpuFacts", "GpuInstance", "Mig", "ProfileFacts", "Span"]
 
 
 class DriverError(Exception):
@@ -375,5 +375,5 @@ def _ask(call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
     except pynvml.NVMLError as error:
-        code = int(error.value)  # type: ignore[attr-defined]
+        code = int(error.value)
         raise DriverError(call.__name__, code, str(error)) from error

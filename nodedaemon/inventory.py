@@ -7,9 +7,11 @@ import importlib.metadata
 import os
 import platform
 
-from nodedaemon.driver import Driver, GpuFacts, Mig
+from nodedaemon.driver import GpuFacts, Mig
+from nodedaemon.gpus import Gpus
+from nodedaemon.host import boot_id, memory_bytes
 from nodedaemon.runtime import ContainerRuntime
-from nodedaemon.slices import Slices, boot_id
+from nodedaemon.slices import Slices
 from puhui.v1.card_pb2 import Gpu, MigMode, Placement, Profile
 from puhui.v1.node_pb2 import NodeInventory, NodeVersions
 
@@ -35,28 +37,25 @@ class Inventory:
 
     Args:
         name: the node's name.
-        driver: the GPU driver.
+        gpus: the node's GPUs.
         slices: the node's slices.
         runtime: what runs its containers.
         revision: counts its changes.
-        emulated: whether the driver is emulated.
     """
 
     def __init__(
         self,
         name: str,
-        driver: Driver,
+        gpus: Gpus,
         slices: Slices,
         runtime: ContainerRuntime,
         revision: Revision,
-        *,
-        emulated: bool,
     ) -> None:
         self._name = name
-        self._driver = driver
+        self._driver = gpus.driver
         self._slices = slices
         self._runtime = runtime
-        self._emulated = emulated
+        self._emulated = gpus.emulated
         self.revision = revision
 
     async def read(self) -> NodeInventory:
@@ -71,7 +70,7 @@ class Inventory:
         return NodeInventory(
             name=self._name,
             gpus=gpus,
-            slices=await self._slices.list(foreign=True),
+            slices=await self._slices.describe_all(foreign=True),
             runtime=self._runtime.describe(),
             versions=NodeVersions(
                 puhui=importlib.metadata.version("puhui"),
@@ -80,7 +79,7 @@ class Inventory:
                 kernel=platform.release(),
             ),
             host_cpus=os.cpu_count() or 0,
-            host_memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+            host_memory_mib=memory_bytes() // 2**20,
             boot_id=boot_id(),
             revision=revision,
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 
@@ -73,17 +73,15 @@ def _moment(text: str) -> float:
     return datetime.fromisoformat(text[:26] + text[29:]).timestamp()
 
 
-async def follow_log(
-    log: Path, *, offset: int, tail_lines: int, ended: Callable[[], bool], end: asyncio.Event | None
-) -> AsyncIterator[LogChunk]:
+async def follow_log(log: Path, *, offset: int, tail_lines: int, end: asyncio.Event | None) -> AsyncIterator[LogChunk]:
     """Yields output from `offset` on.
 
     Args:
         log: the k8s-file log; when it is not there, nothing was written.
         offset: first byte wanted.
         tail_lines: start at most this many lines before the end instead; 0 is not to.
-        ended: says whether the command has ended, so that nothing more will be written.
-        end: set when it has. None is not to follow: what is there now is all.
+        end: set when the command has ended, so that nothing more will be written. None is not to follow: what is there
+            now is all.
 
     Yields:
         Chunks in order, without a gap.
@@ -98,7 +96,7 @@ async def follow_log(
         try:
             while True:
                 # Asked before reading: what ends between the two is then read in the next round.
-                last = end is None or ended()
+                last = end is None or end.is_set()
                 watch.changed.clear()
                 while data := await asyncio.to_thread(file.read, _READ_BYTES):
                     for chunk in decoder.feed(data):
@@ -106,8 +104,7 @@ async def follow_log(
                             yield _from(chunk, offset)
                 if last:
                     return
-                if not ended():
-                    await watch.changed.wait()
+                await watch.changed.wait()
         finally:
             if waiting is not None:
                 waiting.cancel()

@@ -37,7 +37,7 @@ class Owner:
                 raise Refusal(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     "OWNER_INVALID",
-                    f"owner.{field} {value!r} must be 1 to 63 letters, digits, '.', '_' or '-', a letter or digit first",
+                    f"owner.{field} {value!r} must be 1 to 63 letters, digits, '.', '_' or '-', not a sign first",
                     field=f"owner.{field}",
                 )
         if ref.attempt < 1:

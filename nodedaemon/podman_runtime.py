@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import resource
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +23,7 @@ import structlog
 from podman.api.client import APIClient
 
 from nodedaemon.commands import SEARCH_PATH, Found, candidates
+from nodedaemon.host import memory_bytes
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_service import API_VERSION, PodmanService
 from nodedaemon.runtime import (
@@ -119,7 +119,6 @@ class PodmanRuntime:
 
     def _body(self, spec: ContainerSpec) -> dict[str, Any]:
         """Returns libpod's SpecGenerator for a container."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         most_files = min(_MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         return {
             "name": spec.name,
@@ -147,7 +146,7 @@ class PodmanRuntime:
                     for path in ("/tmp", "/var/tmp", "/run")  # noqa: S108 - the container's own
                 ),
             ],
-            "shm_size": (spec.host_memory_mib * 2**20 or memory) // 2,
+            "shm_size": (spec.host_memory_mib * 2**20 or memory_bytes()) // 2,
             "r_limits": [
                 {"type": "core", "soft": 0, "hard": 0},
                 {"type": "nofile", "soft": most_files, "hard": most_files},
@@ -255,31 +254,25 @@ class PodmanRuntime:
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         client = APIClient(self._service.url, version=API_VERSION)
         filters = {"label": [f"puhui.node={self._node_id}"], "event": ["died"], "type": ["container"]}
-        stream: list[Any] = []
 
         def read() -> None:
             try:
                 answer = client.get("/events", params={"stream": "true", "filters": json.dumps(filters)}, stream=True)
-                stream.append(answer)
                 for line in answer.iter_lines(chunk_size=1):
                     if line:
                         loop.call_soon_threadsafe(queue.put_nowait, json.loads(line))
-            except (OSError, ValueError, AttributeError) as error:
-                # AttributeError: the connection was closed under the reader, as `finally` below does.
+            except (OSError, ValueError) as error:
                 _log.debug("event stream of podman ended", error=str(error))
             finally:
+                client.close()
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                     loop.call_soon_threadsafe(queue.put_nowait, None)
 
-        # A thread of its own: the pool's are for what ends.
+        # A thread of its own: the pool's are for what ends. It ends with the service; closing its stream from here
+        # would wait for it.
         threading.Thread(target=read, name="podman-events", daemon=True).start()
-        try:
-            while (event := await queue.get()) is not None:
-                yield event
-        finally:
-            for answer in stream:
-                answer.close()
-            client.close()
+        while (event := await queue.get()) is not None:
+            yield event
 
     async def _was_out_of_memory(self, container_id: str) -> bool:
         answer = await self._call("GET", f"/containers/{container_id}/json")

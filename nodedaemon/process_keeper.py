@@ -40,7 +40,7 @@ def main(folder: Path) -> int:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
                 **_dropped(spec),
-                preexec_fn=_restore_signals,  # noqa: PLW1509 - this process has one thread
+                preexec_fn=_restore_signals,
             )
         except OSError as error:
             _tell({"error": f"{spec['command'][0]}: {error.strerror}"})

@@ -92,14 +92,7 @@ class ProcessRuntime:
         return process_id
 
     async def start(self, container_id: str) -> ContainerStatus:  # noqa: D102
-        keeper = subprocess.Popen(
-            [sys.executable, "-m", "nodedaemon.process_keeper", str(self._folder / container_id)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd=Path(__file__).parents[1],
-        )
+        keeper = await asyncio.to_thread(_launch, self._folder / container_id)
         assert keeper.stdout is not None  # noqa: S101 - it is a pipe
         with keeper.stdout as pipe:
             line = await asyncio.to_thread(pipe.readline)
@@ -216,7 +209,7 @@ class ProcessRuntime:
 
     async def make_removable(self, folder: Path) -> None:  # noqa: D102
         for path, _, _ in os.walk(folder):
-            os.chmod(path, 0o700)
+            Path(path).chmod(0o700)
 
     def describe(self) -> Runtime:  # noqa: D102
         notice = "commands run as plain processes, without isolation, on emulated cards only"
@@ -232,6 +225,17 @@ class ProcessRuntime:
         # The keepers outlive the daemon; Python would complain of children left behind.
         for keeper in self._keepers.values():
             keeper.returncode = 0
+
+
+def _launch(place: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nodedaemon.process_keeper", str(place)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=Path(__file__).parents[1],
+    )
 
 
 async def _gone(pid: int) -> None:

@@ -2,69 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import structlog
 
 from nodedaemon.containers import Containers
 from nodedaemon.events import EventLog
+from nodedaemon.gpus import Gpus
+from nodedaemon.host import boot_id
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import plan_containers, plan_slices
 from nodedaemon.runtime import ContainerRuntime
-from nodedaemon.slices import Slices, boot_id
+from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import NodeEventKind
 
-__all__ = ["recover"]
+__all__ = ["Recovery"]
 
 _log = structlog.get_logger(__name__)
 
 
-async def recover(
-    journal: Journal, events: EventLog, slices: Slices, containers: Containers, runtime: ContainerRuntime
-) -> None:
-    """Makes the journal, the driver and the runtime agree again.
+@dataclass(frozen=True)
+class Recovery:
+    """Makes the journal, the driver and the runtime agree again."""
 
-    Containers come first: a slice is in use for as long as its container is there.
+    journal: Journal
+    events: EventLog
+    gpus: Gpus
+    slices: Slices
+    containers: Containers
+    runtime: ContainerRuntime
 
-    Raises:
-        Refusal: the driver or the runtime does not answer at all.
-    """
+    async def run(self) -> None:
+        """Recovers. Containers come first: a slice is in use for as long as its container is there.
 
-    def told(owner: Owner | None, reason: str, message: str) -> None:
-        events.add(NodeEventKind.NODE_EVENT_KIND_RECONCILED, reason, message, owner=owner.ref() if owner else None)
+        Raises:
+            Refusal: the driver or the runtime does not answer at all.
+        """
+        await self._containers()
+        await self._slices()
 
-    plan = plan_containers(journal.containers(), await runtime.containers())
-    for container_id in plan.remove:
-        await runtime.remove(container_id)
-        told(None, "CONTAINER_REMOVED", f"removed container {container_id[:12]}, which nobody owns")
-    for record in plan.forget:
-        await containers.forget(record)
-        told(record.owner, "CONTAINER_FORGOTTEN", "rolled back a container that was being made when the daemon ended")
-    for record, status in plan.adopt:
-        containers.adopt(record, status)
-        told(record.owner, "CONTAINER_ADOPTED", f"container {status.id[:12]} ran on while the daemon was away")
-    for record, status in plan.ended:
-        containers.adopt(record, status)
-        containers.note_end(journal.container(record.owner) or record, status)
-    for record in plan.lost:
-        containers.note_lost(record)
+    async def _containers(self) -> None:
+        plan = plan_containers(self.journal.containers(), await self.runtime.containers())
+        for container_id in plan.remove:
+            await self.runtime.remove(container_id)
+            self._tell(None, "CONTAINER_REMOVED", f"removed container {container_id[:12]}, which nobody owns")
+        for record in plan.forget:
+            await self.containers.forget(record)
+            self._tell(record.owner, "CONTAINER_FORGOTTEN", "rolled back a container that was half made")
+        for record, status in plan.adopt:
+            self.containers.adopt(record, status)
+            self._tell(record.owner, "CONTAINER_ADOPTED", f"container {status.id[:12]} ran on without the daemon")
+        for record, status in plan.ended:
+            self.containers.note_end(self.containers.adopt(record, status), status)
+        for record in plan.lost:
+            self.containers.note_lost(record)
 
-    slice_plan = plan_slices(journal.slices(), await slices.instances(), boot_id())
-    for one, why in slice_plan.drop:
-        slices.drop(one, f"slice {one.uuid or 'of ' + one.profile} is gone: {why}")
-        told(one.owner, "SLICE_DROPPED", f"slice {one.uuid or 'of ' + one.profile} is gone: {why}")
-    for one in slice_plan.adopt:
-        slices.adopt(one)
-        told(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
-    for one, gi in slice_plan.finish:
-        try:
-            await slices.finish(one, gi)
-            told(one.owner, "SLICE_COMPLETED", f"completed {one.profile} at {one.span.start}, which was half made")
-        except Refusal as error:
-            told(one.owner, error.reason, f"could not complete {one.profile} at {one.span.start}: {error.message}")
-    for one in slice_plan.destroy:
-        try:
-            await slices.take_apart(one)
-            told(one.owner, "SLICE_DESTROYED", f"destroyed slice {one.uuid}, which was half destroyed")
-        except Refusal as error:
-            _log.warning("a slice stays half destroyed", slice=one.uuid, error=error.message)
+    async def _slices(self) -> None:
+        instances = [instance for _, instance in await self.gpus.all_instances()]
+        plan = plan_slices(self.journal.slices(), instances, boot_id())
+        for one, why in plan.drop:
+            name = one.uuid or f"{one.profile} at {one.span.start}"
+            self.slices.drop(one)
+            self._tell(one.owner, "SLICE_DROPPED", f"slice {name} is gone: {why}")
+        for one in plan.adopt:
+            self._tell(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
+        for one, gi in plan.finish:
+            try:
+                await self.slices.finish(one, gi)
+                self._tell(one.owner, "SLICE_COMPLETED", f"completed {one.profile} at {one.span.start}")
+            except Refusal as error:
+                message = f"could not complete {one.profile} at {one.span.start}: {error.message}"
+                self._tell(one.owner, error.reason, message)
+        for one in plan.destroy:
+            try:
+                await self.slices.take_apart(one)
+                self._tell(one.owner, "SLICE_DESTROYED", f"destroyed slice {one.uuid}, which was half destroyed")
+            except Refusal as error:
+                _log.warning("a slice stays half destroyed", slice=one.uuid, error=error.message)
+
+    def _tell(self, owner: Owner | None, reason: str, message: str) -> None:
+        self.events.add(NodeEventKind.NODE_EVENT_KIND_RECONCILED, reason, message, owner=owner.ref() if owner else None)

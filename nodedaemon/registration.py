@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -16,6 +17,9 @@ from puhui.rpc.identity import new_id
 from puhui.rpc.moment import seconds
 from puhui.v1.fleet_service_pb2 import HeartbeatRequest, RegisterNodeRequest
 from puhui.v1.fleet_service_pb2_grpc import FleetServiceStub
+
+if TYPE_CHECKING:
+    from puhui.v1.fleet_service_pb2_grpc import FleetServiceAsyncStub
 
 __all__ = ["Registration", "backoff_s"]
 
@@ -77,7 +81,7 @@ class Registration:
                     )
                     await asyncio.sleep(again_in_s)
 
-    async def _join(self, fleet: FleetServiceStub) -> tuple[str, float]:
+    async def _join(self, fleet: FleetServiceAsyncStub) -> tuple[str, float]:
         self._inventory.revision.changed.clear()
         token = self._join_token.read_text().strip() if self._join_token is not None else ""
         response = await fleet.RegisterNode(
@@ -92,7 +96,7 @@ class Registration:
         _log.info("joined the centre", centre=response.centre, node_id=response.node_id)
         return response.node_id, seconds(response.heartbeat_interval)
 
-    async def _stay(self, fleet: FleetServiceStub, node_id: str, pause_s: float) -> None:
+    async def _stay(self, fleet: FleetServiceAsyncStub, node_id: str, pause_s: float) -> None:
         """Sends heartbeats; returns when the control plane no longer knows this node.
 
         Raises:

@@ -12,6 +12,7 @@ from nodedaemon.driver import Span
 from nodedaemon.events import EventLog
 from nodedaemon.inventory import Inventory
 from nodedaemon.owner import Owner
+from nodedaemon.results import Results
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import unimplemented
 from puhui.rpc.moment import seconds
@@ -68,6 +69,7 @@ class NodeService(NodeServiceServicer):
         mutations: Mutations,
         slices: Slices,
         containers: Containers,
+        results: Results,
         bundles: Bundles,
         events: EventLog,
     ) -> None:
@@ -75,6 +77,7 @@ class NodeService(NodeServiceServicer):
         self._mutations = mutations
         self._slices = slices
         self._containers = containers
+        self._results = results
         self._bundles = bundles
         self._events = events
 
@@ -100,7 +103,7 @@ class NodeService(NodeServiceServicer):
         return await self._mutations.carry_out(request, DestroySliceResponse, act)
 
     async def ListSlices(self, request: ListSlicesRequest, context: Any) -> ListSlicesResponse:  # noqa: D102, N802
-        return ListSlicesResponse(slices=await self._slices.list(foreign=request.include_foreign))
+        return ListSlicesResponse(slices=await self._slices.describe_all(foreign=request.include_foreign))
 
     # Containers
 
@@ -131,7 +134,7 @@ class NodeService(NodeServiceServicer):
     async def ListContainers(  # noqa: D102, N802
         self, request: ListContainersRequest, context: Any
     ) -> ListContainersResponse:
-        return ListContainersResponse(containers=self._containers.list())
+        return ListContainersResponse(containers=self._containers.describe_all())
 
     # Code, output, results
 
@@ -146,7 +149,7 @@ class NodeService(NodeServiceServicer):
     async def ReadLogs(  # noqa: D102, N802
         self, request: NodeServiceReadLogsRequest, context: Any
     ) -> AsyncIterator[NodeServiceReadLogsResponse]:
-        chunks = self._containers.read_log(
+        chunks = self._results.read_log(
             Owner.of(request.owner), offset=request.offset, tail_lines=request.tail_lines, follow=request.follow
         )
         async for chunk in chunks:
@@ -155,7 +158,7 @@ class NodeService(NodeServiceServicer):
     async def GetArtifacts(  # noqa: D102, N802
         self, request: NodeServiceGetArtifactsRequest, context: Any
     ) -> AsyncIterator[NodeServiceGetArtifactsResponse]:
-        manifest, archive = await self._containers.artifacts(Owner.of(request.owner))
+        manifest, archive = await self._results.artifacts(Owner.of(request.owner))
         yield NodeServiceGetArtifactsResponse(manifest=manifest)
         for chunk in read_chunks(archive, request.offset):
             yield NodeServiceGetArtifactsResponse(chunk=chunk)

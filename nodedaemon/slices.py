@@ -4,77 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
 
 import grpc
-import pynvml
 import structlog
 
-from nodedaemon.driver import Driver, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts, Span
+from nodedaemon.descriptions import describe_foreign, describe_slice
+from nodedaemon.driver import GpuFacts, GpuInstance, ProfileFacts, Span
 from nodedaemon.events import EventLog
+from nodedaemon.gpus import Gpus
+from nodedaemon.host import boot_id
 from nodedaemon.journal import Journal, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
 from puhui.rpc.errors import Refusal
-from puhui.rpc.moment import now, timestamp
-from puhui.v1.card_pb2 import Placement, Slice, SliceState
+from puhui.rpc.moment import now
+from puhui.v1.card_pb2 import Slice
 from puhui.v1.node_pb2 import NodeEventKind
 
-__all__ = ["Slices", "boot_id", "is_same"]
+__all__ = ["Slices", "is_same"]
 
 _log = structlog.get_logger(__name__)
 
-_T = TypeVar("_T")
-
 _FIRST_RETRY_S = 0.02
 _LONGEST_RETRY_S = 1.0
-_STATES = {
-    SliceStage.CREATING: SliceState.SLICE_STATE_CREATING,
-    SliceStage.ACTIVE: SliceState.SLICE_STATE_ACTIVE,
-    SliceStage.DESTROYING: SliceState.SLICE_STATE_DESTROYING,
-    SliceStage.ERROR: SliceState.SLICE_STATE_ERROR,
-}
-
-
-def boot_id() -> str:
-    """Returns what changes whenever the host boots."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 class Slices:
     """The slices of this node.
 
     Args:
-        driver: the GPU driver.
+        gpus: the GPUs that they are cut from.
         journal: where what is intended is kept.
         events: where what happens is told.
-        emulated: whether the driver is emulated.
         changed: called after any change of slices.
         release_s: how long a destroy waits for the last process on the slice to go, in seconds.
     """
 
     def __init__(
         self,
-        driver: Driver,
+        gpus: Gpus,
         journal: Journal,
         events: EventLog,
         *,
-        emulated: bool,
         changed: Callable[[], None],
         release_s: float = 10.0,
     ) -> None:
-        self._driver = driver
+        self._gpus = gpus
         self._journal = journal
         self._events = events
-        self._emulated = emulated
         self._changed = changed
         self._release_s = release_s
-        self._gpus = {gpu.uuid: gpu for gpu in driver.gpus()}
-        # NVML lets calls on one GPU overlap, and then two creates race for one place. Other GPUs go on.
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._boot_id = boot_id()
 
     # Making one -------------------------------------------------------------------------------------------
@@ -87,19 +67,15 @@ class Slices:
                 FAILED_PRECONDITION with PLACEMENT_TAKEN or MIG_DISABLED, PERMISSION_DENIED with
                 DRIVER_PERMISSION, INTERNAL with DRIVER_REFUSED.
         """
-        gpu = self._gpu(gpu_uuid)
-        async with self._locks[gpu_uuid]:
-            profile = await self._profile(gpu, profile_name)
+        gpu = self._gpus.gpu(gpu_uuid)
+        async with self._gpus.lock(gpu):
+            profile = await self._gpus.profile(gpu, profile_name)
             if span not in profile.placements:
                 raise _placement_invalid(profile, span)
             for record in self._journal.slices():
-                if record.gpu_uuid == gpu_uuid and (record.owner, record.profile, record.span) == (
-                    owner,
-                    profile_name,
-                    span,
-                ):
-                    if record.stage is SliceStage.ACTIVE:
-                        return self.describe(record)  # made before a crash that swallowed the answer
+                same = (record.gpu_uuid, record.owner, record.profile, record.span)
+                if same == (gpu_uuid, owner, profile_name, span) and record.stage is SliceStage.ACTIVE:
+                    return self.describe(record)  # made before a crash that swallowed the answer
             await self._require_free(gpu, span)
             record = self._journal.add_slice(
                 SliceRecord(
@@ -121,7 +97,7 @@ class Slices:
         return self.describe(record)
 
     async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
-        for instance in await self._ask(gpu, self._driver.instances, gpu.uuid):
+        for instance in await self._gpus.instances(gpu):
             if instance.span.overlaps(span):
                 mine = next((r for r in self._journal.slices() if is_same(r, instance)), None)
                 raise Refusal(
@@ -136,7 +112,9 @@ class Slices:
     async def _make(self, gpu: GpuFacts, profile: ProfileFacts, record: SliceRecord) -> SliceRecord:
         gi: int | None = None
         try:
-            gi = await self._ask(gpu, self._driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span)
+            gi = await self._gpus.ask(
+                gpu, self._gpus.driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span
+            )
             return await self._complete(gpu, replace(record, gi=gi), profile.compute_slices)
         except BaseException:
             if gi is not None:
@@ -149,7 +127,7 @@ class Slices:
         gi = _given(record.gi)
         instance = await self._instance(gpu, gi)
         if not (instance and instance.compute_instances):
-            await self._ask(gpu, self._driver.create_compute_instance, gpu.uuid, gi, compute_slices)
+            await self._gpus.ask(gpu, self._gpus.driver.create_compute_instance, gpu.uuid, gi, compute_slices)
             instance = await self._instance(gpu, gi)
         whole = [c for c in instance.compute_instances if c.compute_slices == compute_slices] if instance else []
         if instance is None or instance.span != record.span or len(whole) != 1 or not whole[0].uuid:
@@ -168,14 +146,14 @@ class Slices:
         try:
             instance = await self._instance(gpu, gi)
             for compute in instance.compute_instances if instance else ():
-                await self._ask(gpu, self._driver.destroy_compute_instance, gpu.uuid, gi, compute.id)
+                await self._gpus.ask(gpu, self._gpus.driver.destroy_compute_instance, gpu.uuid, gi, compute.id)
             if instance:
-                await self._ask(gpu, self._driver.destroy_gpu_instance, gpu.uuid, gi)
+                await self._gpus.ask(gpu, self._gpus.driver.destroy_gpu_instance, gpu.uuid, gi)
         except Refusal as error:
             _log.error("a half-made slice could not be rolled back", gpu=gpu.index, gi=gi, error=error.message)
 
     async def _instance(self, gpu: GpuFacts, gi: int) -> GpuInstance | None:
-        instances = await self._ask(gpu, self._driver.instances, gpu.uuid)
+        instances = await self._gpus.instances(gpu)
         return next((instance for instance in instances if instance.id == gi), None)
 
     # Destroying one ---------------------------------------------------------------------------------------
@@ -219,17 +197,17 @@ class Slices:
         Raises:
             Refusal: FAILED_PRECONDITION with SLICE_IN_USE; INTERNAL with DRIVER_REFUSED.
         """
-        gpu = self._gpu(record.gpu_uuid)
+        gpu = self._gpus.gpu(record.gpu_uuid)
         record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYING))
         deadline = time.monotonic() + self._release_s
         pause = _FIRST_RETRY_S
         while True:
             try:
-                async with self._locks[gpu.uuid]:
+                async with self._gpus.lock(gpu):
                     await self._destroy_once(gpu, record)
                 break
             except Refusal as error:
-                holders = await self._holders(gpu, record) if error.reason == "SLICE_IN_USE" else []
+                holders = await self._gpus.holders(gpu, record.uuid) if error.reason == "SLICE_IN_USE" else []
                 if error.reason != "SLICE_IN_USE" or time.monotonic() + pause > deadline:
                     raise self._stuck(record, error, holders) from error
             # The lock is free meanwhile: what waits for a process to go must not hold up others.
@@ -240,18 +218,14 @@ class Slices:
 
     async def _destroy_once(self, gpu: GpuFacts, record: SliceRecord) -> None:
         instance = next(
-            (i for i in await self._ask(gpu, self._driver.instances, gpu.uuid) if is_same(record, i)),
+            (i for i in await self._gpus.instances(gpu) if is_same(record, i)),
             None,
         )
         if instance is None:
             return  # somebody else was quicker
         for compute in instance.compute_instances:
-            await self._ask(gpu, self._driver.destroy_compute_instance, gpu.uuid, instance.id, compute.id)
-        await self._ask(gpu, self._driver.destroy_gpu_instance, gpu.uuid, instance.id)
-
-    async def _holders(self, gpu: GpuFacts, record: SliceRecord) -> list[str]:
-        pids = await self._ask(gpu, self._driver.processes, gpu.uuid, record.uuid) if record.uuid else []
-        return [f"{pid} ({_command(pid)})" for pid in pids]
+            await self._gpus.ask(gpu, self._gpus.driver.destroy_compute_instance, gpu.uuid, instance.id, compute.id)
+        await self._gpus.ask(gpu, self._gpus.driver.destroy_gpu_instance, gpu.uuid, instance.id)
 
     def _stuck(self, record: SliceRecord, error: Refusal, holders: list[str]) -> Refusal:
         if error.reason == "SLICE_IN_USE":
@@ -275,9 +249,9 @@ class Slices:
         Raises:
             Refusal: as `create` does; the half that was there is gone then.
         """
-        gpu = self._gpu(record.gpu_uuid)
-        async with self._locks[gpu.uuid]:
-            profile = await self._profile(gpu, record.profile)
+        gpu = self._gpus.gpu(record.gpu_uuid)
+        async with self._gpus.lock(gpu):
+            profile = await self._gpus.profile(gpu, record.profile)
             try:
                 record = await self._complete(gpu, replace(record, gi=gi), profile.compute_slices)
             except BaseException:
@@ -286,72 +260,38 @@ class Slices:
                 raise
         self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, "SLICE_COMPLETED", "completed slice {slice}")
 
-    def adopt(self, record: SliceRecord) -> None:
-        """Notes that a slice of the journal is still there."""
-        if record.stage is not SliceStage.ACTIVE:
-            self._journal.update_slice(replace(record, stage=SliceStage.ACTIVE, notice=""))
-
-    def drop(self, record: SliceRecord, message: str) -> None:
+    def drop(self, record: SliceRecord) -> None:
         """Notes that a slice of the journal is there no more, and nobody asked for that."""
+        # A repeated request must make it again rather than be told that it was made.
         self._journal.forget_answers(record.owner)
         if not record.uuid:
             self._journal.delete_slice(record)
             return
         record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYED))
+        message = "slice {slice} is gone, and nobody here destroyed it"
         self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED, "SLICE_VANISHED", message)
 
     # Reading ----------------------------------------------------------------------------------------------
 
-    async def list(self, *, foreign: bool) -> list[Slice]:
-        """Returns the slices of this node, by GPU index and placement.
+    async def describe_all(self, *, foreign: bool) -> list[Slice]:
+        """Returns the slices of this node for the wire, by GPU index and placement.
 
         Raises:
             Refusal: INTERNAL with DRIVER_REFUSED.
         """
+        instances = await self._gpus.all_instances() if foreign else []
         records = self._journal.slices()
-        found = [(self._gpu(record.gpu_uuid).index, record.span, self.describe(record)) for record in records]
-        if foreign:
-            for gpu in self._gpus.values():
-                if gpu.mig is Mig.ENABLED:
-                    found.extend(
-                        (gpu.index, instance.span, self._foreign(gpu, instance))
-                        for instance in await self._ask(gpu, self._driver.instances, gpu.uuid)
-                        if not any(is_same(record, instance) for record in self._journal.slices())
-                    )
-        return [described for _, _, described in sorted(found, key=lambda entry: entry[:2])]
+        found = [self.describe(record) for record in records]
+        found.extend(
+            describe_foreign(instance, gpu, emulated=self._gpus.emulated)
+            for gpu, instance in instances
+            if not any(is_same(record, instance) for record in records)
+        )
+        return sorted(found, key=lambda one: (one.gpu_index, one.placement.start))
 
     def describe(self, record: SliceRecord) -> Slice:
         """Returns a slice for the wire."""
-        return Slice(
-            uuid=record.uuid,
-            gpu_uuid=record.gpu_uuid,
-            gpu_index=self._gpu(record.gpu_uuid).index,
-            profile=record.profile,
-            placement=Placement(start=record.span.start, size=record.span.size),
-            gpu_instance_id=record.gi or 0,
-            compute_instance_id=record.ci or 0,
-            memory_mib=record.memory_mib,
-            state=_STATES.get(record.stage, SliceState.SLICE_STATE_UNSPECIFIED),
-            owner=record.owner.ref(record.token),
-            emulated=self._emulated,
-            create_time=timestamp(record.create_time),
-            notice=record.notice,
-        )
-
-    def _foreign(self, gpu: GpuFacts, instance: GpuInstance) -> Slice:
-        compute = instance.compute_instances[0] if instance.compute_instances else None
-        return Slice(
-            uuid=compute.uuid if compute else "",
-            gpu_uuid=gpu.uuid,
-            gpu_index=gpu.index,
-            profile=instance.profile.name,
-            placement=Placement(start=instance.span.start, size=instance.span.size),
-            gpu_instance_id=instance.id,
-            compute_instance_id=compute.id if compute else 0,
-            memory_mib=instance.profile.memory_mib,
-            state=SliceState.SLICE_STATE_FOREIGN,
-            emulated=self._emulated,
-        )
+        return describe_slice(record, self._gpus.gpu(record.gpu_uuid), emulated=self._gpus.emulated)
 
     def owned(self, owner: Owner, uuid: str) -> tuple[SliceRecord, GpuFacts]:
         """Returns an active slice of an attempt, and its GPU.
@@ -367,58 +307,11 @@ class Slices:
                 f"{owner} has no active slice {uuid!r} here; create it first",
                 slice_uuid=uuid,
             )
-        return record, self._gpu(record.gpu_uuid)
-
-    async def instances(self) -> list[GpuInstance]:
-        """Returns every GPU instance on every GPU, whoever made it.
-
-        Raises:
-            Refusal: INTERNAL with DRIVER_REFUSED.
-        """
-        found: list[GpuInstance] = []
-        for gpu in self._gpus.values():
-            if gpu.mig is Mig.ENABLED:
-                found.extend(await self._ask(gpu, self._driver.instances, gpu.uuid))
-        return found
-
-    # ------------------------------------------------------------------------------------------------------
-
-    def _gpu(self, uuid: str) -> GpuFacts:
-        if uuid not in self._gpus:
-            raise Refusal(
-                grpc.StatusCode.NOT_FOUND,
-                "GPU_NOT_FOUND",
-                f"this node has no GPU {uuid!r}; GetNode shows what it has",
-                gpu_uuid=uuid,
-            )
-        return self._gpus[uuid]
-
-    async def _profile(self, gpu: GpuFacts, name: str) -> ProfileFacts:
-        if gpu.mig is not Mig.ENABLED:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "MIG_DISABLED",
-                f"GPU {gpu.index} cannot be cut now; if its model can, enable MIG with `nvidia-smi -i {gpu.index} -mig 1`",
-                gpu_uuid=gpu.uuid,
-            )
-        profiles = await self._ask(gpu, self._driver.profiles, gpu.uuid)
-        for profile in profiles:
-            if profile.name == name:
-                return profile
-        offered = ", ".join(profile.name for profile in profiles)
-        raise Refusal(
-            grpc.StatusCode.NOT_FOUND,
-            "PROFILE_NOT_FOUND",
-            f"GPU {gpu.index} has no profile {name!r}; it offers {offered}",
-            gpu_uuid=gpu.uuid,
-        )
-
-    async def _ask(self, gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
-        return await asyncio.to_thread(_translated, gpu, call, *arguments)
+        return record, self._gpus.gpu(record.gpu_uuid)
 
     def _told(self, record: SliceRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
         described = self.describe(record)
-        gpu = self._gpu(record.gpu_uuid)
+        gpu = self._gpus.gpu(record.gpu_uuid)
         where = f"{record.uuid} ({record.profile} at {record.span.start} on GPU {gpu.index})"
         self._events.add(
             kind, reason, message.replace("{slice}", where), owner=record.owner.ref(record.token), slice=described
@@ -453,41 +346,3 @@ def _placement_invalid(profile: ProfileFacts, span: Span) -> Refusal:
         f"{profile.name} cannot be at {span.start} with size {span.size}; it has size "
         f"{profile.placements[0].size if profile.placements else 0} and may be at {offered or 'no place'}",
     )
-
-
-def _translated(gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
-    """Calls the driver, and turns what it refuses into words."""
-    try:
-        return call(*arguments)
-    except DriverError as error:
-        if error.code == pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "PLACEMENT_TAKEN",
-                f"the driver has no room for that on GPU {gpu.index}: {error}",
-                gpu_uuid=gpu.uuid,
-            ) from error
-        if error.code == pynvml.NVML_ERROR_IN_USE:
-            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "SLICE_IN_USE", str(error)) from error
-        if error.code == pynvml.NVML_ERROR_NO_PERMISSION:
-            raise Refusal(
-                grpc.StatusCode.PERMISSION_DENIED,
-                "DRIVER_PERMISSION",
-                f"{error}; give the daemon's user read access to /dev/nvidia-caps/nvidia-cap1, as root",
-            ) from error
-        raise Refusal(
-            grpc.StatusCode.INTERNAL,
-            "DRIVER_REFUSED",
-            f"the driver refused on GPU {gpu.index}: {error}",
-            gpu_uuid=gpu.uuid,
-            nvml_call=error.call,
-            nvml_code=str(error.code),
-        ) from error
-
-
-def _command(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return "ended meanwhile"
-    return b" ".join(words).decode(errors="replace").strip()[:200] or "no command line"

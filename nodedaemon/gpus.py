@@ -1,0 +1,155 @@
+"""The node's GPUs, asked from the event loop, and refusing in words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pynvml
+
+from nodedaemon.driver import Driver, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts
+from puhui.rpc.errors import Refusal
+
+__all__ = ["Gpus"]
+
+_T = TypeVar("_T")
+
+
+class Gpus:
+    """The GPUs of this node.
+
+    Args:
+        driver: the GPU driver.
+        emulated: whether it is emulated.
+
+    Raises:
+        DriverError: a GPU does not answer.
+    """
+
+    def __init__(self, driver: Driver, *, emulated: bool) -> None:
+        self.driver = driver
+        self.emulated = emulated
+        self._facts = {gpu.uuid: gpu for gpu in driver.gpus()}
+        # NVML lets calls on one GPU overlap, and then two creates race for one place. Other GPUs go on.
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def lock(self, gpu: GpuFacts) -> asyncio.Lock:
+        """Returns the lock under which one GPU is changed."""
+        return self._locks[gpu.uuid]
+
+    def gpu(self, uuid: str) -> GpuFacts:
+        """Returns a GPU.
+
+        Raises:
+            Refusal: NOT_FOUND with GPU_NOT_FOUND.
+        """
+        if uuid not in self._facts:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "GPU_NOT_FOUND",
+                f"this node has no GPU {uuid!r}; GetNode shows what it has",
+                gpu_uuid=uuid,
+            )
+        return self._facts[uuid]
+
+    async def profile(self, gpu: GpuFacts, name: str) -> ProfileFacts:
+        """Returns a profile that a GPU offers.
+
+        Raises:
+            Refusal: NOT_FOUND with PROFILE_NOT_FOUND; FAILED_PRECONDITION with MIG_DISABLED; as `ask` does.
+        """
+        if gpu.mig is not Mig.ENABLED:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "MIG_DISABLED",
+                f"GPU {gpu.index} cannot be cut now; if its model can, enable MIG with "
+                f"`nvidia-smi -i {gpu.index} -mig 1`",
+                gpu_uuid=gpu.uuid,
+            )
+        profiles = await self.ask(gpu, self.driver.profiles, gpu.uuid)
+        for profile in profiles:
+            if profile.name == name:
+                return profile
+        offered = ", ".join(profile.name for profile in profiles)
+        raise Refusal(
+            grpc.StatusCode.NOT_FOUND,
+            "PROFILE_NOT_FOUND",
+            f"GPU {gpu.index} has no profile {name!r}; it offers {offered}",
+            gpu_uuid=gpu.uuid,
+        )
+
+    async def instances(self, gpu: GpuFacts) -> list[GpuInstance]:
+        """Returns every GPU instance on a GPU, whoever made it, by placement; none when it cannot be cut.
+
+        Raises:
+            Refusal: as `ask` does.
+        """
+        return await self.ask(gpu, self.driver.instances, gpu.uuid) if gpu.mig is Mig.ENABLED else []
+
+    async def all_instances(self) -> list[tuple[GpuFacts, GpuInstance]]:
+        """Returns every GPU instance of the node with its GPU.
+
+        Raises:
+            Refusal: as `ask` does.
+        """
+        return [(gpu, instance) for gpu in self._facts.values() for instance in await self.instances(gpu)]
+
+    async def holders(self, gpu: GpuFacts, slice_uuid: str) -> list[str]:
+        """Returns the processes that use a slice, each as its id and its command.
+
+        Raises:
+            Refusal: as `ask` does.
+        """
+        pids = await self.ask(gpu, self.driver.processes, gpu.uuid, slice_uuid) if slice_uuid else []
+        return [f"{pid} ({_command(pid)})" for pid in pids]
+
+    async def ask(self, gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
+        """Calls the driver on a thread.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with PLACEMENT_TAKEN or SLICE_IN_USE; PERMISSION_DENIED with
+                DRIVER_PERMISSION; INTERNAL with DRIVER_REFUSED.
+        """
+        return await asyncio.to_thread(_translated, gpu, call, *arguments)
+
+
+def _translated(gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
+    """Calls the driver, and turns what it refuses into words."""
+    try:
+        return call(*arguments)
+    except DriverError as error:
+        if error.code == pynvml.NVML_ERROR_INSUFFICIENT_RESOURCES:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "PLACEMENT_TAKEN",
+                f"the driver has no room for that on GPU {gpu.index}: {error}",
+                gpu_uuid=gpu.uuid,
+            ) from error
+        if error.code == pynvml.NVML_ERROR_IN_USE:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "SLICE_IN_USE", str(error)) from error
+        if error.code == pynvml.NVML_ERROR_NO_PERMISSION:
+            raise Refusal(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "DRIVER_PERMISSION",
+                f"{error}; give the daemon's user read access to /dev/nvidia-caps/nvidia-cap1, as root",
+            ) from error
+        raise Refusal(
+            grpc.StatusCode.INTERNAL,
+            "DRIVER_REFUSED",
+            f"the driver refused on GPU {gpu.index}: {error}",
+            gpu_uuid=gpu.uuid,
+            nvml_call=error.call,
+            nvml_code=str(error.code),
+        ) from error
+
+
+def _command(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return "ended meanwhile"
+    return b" ".join(words).decode(errors="replace").strip()[:200] or "no command line"
