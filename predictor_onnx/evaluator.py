@@ -435,7 +435,7 @@ class Evaluator(Expressions):
         if self.rec.forward_depth == 0 and not _is_loss(model):
             first = tensor_sample([*args, *kwargs.values()])
             if first is not None and first.shape and first.shape[0]:
-                self.rec.batch = max(self.rec.batch or 0, first.shape[0])
+                self.rec.note_batch(first.shape[0])
         self.rec.forward_depth += 1
         try:
             if isinstance(model, Layer):

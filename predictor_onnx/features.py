@@ -109,8 +109,8 @@ class Workload:
 
     @property
     def known(self) -> bool:
-        """Whether a network was found, with a pass through it."""
-        return self.parameters > 0 and self.ops > 0
+        """Whether a pass through a network, or work on tensors of the accelerator, was found."""
+        return self.ops > 0 and (self.parameters > 0 or self.data_mib > 0)
 
     @property
     def resident_mib(self) -> float:

@@ -61,8 +61,9 @@ class Recorder:
     forward_passes: int = 0
     #: Layers whose input had to be guessed from names such as ``batch_size``.
     guesses: int = 0
-    #: Samples in the largest batch that a network was called with.
-    batch: int | None = None
+    #: Samples in the largest batch that a network was called with, with and without gradients.
+    trained_batch: int | None = None
+    inferred_batch: int | None = None
     #: Whether some tensor had a size that could not be determined.
     unknown_sizes: bool = False
     autocast_used: str | None = None
@@ -93,6 +94,9 @@ class Recorder:
         out = tensor_of(shape, dtype, kind=kind, grad=grad)
         if inplace and inputs:
             out.storage = inputs[0].storage
+        out.on_gpu = any(tensor.on_gpu for tensor in inputs)
+        if not (grad or out.on_gpu or self.forward_depth):
+            return out  # data being prepared on the host
         step = self.current
         self.unknown_sizes = self.unknown_sizes or None in shape
         moving = sum(
@@ -135,6 +139,18 @@ class Recorder:
         if tensor.dtype == dtype or tensor.dtype not in FLOAT_DTYPES:
             return tensor
         return self.op(tensor.shape, dtype, tensor.storage.kind, [tensor])
+
+    def note_batch(self, samples: int) -> None:
+        """A network is called with this many samples."""
+        if self.grad:
+            self.trained_batch = max(self.trained_batch or 0, samples)
+        else:
+            self.inferred_batch = max(self.inferred_batch or 0, samples)
+
+    @property
+    def batch(self) -> int | None:
+        """Samples per step: of training where the code trains."""
+        return self.trained_batch if self.trained_batch is not None else self.inferred_batch
 
     def finish_step(self) -> None:
         """A backward pass has run: keep the step if it is the largest, and start afresh."""

@@ -216,3 +216,33 @@ def test_deep_nesting_and_huge_files_end_in_a_note() -> None:
     assert huge.notes
     assert "too large" in huge.notes[0]
     assert deep.parameters == 0
+
+
+def test_preparing_data_on_the_host_costs_no_device_memory() -> None:
+    code = """
+model = nn.Linear(8, 8).cuda()
+x = torch.randn(10_000, 1_000) * 2 + 1
+y = x.reshape(-1, 8).exp()
+loss = model(torch.randn(4, 8).cuda()).sum()
+loss.backward()
+"""
+    work = run(code)
+    assert work.largest_mib < 0.01
+    assert work.data_mib * 2**20 == 4 * 8 * 4
+
+
+def test_tensors_on_the_device_count_without_any_network() -> None:
+    work = run("a = torch.randn(4096, 4096, device='cuda')\nb = (a @ a).relu()\n")
+    assert work.known
+    assert work.data_mib == 64
+    assert work.transient_mib == 128
+
+
+def test_the_batch_is_the_training_batch() -> None:
+    code = """
+model = nn.Linear(8, 8).cuda()
+model(torch.randn(32, 8).cuda()).sum().backward()
+with torch.no_grad():
+    model(torch.randn(1000, 8).cuda())
+"""
+    assert run(code).batch == 32
