@@ -12,7 +12,7 @@ from onnxmltools import convert_lightgbm
 from onnxmltools.convert.common.data_types import FloatTensorType
 
 from predictor_onnx.features import FEATURES, PHYSICS
-from predictor_onnx.train.fit import LARGEST_CORRECTION, LEAST_CORRECTION, Array, Fitted
+from predictor_onnx.train.fit import LARGEST_CORRECTION, LARGEST_MEDIAN_SHIFT, LEAST_CORRECTION, Array, Fitted
 
 _OPSET: Final = 17
 #: The newest that onnxmltools writes; only its tree node is taken, which is in ai.onnx.ml.
@@ -77,7 +77,11 @@ def graph_of(fitted: Fitted, population: list[float], reach: tuple[Array, Array]
     for i, (head, shift) in enumerate(zip(fitted.heads, fitted.shifts, strict=True)):
         raw = g.trees(head, shape, f"head_{i}")
         steps.append(g.node("Add", [raw, g.constant(f"shift_{i}", [shift])], f"step_{i}"))
-    steps[0] = g.node("Clip", [steps[0], g.constant("low", -0.2), g.constant("high", 0.2)], "step_p50")
+    steps[0] = g.node(
+        "Clip",
+        [steps[0], g.constant("low", -LARGEST_MEDIAN_SHIFT), g.constant("high", LARGEST_MEDIAN_SHIFT)],
+        "step_p50",
+    )
     gap = g.constant("gap", [0.01])
     for i in (1, 2):
         floor = g.node("Add", [steps[i - 1], gap], f"floor_{i}")

@@ -22,8 +22,10 @@ Array = npt.NDArray[np.float64]
 
 LEVELS: Final = (0.5, 0.9, 0.99)
 #: Bounds of the correction's logarithm. What autograd saves is really there, so it may add more than remove.
-LEAST_CORRECTION: Final = -0.25
+LEAST_CORRECTION: Final = -0.15
 LARGEST_CORRECTION: Final = 0.5
+#: The median head only trims: the correction has done the rest.
+LARGEST_MEDIAN_SHIFT: Final = 0.05
 #: Share of the saved activations that is at least alive at the peak; in-place ops reuse the rest.
 LEAST_ACTIVATION: Final = 0.9
 _BACKWARD: Final = slice(3, len(PHYSICS))
@@ -137,7 +139,7 @@ class Fitted:
         base = np.log(corrected(self.physics, self.correction, x))
         shape = x[:, len(PHYSICS) :]
         steps = [head.predict(shape) + shift for head, shift in zip(self.heads, self.shifts, strict=True)]
-        p50 = np.clip(steps[0], -0.2, 0.2)
+        p50 = np.clip(steps[0], -LARGEST_MEDIAN_SHIFT, LARGEST_MEDIAN_SHIFT)
         p90 = np.maximum(steps[1], p50 + 0.01)
         p99 = np.maximum(steps[2], p90 + 0.01)
         result: Array = np.exp(np.stack([base + p50, base + p90, base + p99], axis=1))
