@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 
 from controlplane.node_client import NodeClient
@@ -24,7 +26,9 @@ async def collect(client: NodeClient, owner: card_pb2.AttemptRef, results: Resul
         Refusal: the node cannot be reached, or cannot give them now.
         OSError: the disk is full.
     """
-    return await _log(client, owner, results), await _artifacts(client, owner, results)
+    log_bytes, artifacts = await asyncio.gather(_log(client, owner, results), _artifacts(client, owner, results))
+    results.settle(owner.job_id, owner.attempt)
+    return log_bytes, artifacts
 
 
 async def _log(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> int:
@@ -59,6 +63,6 @@ async def _artifacts(client: NodeClient, owner: card_pb2.AttemptRef, results: Re
                 "the artifacts that arrived from the node do not have the digest that it announced",
             )
         if not manifest.files:
-            manifest = stream_pb2.ArtifactManifest()
+            return job_pb2.JobArtifacts()
         archive.keep(manifest)
     return job_pb2.JobArtifacts(digest=manifest.digest, file_count=len(manifest.files), size_bytes=manifest.size_bytes)

@@ -310,9 +310,15 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
 }
 
 
+_BEFORE_PLACEMENT = (Submitted, Predicted, Waits, Reserved, CancelRequested)
+
+
 def _require(record: JobRecord, happening: Happening) -> None:
     if record.state not in _ALLOWED_IN[type(happening)]:
         raise IllegalTransition(_text(record, happening))
+    number = happening.attempt if isinstance(happening, ContainerRemoved | SliceDestroyed) else 1
+    if not isinstance(happening, _BEFORE_PLACEMENT) and not 1 <= number <= len(record.job.attempts):
+        raise IllegalTransition(f"{record.id}: it has no such attempt")
     if isinstance(happening, Ended) and record.ending is None:
         raise IllegalTransition(f"{record.id}: how it ends was never decided")
     if isinstance(happening, Reserved) and record.cancel_requested:

@@ -1,7 +1,7 @@
 """What jobs leave: logs and artifacts, on disk, for good.
 
     RESULTS/<job>/<attempt>/log              frames of LogChunk messages, with their offsets, streams and times
-    RESULTS/<job>/<attempt>/log.index        (offset in the output, position in `log`), every 256 KiB
+    RESULTS/<job>/<attempt>/log.index        (offset in the output, position in `log`), every 256 KiB of long logs
     RESULTS/<job>/<attempt>/artifacts.tar.gz the archive, as the node made it
     RESULTS/<job>/<attempt>/artifacts.pb     its ArtifactManifest
 
@@ -64,6 +64,15 @@ class Results:
         """Returns whether the whole log of an attempt is here."""
         return (self.folder(job_id, attempt) / "log").exists()
 
+    def settle(self, job_id: str, attempt: int) -> None:
+        """Makes what was kept of an attempt survive a power cut.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        for folder in (self.folder(job_id, attempt), self._folder / job_id, self._folder):
+            sync_folder(folder)
+
     def log(self, job_id: str, attempt: int, offset: int = 0, tail_lines: int = 0) -> Iterator[stream_pb2.LogChunk]:
         """Yields the output of an attempt from a byte offset on, or its last lines; nothing when there is no log."""
         path = self.folder(job_id, attempt) / "log"
@@ -122,7 +131,7 @@ class _Durable:
         self._partial = path.with_name(path.name + ".partial")
         self._file: BinaryIO = self._partial.open("wb")
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         self._file.write(data)
 
     def keep(self) -> None:
@@ -130,7 +139,6 @@ class _Durable:
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.replace(self._path)
-        sync_folder(self._path.parent)
 
     def drop(self) -> None:
         self._file.close()
@@ -142,7 +150,9 @@ class LogWriter:
 
     def __init__(self, path: Path) -> None:
         self._log = _Durable(path)
-        self._index = _Durable(path.with_name("log.index"))
+        self._index_path = path.with_name("log.index")
+        self._index_path.unlink(missing_ok=True)  # of an earlier try
+        self._index = bytearray()
         self._position = 0
         self._indexed = 0
         self._kept = False
@@ -155,7 +165,6 @@ class LogWriter:
     def __exit__(self, *_: object) -> None:
         if not self._kept:
             self._log.drop()
-            self._index.drop()
 
     def write(self, chunk: stream_pb2.LogChunk) -> None:
         """Appends a chunk; what of it is there already is left out.
@@ -171,7 +180,7 @@ class LogWriter:
         if not chunk.data:
             return
         if chunk.offset >= self._indexed + _INDEX_BYTES:
-            self._index.write(_INDEX.pack(chunk.offset, self._position))
+            self._index += _INDEX.pack(chunk.offset, self._position)
             self._indexed = chunk.offset
         body = chunk.SerializeToString()
         self._log.write(_LENGTH.pack(len(body)) + body)
@@ -184,7 +193,10 @@ class LogWriter:
         Raises:
             OSError: the disk is full.
         """
-        self._index.keep()
+        if self._index:
+            index = _Durable(self._index_path)
+            index.write(self._index)
+            index.keep()
         self._log.keep()
         self._kept = True
 
@@ -224,11 +236,13 @@ class ArtifactWriter:
         return self.size_bytes == manifest.size_bytes and "sha256:" + self._digest.hexdigest() == manifest.digest
 
     def keep(self, manifest: stream_pb2.ArtifactManifest) -> None:
-        """The archive is whole: gives it its name.
+        """The archive is whole: gives it its name. Nothing is kept of an archive without files.
 
         Raises:
             OSError: the disk is full.
         """
+        if not manifest.files:
+            return
         self._archive.keep()
         words = _Durable(self._folder / "artifacts.pb")
         words.write(manifest.SerializeToString())
@@ -242,7 +256,8 @@ def _frames(file: BinaryIO) -> Iterator[stream_pb2.LogChunk]:
 
 
 def _read_index(log: Path) -> list[tuple[int, int]]:
-    return [(0, 0), *_INDEX.iter_unpack(log.with_name("log.index").read_bytes())]
+    index = log.with_name("log.index")
+    return [(0, 0), *(_INDEX.iter_unpack(index.read_bytes()) if index.exists() else ())]
 
 
 def _position_of(index: list[tuple[int, int]], offset: int) -> int:

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from controlplane.spec import require_offered, require_valid
+from puhui.rpc.errors import Refusal
+from puhui.v1 import job_pb2
+from tests.unit.controlplane.samples import GEOMETRY
+
+
+def spec(**fields: Any) -> job_pb2.JobSpec:
+    return job_pb2.JobSpec(**{"command": ["python", "x.py"], **fields})
+
+
+def test_a_full_spec_is_taken() -> None:
+    require_valid(
+        spec(
+            name="a-job.1",
+            image="localhost/puhui/base:latest",
+            env={"LR": "0.1"},
+            labels={"team/x": "y"},
+            priority=-100,
+            tenant="lab",
+            resources=job_pb2.Resources(profile="1g.10gb+me", cpus=1.5, host_memory_mib=10, pids=5),
+            inputs=[job_pb2.DataInput(name="data", size_bytes=2**40)],
+            max_duration=Duration(seconds=60),
+            stop_grace=Duration(),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"command": []}, "command"),
+        ({"command": [""]}, "command"),
+        ({"command": ["a\0"]}, "command"),
+        ({"command": ["x" * 200_000]}, "command"),
+        ({"name": "Upper"}, "name"),
+        ({"name": "x" * 64}, "name"),
+        ({"kind": 77}, "kind"),
+        ({"tenant": "a b"}, "tenant"),
+        ({"priority": 101}, "priority"),
+        ({"image": "a b"}, "image"),
+        ({"env": {"1X": ""}}, "env.1X"),
+        ({"env": {"X": "\0"}}, "env.X"),
+        ({"env": {"CUDA_VISIBLE_DEVICES": "0"}}, "env.CUDA_VISIBLE_DEVICES"),
+        ({"env": {"PUHUI_JOB_ID": "j"}}, "env.PUHUI_JOB_ID"),
+        ({"env": {"X": "y" * 200_000}}, "env"),
+        ({"labels": {"": "y"}}, "labels."),
+        ({"labels": {"k": "y" * 300}}, "labels.k"),
+        ({"labels": {str(n): "" for n in range(65)}}, "labels"),
+        ({"resources": job_pb2.Resources(profile="huge")}, "resources.profile"),
+        ({"resources": job_pb2.Resources(memory_mib=2**50)}, "resources.memory_mib"),
+        ({"resources": job_pb2.Resources(cpus=-1)}, "resources.cpus"),
+        ({"resources": job_pb2.Resources(cpus=math.nan)}, "resources.cpus"),
+        ({"resources": job_pb2.Resources(host_memory_mib=2**50)}, "resources.host_memory_mib"),
+        ({"resources": job_pb2.Resources(pids=2**31)}, "resources.pids"),
+        ({"max_duration": Duration()}, "max_duration"),
+        ({"max_duration": Duration(seconds=-1)}, "max_duration"),
+        ({"max_duration": Duration(seconds=10**9)}, "max_duration"),
+        ({"stop_grace": Duration(seconds=4000)}, "stop_grace"),
+        ({"inputs": [job_pb2.DataInput(name="x" * 300)]}, "inputs[0].name"),
+        ({"inputs": [job_pb2.DataInput(size_bytes=2**62)]}, "inputs[0].size_bytes"),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        require_valid(spec(**fields))
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID")
+    assert refused.value.metadata == {"field": field}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"kind": job_pb2.JOB_KIND_SESSION}, "SESSION_NOT_IMPLEMENTED"),
+        ({"idle": job_pb2.IdlePolicy()}, "IDLE_POLICY_NOT_IMPLEMENTED"),
+        ({"peers": job_pb2.PeerPolicy(here_only=True)}, "PEER_POLICY_NOT_IMPLEMENTED"),
+    ],
+)
+def test_what_is_not_served_yet_says_so(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Refusal) as refused:
+        require_valid(spec(**fields))
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.UNIMPLEMENTED, reason)
+
+
+def test_a_profile_that_no_gpu_offers_is_refused_with_what_there_is() -> None:
+    with pytest.raises(Refusal) as refused:
+        require_offered(job_pb2.Resources(profile="1g.5gb"), [GEOMETRY])
+    assert (refused.value.code, refused.value.reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "PROFILE_NOT_AVAILABLE",
+    )
+    assert refused.value.metadata["available"].startswith("1g.10gb, 1g.10gb+me, 1g.20gb")
+    require_offered(job_pb2.Resources(profile="1g.5gb"), [])
+    require_offered(job_pb2.Resources(profile="4g.40gb"), [GEOMETRY])
