@@ -104,9 +104,7 @@ def main() -> None:
     batch_size = args.batch_size if device.type == "cuda" else 4
     window = args.block_size if device.type == "cuda" else 48
 
-    config = GPTConfig(
-        block_size=args.block_size, vocab_size=len(characters), n_layer=args.n_layer, n_embd=args.n_embd
-    )
+    config = GPTConfig(block_size=args.block_size, vocab_size=len(characters), n_layer=args.n_layer, n_embd=args.n_embd)
     model = GPT(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {device}", flush=True)

@@ -16,8 +16,27 @@ from torch import nn
 
 SIDE = 28
 # Which of the seven segments (top, upper left, upper right, middle, lower left, lower right, bottom) are lit.
-SEGMENTS = ["1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011"]
-STROKES = [(4, 8, 4, 19), (4, 8, 13, 9), (4, 19, 13, 20), (13, 8, 13, 19), (13, 8, 23, 9), (13, 19, 23, 20), (23, 8, 23, 19)]
+SEGMENTS = [
+    "1110111",
+    "0010010",
+    "1011101",
+    "1011011",
+    "0111010",
+    "1101011",
+    "1101111",
+    "1010010",
+    "1111111",
+    "1111011",
+]
+STROKES = [
+    (4, 8, 4, 19),
+    (4, 8, 13, 9),
+    (4, 19, 13, 20),
+    (13, 8, 13, 19),
+    (13, 8, 23, 9),
+    (13, 19, 23, 20),
+    (23, 8, 23, 19),
+]
 
 
 def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,12 +44,12 @@ def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Te
     labels = torch.randint(0, 10, (count,), generator=generator)
     clean = torch.zeros(10, SIDE, SIDE)
     for digit, lit in enumerate(SEGMENTS):
-        for on, (top, left, bottom, right) in zip(lit, STROKES):
+        for on, (top, left, bottom, right) in zip(lit, STROKES, strict=True):
             if on == "1":
                 clean[digit, top : bottom + 2, left : right + 2] = 1.0
     shifts = torch.randint(-3, 4, (count, 2), generator=generator)
     pictures = torch.stack(
-        [torch.roll(clean[label], (int(dy), int(dx)), (0, 1)) for label, (dy, dx) in zip(labels, shifts)]
+        [torch.roll(clean[label], (int(dy), int(dx)), (0, 1)) for label, (dy, dx) in zip(labels, shifts, strict=True)]
     )
     pictures = pictures + 0.4 * torch.randn(pictures.shape, generator=generator)
     return pictures.reshape(count, SIDE * SIDE), labels

@@ -1,0 +1,1 @@
+"""Benchmarks. Each runs its baseline beside it in the same run: `python -m bench.NAME [--json]`."""

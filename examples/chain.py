@@ -1,0 +1,289 @@
+"""The whole chain, end to end, on three pieces of model code.
+
+Starts a centre of its own with emulated cards, submits the three examples beside this file, and prints each
+step of the method as it happens: S1 the code is accepted, S2 its need is predicted, S3 a virtual card is cut,
+S4 a container runs the code on it, S5 everything is given back. What it claims at the end it has looked up on
+the node, not remembered.
+
+    python examples/chain.py [--runtime podman] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from puhui.client import Centre
+from puhui.rpc.channel import open_blocking_channel
+from puhui.rpc.moment import moment
+from puhui.rpc.notify import ReadySocket
+from puhui.v1.job_pb2 import JOB_STATE_SUCCEEDED, Job, JobEvent, JobSpec
+from puhui.v1.node_pb2 import RUNTIME_KIND_PODMAN, RuntimeKind
+from puhui.v1.node_service_pb2 import ListContainersRequest, ListSlicesRequest
+from puhui.v1.node_service_pb2_grpc import NodeServiceStub
+from puhui.v1.prediction_pb2 import SIZING_ORIGIN_PREDICTION, PredictionTier
+
+HERE = Path(__file__).resolve().parent
+CARDS = "H100-80GB-SXM5:1,A100-80GB:1"
+EXAMPLES = {
+    "digits": ["python3", "train.py", "--epochs", "4"],
+    "chargpt": ["python3", "train.py", "--batch-size", "12", "--steps", "20"],
+    "resnet": ["python3", "train.py", "--batch-size", "256", "--steps", "16"],
+}
+# Which event tells of which step. S5 ends with the slice: the container goes first.
+STEPS = {
+    "SUBMITTED": "S1",
+    "PREDICTED": "S2",
+    "SLICE_CREATED": "S3",
+    "CONTAINER_STARTED": "S4",
+    "COMMAND_ENDED": "S5",
+    "CONTAINER_REMOVED": "S5",
+    "SLICE_DESTROYED": "S5",
+}
+
+
+@dataclass
+class Run:
+    """One example on its way through the chain, with what was seen of it."""
+
+    name: str
+    job: Job
+    events: dict[str, JobEvent] = field(default_factory=dict)
+    slice_seen: bool = False
+    container_seen: bool = False
+    artifacts: list[str] = field(default_factory=list)
+
+
+class Screen:
+    """Prints the steps of several jobs, one line at a time."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = time.monotonic()
+
+    def line(self, step: str, name: str, text: str, style: str = "") -> None:
+        """Prints one line: seconds since the start, step, job, text."""
+        at = time.monotonic() - self._started
+        self._console.print(f"{at:6.1f}s  [bold cyan]{step:<3}[/] [bold]{name:<8}[/] ", end="")
+        self._console.print(text, style=style, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def local_centre(runtime: str, state: Path) -> Iterator[str]:
+    """Runs `puhui up` until the block ends, and yields the address of its control plane."""
+    command = ["-m", "puhui.cli", "up", "--port", "0", "--centre", "demo", "--state", str(state)]
+    log = state / "up.log"
+    with ReadySocket() as ready, log.open("wb") as output:
+        up = subprocess.Popen(
+            [sys.executable, *command, "--emulate", CARDS, "--runtime", runtime],
+            env={**os.environ, "NOTIFY_SOCKET": ready.path},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            yield ready.wait(up.pid, timeout_s=60)
+        except (ChildProcessError, TimeoutError):
+            sys.exit(f"the centre did not start:\n{log.read_text()}")
+        finally:
+            up.terminate()
+            up.wait(timeout=60)
+
+
+def follow(centre: Centre, node: NodeServiceStub, run: Run, screen: Screen, target: Path) -> None:
+    """Follows one job to its end: events, output, and at last its artifacts."""
+    logs = threading.Thread(target=copy_logs, args=(centre, run, screen), daemon=True)
+    logs.start()
+    for event in centre.watch(run.job.id):
+        run.events[event.reason] = event
+        step = STEPS.get(event.reason, "")
+        screen.line(step, run.name, event.message, style="" if step else "dim")
+        # Asked of the node itself while the job runs: are the card and the container really there?
+        if event.reason == "CONTAINER_STARTED":
+            run.slice_seen = any(
+                piece.owner.job_id == run.job.id for piece in node.ListSlices(ListSlicesRequest()).slices
+            )
+            run.container_seen = any(
+                container.owner.job_id == run.job.id
+                for container in node.ListContainers(ListContainersRequest()).containers
+            )
+    logs.join()
+    run.job = centre.get(run.job.id)
+    if run.job.artifacts.file_count:
+        centre.pull(run.job.id, target / run.name)
+        run.artifacts = sorted(path.name for path in (target / run.name).rglob("*") if path.is_file())
+
+
+def copy_logs(centre: Centre, run: Run, screen: Screen) -> None:
+    """Prints a job's output, line by line, as it is written."""
+    rest = b""
+    for chunk in centre.logs(run.job.id, follow=True):
+        *lines, rest = (rest + chunk.data).split(b"\n")
+        for line in lines:
+            screen.line("", run.name, "│ " + line.decode(errors="replace"), style="green")
+
+
+def findings(runs: list[Run], runtime: int, leftover: dict[str, int]) -> dict[str, Any]:
+    """Returns, for each step, whether it happened for every job, and the evidence."""
+    last = {run.name: run.job.attempts[-1] for run in runs if run.job.attempts}
+    every = {run.name: run for run in runs}
+    return {
+        "S1": {
+            "ok": all("SUBMITTED" in run.events and run.job.bundle_id for run in runs),
+            "jobs": {name: {"job_id": run.job.id, "bundle_id": run.job.bundle_id} for name, run in every.items()},
+        },
+        "S2": {
+            "ok": all(
+                run.job.prediction.model_version and run.job.sizing.origin == SIZING_ORIGIN_PREDICTION for run in runs
+            ),
+            "predictions": {
+                name: {
+                    "tier": PredictionTier.Name(run.job.prediction.tier),
+                    "p50_mib": round(run.job.prediction.memory.p50_mib),
+                    "p90_mib": round(run.job.prediction.memory.p90_mib),
+                    "required_mib": run.job.prediction.required_mib,
+                    "profile": last[name].profile if name in last else "",
+                    "model_version": run.job.prediction.model_version,
+                }
+                for name, run in every.items()
+            },
+        },
+        "S3": {
+            "ok": all(run.slice_seen and run.name in last for run in runs),
+            "emulated": all(attempt.emulated for attempt in last.values()),
+            "slices": {
+                name: {
+                    "slice_uuid": attempt.slice_uuid,
+                    "gpu_model": attempt.gpu_model,
+                    "gpu_index": attempt.gpu_index,
+                    "profile": attempt.profile,
+                    "placement": {"start": attempt.placement.start, "size": attempt.placement.size},
+                }
+                for name, attempt in last.items()
+            },
+        },
+        "S4": {
+            "ok": all(run.container_seen and run.job.exit_code == 0 and run.job.log_size_bytes > 0 for run in runs),
+            "runtime": RuntimeKind.Name(runtime),
+            "rootless": runtime == RUNTIME_KIND_PODMAN,
+            "containers": {
+                name: {"container_id": attempt.container_id, "exit_code": attempt.exit_code}
+                for name, attempt in last.items()
+            },
+        },
+        "S5": {
+            "ok": leftover == {"slices": 0, "containers": 0}
+            and all({"CONTAINER_REMOVED", "SLICE_DESTROYED"} <= run.events.keys() for run in runs),
+            "leftover": leftover,
+        },
+    }
+
+
+def table(runs: list[Run]) -> Table:
+    """Returns what a person wants to see in the end."""
+    result = Table("job", "predicted", "profile", "placement", "container", "exit", "artifacts", "time")
+    for run in runs:
+        if not run.job.attempts:
+            result.add_row(run.name, *["-"] * 4, "never started", "-", "-")
+            continue
+        attempt = run.job.attempts[-1]
+        placement = f"GPU {attempt.gpu_index} @{attempt.placement.start}+{attempt.placement.size}"
+        result.add_row(
+            run.name,
+            f"{run.job.prediction.required_mib / 1024:.1f} GiB",
+            attempt.profile,
+            placement,
+            attempt.container_id[:12],
+            str(attempt.exit_code),
+            ", ".join(run.artifacts),
+            f"{moment(run.job.end_time) - moment(run.job.create_time):.1f} s",
+        )
+    return result
+
+
+def main() -> int:
+    """Runs the chain. Returns 0 when every step happened and nothing is left over."""
+    parser = argparse.ArgumentParser(description="Runs the whole chain on three pieces of model code.")
+    parser.add_argument("--runtime", choices=["podman", "process"], default="podman")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened here")
+    options = parser.parse_args()
+    console = Console(highlight=False, soft_wrap=True)
+    screen = Screen(console)
+    console.print(f"A centre with [bold]emulated[/] cards: {CARDS}. No GPU is used.")
+    if options.runtime == "process":
+        console.print("[bold red]process runtime: no containers, no isolation.[/] The lines above say what is missing.")
+
+    # The containers' user must be able to reach the state, so it cannot lie in a private home.
+    state = Path(tempfile.mkdtemp(prefix="puhui-demo-", dir="/var/tmp"))
+    state.chmod(0o711)
+    try:
+        with local_centre(options.runtime, state) as address, Centre(address) as centre:
+            [registered] = centre.nodes()
+            node_channel = open_blocking_channel(registered.address)
+            node = NodeServiceStub(node_channel)
+            screen.line("", "centre", f"serves at {address}; its node runs {registered.inventory.versions.driver}")
+            runs = [
+                Run(name, centre.submit(JobSpec(name=name, command=command), HERE / name))
+                for name, command in EXAMPLES.items()
+            ]
+            followers = [
+                threading.Thread(target=follow, args=(centre, node, run, screen, state / "artifacts")) for run in runs
+            ]
+            for follower in followers:
+                follower.start()
+            for follower in followers:
+                follower.join()
+            leftover = {
+                "slices": len(node.ListSlices(ListSlicesRequest(include_foreign=True)).slices),
+                "containers": len(node.ListContainers(ListContainersRequest()).containers),
+            }
+            runtime = registered.inventory.runtime
+            node_channel.close()
+    except grpc.RpcError as error:
+        sys.exit(f"the chain broke: {error}")
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+
+    steps = findings(runs, runtime.kind, leftover)
+    console.print(table(runs))
+    console.print(f"{leftover['slices']} slices, {leftover['containers']} containers left")
+    for notice in runtime.notices:
+        console.print(f"[dim]note: {notice}[/]")
+    if options.json:
+        jobs = [
+            {
+                "name": run.name,
+                "job_id": run.job.id,
+                "succeeded": run.job.state == JOB_STATE_SUCCEEDED,
+                "exit_code": run.job.exit_code,
+                "profile": run.job.attempts[-1].profile if run.job.attempts else "",
+                "artifacts": run.artifacts,
+            }
+            for run in runs
+        ]
+        document = {"steps": steps, "jobs": jobs, "leftover": leftover, "emulated": True}
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+    missed = [name for name, step in steps.items() if not step["ok"]]
+    if missed:
+        console.print(f"[bold red]not every step happened: {', '.join(missed)}[/]")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
