@@ -1,1 +1,18 @@
-"""The command line: `puhui`."""
+"""The command line: `puhui`.
+
+`app` puts the commands together; `run`, `jobs`, `results`, `predict`, `fleet`, `local` and `about` are one family of
+commands each. `job_options`, `job_file` and `quantities` turn what people write into a JobSpec; `terminal`,
+`message_json`, `words`, `story` and `chart` turn what a centre says into what people and scripts read.
+"""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Runs the program `puhui`."""
+    # gRPC's C core reports every lost connection on stderr; the commands say it in their own words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from puhui.cli.app import run
+
+    sys.exit(run(sys.argv[1:]))

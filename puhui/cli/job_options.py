@@ -1,0 +1,209 @@
+"""The options that `run`, `submit` and `predict` share, and the request that they make together."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from puhui.cli.job_file import read_job_file
+from puhui.cli.quantities import parse_duration, parse_size, to_mib
+from puhui.cli.terminal import Mistake, terminal
+from puhui.rpc.moment import duration
+from puhui.v1 import job_pb2
+
+__all__ = ["JobOptions", "Request", "json_flag", "server_option", "takes_job_options"]
+
+T = TypeVar("T")
+
+
+def _set_json(value: bool) -> bool:
+    terminal().as_json = terminal().as_json or value
+    return value
+
+
+json_flag = typer.Option("--json", help="Answer with JSON.", is_eager=True, callback=_set_json)
+server_option = typer.Option(
+    "--server",
+    metavar="HOST:PORT",
+    show_default=False,
+    help="Control plane; else $PUHUI_SERVER, else the settings, else 127.0.0.1:7070.",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a centre is to be asked for, and where the code is."""
+
+    spec: job_pb2.JobSpec
+    """What is asked for."""
+    directory: Path
+    """Folder that is uploaded."""
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What was written on the command line; None is not said."""
+
+    script: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SCRIPT [ARGS]...",
+            show_default=False,
+            help="Script to run, and its arguments. x.py is run by python3, x.sh by sh. "
+            "Everything after the script goes to the script, so Puhui's options come before it.",
+        ),
+    ] = None
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Job file (YAML) instead of a script.")] = None
+    directory: Annotated[
+        Path | None, typer.Option("--directory", "-C", help="Folder to upload; default: the script's own.")
+    ] = None
+    profile: Annotated[str | None, typer.Option(help="Exact slice, such as 2g.20gb; wins over --memory.")] = None
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Device memory, such as 12GB; wins over the prediction.")
+    ] = None
+    name: Annotated[str | None, typer.Option(help="A name for people.")] = None
+    image: Annotated[str | None, typer.Option(help="Container image.")] = None
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Environment; may be repeated.")] = None
+    input: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SIZE", help="Data that the code will read; may be repeated.")
+    ] = None
+    max_duration: Annotated[str | None, typer.Option(metavar="TIME", help="End the command after, say, 10m.")] = None
+    priority: Annotated[int | None, typer.Option(min=-100, max=100, help="Higher goes first; 0 is normal.")] = None
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label; may be repeated.")] = None
+
+    def request(self) -> Request:
+        """Returns the request that these options make.
+
+        Raises:
+            Mistake: they do not make one.
+        """
+        if self.file is not None:
+            if self.script:
+                raise Mistake("USAGE", "name a script or a job file, not both; a job file says its own `command`")
+            job_file = read_job_file(self.file)
+            spec = job_file.spec()
+            directory = self.directory or self.file.parent / job_file.directory
+        elif self.script:
+            command, directory = _command(self.script, self.directory)
+            spec = job_pb2.JobSpec(kind=job_pb2.JOB_KIND_BATCH, command=command, name=_name_of(command, directory))
+        else:
+            raise Mistake("USAGE", "say what to run: a script, such as train.py, or a job file with -f")
+        self._apply(spec)
+        return Request(spec, _uploadable(directory))
+
+    def _apply(self, spec: job_pb2.JobSpec) -> None:
+        for option, field in (("name", "name"), ("image", "image"), ("priority", "priority")):
+            value = getattr(self, option)
+            if value is not None:
+                setattr(spec, field, value)
+        if self.profile is not None:
+            spec.resources.profile = self.profile
+        if self.memory is not None:
+            spec.resources.memory_mib = to_mib(_parsed("--memory", parse_size, self.memory))
+        if self.max_duration is not None:
+            spec.max_duration.CopyFrom(duration(_parsed("--max-duration", parse_duration, self.max_duration)))
+        for pair in self.env or ():
+            key, value = _pair("--env", pair)
+            spec.env[key] = value
+        for pair in self.label or ():
+            key, value = _pair("--label", pair)
+            spec.labels[key] = value
+        for pair in self.input or ():
+            key, value = _pair("--input", pair)
+            spec.inputs.add(name=key, size_bytes=_parsed("--input", parse_size, value))
+
+    def misplaced(self) -> str | None:
+        """Returns an option of Puhui's own that stands behind the script, where it goes to the script."""
+        own = {"--" + field.name.replace("_", "-") for field in fields(self)} | {"--detach", "--server"}
+        return next((word for word in (self.script or [])[1:] if word.partition("=")[0] in own), None)
+
+
+def takes_job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command, whose first parameter is a JobOptions, all of these options on the command line."""
+    hints = get_type_hints(JobOptions, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(JobOptions)
+    ]
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    def wrapper(**given: Any) -> None:
+        chosen = {option.name: given.pop(option.name) for option in options}
+        command(JobOptions(**chosen), **given)
+
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    parameters = [*options, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _command(words: list[str], directory: Path | None) -> tuple[list[str], Path]:
+    first, *arguments = words
+    script = Path(first)
+    if directory is None:
+        if not script.is_file():
+            what = "is a folder" if script.is_dir() else "is not there"
+            raise Mistake(
+                "SCRIPT_NOT_FOUND",
+                f"{first} {what}; name a script, or a folder with --directory and a command in it",
+                path=first,
+            )
+        directory, inside = script.parent, Path(script.name)
+    else:
+        found = next((path for path in (directory / script, script) if path.is_file()), None)
+        if found is None:
+            return words, directory  # a program of the image, such as python3 -m package
+        try:
+            inside = found.resolve().relative_to(directory.resolve())
+        except ValueError:
+            raise Mistake(
+                "SCRIPT_OUTSIDE", f"{first} is not in {directory}, so it would not be uploaded", path=first
+            ) from None
+    runner = {".py": ["python3"], ".sh": ["sh"]}.get(inside.suffix, [])
+    return [*runner, inside.as_posix() if runner else f"./{inside.as_posix()}", *arguments], directory
+
+
+def _name_of(command: list[str], directory: Path) -> str:
+    """Returns a name made from the script's folder and its own name, as far as a job's name may hold them."""
+    script = next((word for word in command if "." in word), command[0])
+    plain = re.sub(r"[^a-z0-9._-]+", "-", f"{directory.resolve().name}-{Path(script).stem}".lower())
+    return plain.strip("-._")[:63].rstrip("-._")
+
+
+def _uploadable(directory: Path) -> Path:
+    where = directory.resolve()
+    if not where.is_dir():
+        raise Mistake("DIRECTORY_NOT_FOUND", f"{directory} is no folder", path=str(directory))
+    if where in (Path("/"), Path.home().resolve()):
+        raise Mistake(
+            "DIRECTORY_TOO_WIDE",
+            f"all of {where} would be uploaded; put the code into a folder of its own, or name one with --directory",
+            path=str(where),
+        )
+    return where
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise Mistake("USAGE", f"{option} {text}: write it as KEY=VALUE")
+    return key, value
+
+
+def _parsed(option: str, parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise Mistake("USAGE", f"{option}: {error}") from error

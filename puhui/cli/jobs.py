@@ -1,0 +1,224 @@
+"""`puhui ps`, `get`, `wait` and `cancel`."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import shlex
+from typing import Annotated
+
+import grpc
+import typer
+from rich.text import Text
+
+from puhui.cli.connection import connect
+from puhui.cli.job_options import json_flag, server_option
+from puhui.cli.message_json import json_of
+from puhui.cli.quantities import parse_duration
+from puhui.cli.story import exit_code_of, tell_end
+from puhui.cli.terminal import Mistake, table, terminal
+from puhui.cli.words import age, card_name, job_state, placement, prediction_line, short_uuid, size, span
+from puhui.client import Refusal
+from puhui.client.centre import FINAL_STATES
+from puhui.rpc.moment import moment, now, timestamp
+from puhui.v1 import job_pb2
+from puhui.v1.job_service_pb2 import JobFilter
+
+__all__ = ["add_commands"]
+
+_TIMED_OUT = 124
+_COLOURS = {
+    job_pb2.JOB_STATE_RUNNING: "green",
+    job_pb2.JOB_STATE_FAILED: "red",
+    job_pb2.JOB_STATE_QUEUED: "yellow",
+    job_pb2.JOB_STATE_CANCELLED: "dim",
+}
+_STATES = {job_state(number): number for number in job_pb2.JobState.values() if number}
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `puhui ps` shows it.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `ps`, `get`, `wait` and `cancel`."""
+    app.command("ps")(_ps)
+    app.command("get")(_get)
+    app.command("wait")(_wait)
+    app.command("cancel")(_cancel)
+
+
+def _ps(
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Jobs that have ended, too.")] = False,
+    state: Annotated[list[str] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
+    name: Annotated[str, typer.Option(help="Only with a name that begins so.")] = "",
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only with this label.")] = None,
+    tenant: Annotated[str, typer.Option(help="Only of this tenant.")] = "",
+    since: Annotated[str, typer.Option(metavar="TIME", help="Only submitted within, say, the last 2h.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 is all.")] = 50,
+    json: Annotated[bool, json_flag] = False,
+    server: Annotated[str | None, server_option] = None,
+) -> None:
+    """List jobs, the newest first; those that have not ended, unless asked."""
+    where = JobFilter(name_prefix=name, tenant=tenant, labels=dict(_label(pair) for pair in label or ()))
+    if state:
+        where.states.extend(_state(word) for word in state)
+    elif not everything:
+        where.states.extend(number for number in _STATES.values() if number not in FINAL_STATES)
+    if since:
+        try:
+            where.created_since.CopyFrom(timestamp(now() - parse_duration(since)))
+        except ValueError as error:
+            raise Mistake("USAGE", f"--since: {error}") from error
+    with connect(server) as centre:
+        found = centre.jobs(where, page_size=min(limit, 500) or 500)
+        jobs = list(itertools.islice(found, limit or None))
+        more = limit and next(found, None) is not None
+    if terminal().as_json:
+        terminal().json({"jobs": [json_of(job) for job in jobs]})
+    elif not jobs:
+        terminal().note(
+            "no jobs" if everything or state else "no job is waiting or running; `puhui ps --all` shows more"
+        )
+    else:
+        _show_table(jobs)
+    if more:
+        terminal().note(f"older jobs are left out; --limit {limit * 4} shows more, --limit 0 all")
+
+
+def _show_table(jobs: list[job_pb2.Job]) -> None:
+    shown = table("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT", right=("AGE", "TIME", "EXIT"))
+    moment_s = now()
+    for job in jobs:
+        attempt = job.attempts[-1] if job.attempts else None
+        slice_ = f"{attempt.profile}{' (emulated)' if attempt.emulated else ''}" if attempt else _wanted(job)
+        shown.add_row(
+            job.id,
+            job.spec.name or "-",
+            Text(job_state(job.state), style=_COLOURS.get(job.state, "")),
+            slice_,
+            age(job.create_time, moment_s),
+            _ran(job, moment_s),
+            str(job.exit_code) if job.HasField("exit_code") else "-",
+        )
+    shown.columns[1].overflow, shown.columns[1].no_wrap = "ellipsis", True
+    terminal().show(shown)
+
+
+def _wanted(job: job_pb2.Job) -> str:
+    return job.sizing.choices[0].profile + "?" if job.sizing.choices else "-"
+
+
+def _ran(job: job_pb2.Job, now_s: float) -> str:
+    if not job.HasField("start_time"):
+        return "-"
+    end_s = moment(job.end_time) if job.HasField("end_time") else now_s
+    return span(max(end_s - moment(job.start_time), 0))
+
+
+def _get(
+    job_id: JobId,
+    json: Annotated[bool, json_flag] = False,
+    server: Annotated[str | None, server_option] = None,
+) -> None:
+    """Show one job."""
+    with connect(server) as centre:
+        job = centre.get(job_id)
+    if terminal().as_json:
+        terminal().json(job)
+        return
+    shown = table("", "")
+    shown.show_header = False
+    for key, value in _facts(job):
+        shown.add_row(Text(key, style="bold"), value)
+    terminal().show(shown)
+
+
+def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
+    now_s = now()
+    facts = [
+        ("job", f"{job.id} at centre {job.centre}"),
+        ("name", job.spec.name or "-"),
+        (
+            "state",
+            tell_end(job) if job.state in FINAL_STATES else f"{job_state(job.state)} ({job.reason}): {job.message}",
+        ),
+        ("command", shlex.join(job.spec.command)),
+        ("submitted", f"{age(job.create_time, now_s)} ago"),
+        ("ran", _ran(job, now_s)),
+    ]
+    if job.prediction.tier:
+        facts.append(("predicted", prediction_line(job.prediction)))
+    if job.sizing.reason:
+        facts.append(("slice", job.sizing.reason))
+    for attempt in job.attempts:
+        code = f", exit code {attempt.exit_code}" if attempt.HasField("exit_code") else ""
+        released = ", released" if attempt.HasField("release_time") else ""
+        facts.append(
+            (
+                f"attempt {attempt.number}",
+                f"{attempt.profile} {short_uuid(attempt.slice_uuid)} on GPU {attempt.gpu_index}, "
+                f"{card_name(attempt.gpu_model, attempt.emulated)}, memory slices {placement(attempt.placement)}, "
+                f"node {attempt.node_id}, {attempt.runtime} {attempt.container_id[:12]}{code}{released}",
+            )
+        )
+    if job.state in FINAL_STATES:
+        facts.append(("output", size(job.log_size_bytes)))
+    return facts
+
+
+def _wait(
+    job_id: JobId,
+    timeout: Annotated[str, typer.Option(metavar="TIME", help="Longest wait, such as 10m; then code 124.")] = "",
+    json: Annotated[bool, json_flag] = False,
+    server: Annotated[str | None, server_option] = None,
+) -> None:
+    """Wait until a job has ended, and end with its exit code."""
+    try:
+        timeout_s = parse_duration(timeout) if timeout else None
+    except ValueError as error:
+        raise Mistake("USAGE", f"--timeout: {error}") from error
+    with connect(server) as centre:
+        try:
+            job = centre.wait(job_id, timeout_s)
+        except Refusal as refusal:
+            if refusal.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            terminal().fail(refusal)
+            raise typer.Exit(_TIMED_OUT) from None
+    if terminal().as_json:
+        terminal().json(job)
+    else:
+        terminal().note(tell_end(job), job_state(job.state))
+    raise typer.Exit(exit_code_of(job))
+
+
+def _cancel(
+    job_id: JobId,
+    message: Annotated[str, typer.Option("--message", "-m", help="Why, for people.")] = "",
+    json: Annotated[bool, json_flag] = False,
+    server: Annotated[str | None, server_option] = None,
+) -> None:
+    """End a job. One that has ended stays as it is."""
+    with connect(server) as centre:
+        job = centre.cancel(job_id, message)
+    if terminal().as_json:
+        terminal().json(job)
+    elif job.state in FINAL_STATES:
+        terminal().note(f"{job.id} has ended: {tell_end(job)}")
+    else:
+        terminal().note(f"{job.id} is being ended; `puhui wait {job.id}` waits for it")
+
+
+def _state(word: str) -> job_pb2.JobState.ValueType:
+    number = _STATES.get(word.lower().removeprefix("job_state_"))
+    if number is None:
+        close = difflib.get_close_matches(word.lower(), _STATES, n=1)
+        advice = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(_STATES)
+        raise Mistake("USAGE", f"--state {word}: no such state; {advice}")
+    return number
+
+
+def _label(pair: str) -> tuple[str, str]:
+    key, equals, value = pair.partition("=")
+    if not key or not equals:
+        raise Mistake("USAGE", f"--label {pair}: write it as KEY=VALUE")
+    return key, value

@@ -1,0 +1,55 @@
+"""`puhui predict`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from puhui.cli.chart import memory_chart
+from puhui.cli.connection import connect
+from puhui.cli.job_options import JobOptions, json_flag, server_option, takes_job_options
+from puhui.cli.progress import transfer_bar
+from puhui.cli.run import note_code
+from puhui.cli.terminal import terminal
+from puhui.cli.words import prediction_line
+
+__all__ = ["add_commands"]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds `predict`."""
+    app.command("predict", context_settings={"allow_interspersed_args": False})(takes_job_options(_predict))
+
+
+def _predict(
+    options: JobOptions,
+    json: Annotated[bool, json_flag] = False,
+    server: Annotated[str | None, server_option] = None,
+) -> None:
+    """Say what slice a script would get, and why. Nothing is run."""
+    request = options.request()
+    with connect(server) as centre:
+        note_code(request, options)
+        with transfer_bar("uploading") as progress:
+            answer = centre.predict(request.spec, request.directory, progress)
+        if terminal().as_json:
+            terminal().json(answer)
+            return
+        chosen = answer.sizing.choices[0] if answer.sizing.choices else None
+        profiles = {
+            item.profile: float(item.memory_mib)
+            for item in centre.capacity().profiles
+            if chosen is None or item.gpu_model == chosen.gpu_model
+        }
+    prediction = answer.prediction
+    if prediction.tier:
+        terminal().show(f"predicted  {prediction_line(prediction)}")
+        facts = ", ".join(f"{fact.name} {fact.value}" for fact in prediction.facts)
+        if facts:
+            terminal().show(f"from       {facts}")
+        terminal().show("")
+        terminal().show(memory_chart(prediction, profiles, chosen.profile if chosen else ""))
+        terminal().show("")
+    terminal().show(f"slice      {answer.sizing.reason}")
+    terminal().show(f"now        {answer.message}")

@@ -1,0 +1,117 @@
+"""What becomes of a job, one line per event, for whoever watches `puhui run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from puhui.cli.words import card_name, placement, prediction_line, short_uuid, size
+from puhui.v1 import job_pb2
+from puhui.v1.job_service_pb2 import WatchJobResponse
+
+__all__ = ["exit_code_of", "tell", "tell_end"]
+
+_NEVER_STARTED = 125
+
+
+def tell(update: WatchJobResponse) -> list[tuple[str, str]]:
+    """Returns what to say about one event: lines, each a label and a text."""
+    teller = _TELLERS.get(update.event.reason)
+    if teller is not None:
+        return teller(update.job, update.event)
+    event = update.event
+    return [(event.reason.lower().replace("_", " "), event.message)]
+
+
+def tell_end(job: job_pb2.Job) -> str:
+    """Returns what became of a job that has ended, in one line."""
+    code = f"exit code {job.exit_code}" if job.HasField("exit_code") else "no exit code"
+    if job.state == job_pb2.JOB_STATE_SUCCEEDED:
+        return f"succeeded, {code}{_left(job)}"
+    word = "cancelled" if job.state == job_pb2.JOB_STATE_CANCELLED else "failed"
+    why = f": {job.message}" if job.message else ""
+    return f"{word}, {code} ({job.reason}){why}{_left(job)}"
+
+
+def exit_code_of(job: job_pb2.Job) -> int:
+    """Returns the code with which a program ends that stands for this job.
+
+    It is the command's own code; 125 when the command never started; never 0 for a job that did not succeed.
+    """
+    if job.state == job_pb2.JOB_STATE_SUCCEEDED:
+        return 0
+    if job.HasField("exit_code"):
+        code = job.exit_code if job.exit_code >= 0 else 128 - job.exit_code
+        return min(max(code, 1), 255)
+    return 1 if job.HasField("start_time") else _NEVER_STARTED
+
+
+def _left(job: job_pb2.Job) -> str:
+    if not job.artifacts.file_count:
+        return ""
+    files = f"{job.artifacts.file_count} file{'s' if job.artifacts.file_count > 1 else ''}"
+    return f"; {files} in /workspace/outputs: puhui pull {job.id}"
+
+
+def _submitted(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    return [("job", f"{job.id} at centre {job.centre}")]
+
+
+def _predicted(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    lines = []
+    if job.prediction.tier:
+        lines.append(("predicted", prediction_line(job.prediction)))
+    elif event.message:
+        lines.append(("predicted", event.message))
+    if job.sizing.reason:
+        lines.append(("slice", job.sizing.reason))
+    return lines
+
+
+def _reserved(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    if not job.attempts:
+        return [("placed", event.message)]
+    attempt = job.attempts[-1]
+    card = card_name(attempt.gpu_model, attempt.emulated)
+    where = f"{attempt.profile} on GPU {attempt.gpu_index}, {card}, memory slices {placement(attempt.placement)}"
+    return [("placed", where + (f" (attempt {attempt.number})" if attempt.number > 1 else ""))]
+
+
+def _cut(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    uuid = event.details.get("slice_uuid", "")
+    return [("cut", short_uuid(uuid) if uuid else event.message)]
+
+
+def _started(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    container = event.details.get("container_id", "")
+    runtime = job.attempts[-1].runtime if job.attempts else ""
+    how = "process (no isolation)" if runtime == "process" else runtime
+    return [("started", " ".join(word for word in (how, container[:12]) if word) or event.message)]
+
+
+def _collected(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    log = event.details.get("log_bytes", "")
+    files = event.details.get("artifact_files", "")
+    if not log.isdigit() or not files.isdigit():
+        return [("collected", event.message)]
+    return [("collected", f"{size(int(log))} of output, {files} artifact file{'' if files == '1' else 's'}")]
+
+
+def _silent(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
+    return []
+
+
+_TELLERS: dict[str, Callable[[job_pb2.Job, job_pb2.JobEvent], list[tuple[str, str]]]] = {
+    "SUBMITTED": _submitted,
+    "PREDICTED": _predicted,
+    "WAITING_FOR_SLICE": lambda job, event: [("waiting", event.message)],
+    "RESERVED": _reserved,
+    "SLICE_CREATED": _cut,
+    "CONTAINER_STARTED": _started,
+    "RESULTS_COLLECTED": _collected,
+    "CONTAINER_REMOVED": lambda job, event: [("removed", event.message)],
+    "SLICE_DESTROYED": lambda job, event: [("destroyed", event.message)],
+    # The end of the story says these.
+    "COMMAND_ENDED": _silent,
+    "SUCCEEDED": _silent,
+    "CANCELLED": _silent,
+}

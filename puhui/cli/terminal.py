@@ -1,0 +1,123 @@
+"""Where output goes: answers to stdout, everything else to stderr; colour on terminals only."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import grpc
+from google.protobuf.message import Message
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from puhui.cli.message_json import json_of
+from puhui.rpc.errors import Refusal
+
+__all__ = ["Mistake", "Terminal", "table", "terminal"]
+
+_PLAIN_WIDTH = 80
+
+
+class Mistake(Refusal):
+    """What the user wrote cannot be meant. Ends the program with code 2."""
+
+    def __init__(self, reason: str, message: str, **metadata: str) -> None:
+        super().__init__(grpc.StatusCode.INVALID_ARGUMENT, reason, message)
+        self.metadata = metadata
+
+
+class Terminal:
+    """The standard streams of this program.
+
+    Attributes:
+        as_json: answers and errors are JSON.
+        out: console on stdout.
+        err: console on stderr.
+    """
+
+    def __init__(self) -> None:
+        self.as_json = False
+        self.out = _console(sys.stdout)
+        self.err = _console(sys.stderr)
+        self._lock = threading.Lock()
+
+    def show(self, answer: RenderableType) -> None:
+        """Writes an answer for people."""
+        self.out.print(answer)
+
+    def json(self, answer: Message | Mapping[str, Any] | list[Any]) -> None:
+        """Writes an answer for scripts: one JSON document in one line."""
+        document = json_of(answer) if isinstance(answer, Message) else answer
+        with self._lock:
+            sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+    def note(self, text: str, label: str = "") -> None:
+        """Writes a remark that is not part of the answer, to stderr."""
+        with self._lock:
+            if label:
+                self.err.print(f"{label:<10} ", style="bold cyan", end="")
+            self.err.print(text, soft_wrap=True)
+
+    def write(self, data: bytes, *, to_stderr: bool) -> None:
+        """Writes output of a job, byte for byte."""
+        stream = sys.stderr if to_stderr else sys.stdout
+        with self._lock:
+            stream.flush()
+            stream.buffer.write(data)
+            stream.buffer.flush()
+
+    def fail(self, refusal: Refusal) -> None:
+        """Writes why the program ends, to stderr."""
+        if self.as_json:
+            error = {
+                "code": refusal.code.name,
+                "reason": refusal.reason,
+                "message": refusal.message,
+                "metadata": dict(refusal.metadata),
+            }
+            sys.stderr.write(json.dumps({"error": error}, ensure_ascii=False) + "\n")
+            return
+        message = " ".join(refusal.message.split())
+        self.err.print("error: ", style="bold red", end="")
+        self.err.print(f"{message} ({refusal.reason})", soft_wrap=True)
+
+
+def _console(stream: TextIO) -> Console:
+    # rich alone would colour a pipe when CI variables ask for it, and keep bold under NO_COLOR.
+    on_terminal = stream.isatty()
+    coloured = on_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+    return Console(
+        file=stream,
+        force_terminal=on_terminal,
+        color_system="auto" if coloured else None,
+        no_color=not coloured,
+        width=None if on_terminal else _PLAIN_WIDTH,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """Returns an empty table in the style of all of them.
+
+    Args:
+        columns: their headings.
+        right: those of them that hold numbers.
+    """
+    result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return result
+
+
+@functools.cache
+def terminal() -> Terminal:
+    """Returns the terminal of this program."""
+    return Terminal()
