@@ -136,7 +136,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        connection = sqlite3.connect(path, timeout=2, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=1, check_same_thread=False)
         self._db = Database(connection)
         # One daemon per journal: the lock is held for as long as the process lives, however it dies.
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")

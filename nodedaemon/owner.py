@@ -47,6 +47,13 @@ class Owner:
                 "owner.attempt counts from 1",
                 field="owner.attempt",
             )
+        if ref.fencing_token >= 2**63:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "OWNER_INVALID",
+                "owner.fencing_token must be less than 2^63",
+                field="owner.fencing_token",
+            )
         return cls(ref.centre, ref.job_id, ref.attempt)
 
     def ref(self, fencing_token: int = 0) -> AttemptRef:

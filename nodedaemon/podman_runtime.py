@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import resource
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,8 @@ _PHASES = {
 }
 _REQUEST_S = 120.0
 _KILLED = 137
+_NO_IMAGE = "image not known"
+_NOT_RUNNING = "container state improper"
 _DEFAULT_PIDS = 4096
 _MOST_FILES = 65536
 
@@ -107,7 +110,8 @@ class PodmanRuntime:
 
     async def create(self, spec: ContainerSpec) -> str:  # noqa: D102 - see ContainerRuntime
         answer = await self._call("POST", "/containers/create", data=json.dumps(self._body(spec)))
-        if answer.status_code == 404:
+        # Older services answer 500 and only say in words that it is the image that is missing.
+        if answer.status_code == 404 or (answer.status_code == 500 and _NO_IMAGE in answer.text):
             raise _image_not_found(spec.image)
         container_id = str(_json(answer, "create the container")["Id"])
         try:
@@ -214,8 +218,8 @@ class PodmanRuntime:
 
     async def signal(self, container_id: str, signal: int) -> None:  # noqa: D102
         answer = await self._call("POST", f"/containers/{container_id}/kill", params={"signal": str(signal)})
-        # 404 and 409: it is gone, or its command has ended.
-        if answer.status_code not in (204, 404, 409):
+        # 404: it is gone. 409, or 500 from older services: its command has ended.
+        if answer.status_code not in (204, 404, 409) and _NOT_RUNNING not in answer.text:
             raise _refused("signal the container", answer)
 
     async def remove(self, container_id: str) -> None:  # noqa: D102
@@ -254,10 +258,12 @@ class PodmanRuntime:
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         client = APIClient(self._service.url, version=API_VERSION)
         filters = {"label": [f"puhui.node={self._node_id}"], "event": ["died"], "type": ["container"]}
+        stream: list[Any] = []
 
         def read() -> None:
             try:
                 answer = client.get("/events", params={"stream": "true", "filters": json.dumps(filters)}, stream=True)
+                stream.append(answer)
                 for line in answer.iter_lines(chunk_size=1):
                     if line:
                         loop.call_soon_threadsafe(queue.put_nowait, json.loads(line))
@@ -268,11 +274,15 @@ class PodmanRuntime:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                     loop.call_soon_threadsafe(queue.put_nowait, None)
 
-        # A thread of its own: the pool's are for what ends. It ends with the service; closing its stream from here
-        # would wait for it.
+        # A thread of its own: the pool's are for what ends.
         threading.Thread(target=read, name="podman-events", daemon=True).start()
-        while (event := await queue.get()) is not None:
-            yield event
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+        finally:
+            # Closing the stream would wait for its reader; this makes the reader see its end.
+            for answer in stream:
+                answer.raw.connection.sock.shutdown(socket.SHUT_RDWR)
 
     async def _was_out_of_memory(self, container_id: str) -> bool:
         answer = await self._call("GET", f"/containers/{container_id}/json")
