@@ -126,6 +126,8 @@ class JobService(JobServiceServicer):
                 news.clear()
                 record = await require_job(self._store, request.job_id)
                 events = await self._store.events(request.job_id, cursor)
+                if events:  # the job must not be older than what is told of it
+                    record = await require_job(self._store, request.job_id)
                 for event in events:
                     cursor = event.cursor
                     yield wire.WatchJobResponse(event=event, job=self._shown(record))
