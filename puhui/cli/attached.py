@@ -101,11 +101,12 @@ class _Story:
         self._reader: OutputReader | None = None
 
     def go_on(self, update: WatchJobResponse) -> None:
-        attempt = len(update.job.attempts)
-        if update.job.state in _WITH_COMMAND:
+        # The job in an update may be newer than the event; the event says how it was then.
+        event = update.event
+        if event.state in _WITH_COMMAND:
             _show(update)
-            if self._reader is None or self._reader.attempt != attempt:
-                self._reader = OutputReader(self._centre, self._job_id, attempt)
+            if self._reader is None or self._reader.attempt != event.attempt:
+                self._reader = OutputReader(self._centre, self._job_id, event.attempt)
         else:
             # What the command wrote comes before what is said about its end.
             if self._reader is not None:

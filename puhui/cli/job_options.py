@@ -53,7 +53,7 @@ class JobOptions:
     script: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SCRIPT [ARGS]...",
+            metavar="SCRIPT [ARGS]",
             show_default=False,
             help="Script to run, and its arguments. x.py is run by python3, x.sh by sh. "
             "Everything after the script goes to the script, so Puhui's options come before it.",

@@ -187,7 +187,7 @@ def _wait(
     if terminal().as_json:
         terminal().json(job)
     else:
-        terminal().note(tell_end(job), job_state(job.state))
+        terminal().note(tell_end(job), "ended")
     raise typer.Exit(exit_code_of(job))
 
 

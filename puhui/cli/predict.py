@@ -16,6 +16,8 @@ from puhui.cli.words import prediction_line
 
 __all__ = ["add_commands"]
 
+_SAY_NOTHING = frozenset({"", "0", "0.0", "False", "None"})
+
 
 def add_commands(app: typer.Typer) -> None:
     """Adds `predict`."""
@@ -45,7 +47,7 @@ def _predict(
     prediction = answer.prediction
     if prediction.tier:
         terminal().show(f"predicted  {prediction_line(prediction)}")
-        facts = ", ".join(f"{fact.name} {fact.value}" for fact in prediction.facts)
+        facts = ", ".join(f"{fact.name} {fact.value}" for fact in prediction.facts if fact.value not in _SAY_NOTHING)
         if facts:
             terminal().show(f"from       {facts}")
         terminal().show("")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from puhui.cli.words import card_name, placement, prediction_line, short_uuid, size
+from puhui.client.centre import FINAL_STATES
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
 
@@ -15,6 +16,8 @@ _NEVER_STARTED = 125
 
 def tell(update: WatchJobResponse) -> list[tuple[str, str]]:
     """Returns what to say about one event: lines, each a label and a text."""
+    if update.event.state in FINAL_STATES:
+        return []  # `tell_end` says it
     teller = _TELLERS.get(update.event.reason)
     if teller is not None:
         return teller(update.job, update.event)
@@ -68,12 +71,16 @@ def _predicted(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str
 
 
 def _reserved(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
-    if not job.attempts:
+    attempt = _attempt(job, event)
+    if attempt is None:
         return [("placed", event.message)]
-    attempt = job.attempts[-1]
     card = card_name(attempt.gpu_model, attempt.emulated)
     where = f"{attempt.profile} on GPU {attempt.gpu_index}, {card}, memory slices {placement(attempt.placement)}"
     return [("placed", where + (f" (attempt {attempt.number})" if attempt.number > 1 else ""))]
+
+
+def _attempt(job: job_pb2.Job, event: job_pb2.JobEvent) -> job_pb2.Attempt | None:
+    return next((attempt for attempt in job.attempts if attempt.number == event.attempt), None)
 
 
 def _cut(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
@@ -83,7 +90,8 @@ def _cut(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
 
 def _started(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
     container = event.details.get("container_id", "")
-    runtime = job.attempts[-1].runtime if job.attempts else ""
+    attempt = _attempt(job, event)
+    runtime = attempt.runtime if attempt is not None else ""
     how = "process (no isolation)" if runtime == "process" else runtime
     return [("started", " ".join(word for word in (how, container[:12]) if word) or event.message)]
 
@@ -96,10 +104,6 @@ def _collected(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str
     return [("collected", f"{size(int(log))} of output, {files} artifact file{'' if files == '1' else 's'}")]
 
 
-def _silent(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
-    return []
-
-
 _TELLERS: dict[str, Callable[[job_pb2.Job, job_pb2.JobEvent], list[tuple[str, str]]]] = {
     "SUBMITTED": _submitted,
     "PREDICTED": _predicted,
@@ -110,8 +114,5 @@ _TELLERS: dict[str, Callable[[job_pb2.Job, job_pb2.JobEvent], list[tuple[str, st
     "RESULTS_COLLECTED": _collected,
     "CONTAINER_REMOVED": lambda job, event: [("removed", event.message)],
     "SLICE_DESTROYED": lambda job, event: [("destroyed", event.message)],
-    # The end of the story says these.
-    "COMMAND_ENDED": _silent,
-    "SUCCEEDED": _silent,
-    "CANCELLED": _silent,
+    "COMMAND_ENDED": lambda job, event: [],
 }

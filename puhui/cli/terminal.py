@@ -48,7 +48,13 @@ class Terminal:
 
     def show(self, answer: RenderableType) -> None:
         """Writes an answer for people."""
-        self.out.print(answer)
+        if self.out.is_terminal:
+            self.out.print(answer)
+            return
+        # rich fills every line of a table with blanks, which nobody wants in a file.
+        with self.out.capture() as captured:
+            self.out.print(answer)
+        sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())
 
     def json(self, answer: Message | Mapping[str, Any] | list[Any]) -> None:
         """Writes an answer for scripts: one JSON document in one line."""
