@@ -11,28 +11,23 @@ the node, not remembered.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from puhui.client import Centre
+from puhui.client import Centre, Refusal
+from puhui.local import local_centre
 from puhui.rpc.channel import open_blocking_channel
-from puhui.rpc.moment import moment
-from puhui.rpc.notify import ReadySocket
 from puhui.v1.job_pb2 import JOB_STATE_SUCCEEDED, Job, JobEvent, JobSpec
 from puhui.v1.node_pb2 import RUNTIME_KIND_PODMAN, RuntimeKind
 from puhui.v1.node_service_pb2 import ListContainersRequest, ListSlicesRequest
@@ -82,28 +77,6 @@ class Screen:
         at = time.monotonic() - self._started
         self._console.print(f"{at:6.1f}s  [bold cyan]{step:<3}[/] [bold]{name:<8}[/] ", end="")
         self._console.print(text, style=style, markup=False, highlight=False)
-
-
-@contextlib.contextmanager
-def local_centre(runtime: str, state: Path) -> Iterator[str]:
-    """Runs `puhui up` until the block ends, and yields the address of its control plane."""
-    command = ["-m", "puhui.cli", "up", "--port", "0", "--centre", "demo", "--state", str(state)]
-    log = state / "up.log"
-    with ReadySocket() as ready, log.open("wb") as output:
-        up = subprocess.Popen(
-            [sys.executable, *command, "--emulate", CARDS, "--runtime", runtime],
-            env={**os.environ, "NOTIFY_SOCKET": ready.path},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-        try:
-            yield ready.wait(up.pid, timeout_s=60)
-        except (ChildProcessError, TimeoutError):
-            sys.exit(f"the centre did not start:\n{log.read_text()}")
-        finally:
-            up.terminate()
-            up.wait(timeout=60)
 
 
 def follow(centre: Centre, node: NodeServiceStub, run: Run, screen: Screen, target: Path) -> None:
@@ -197,13 +170,14 @@ def findings(runs: list[Run], runtime: int, leftover: dict[str, int]) -> dict[st
 
 def table(runs: list[Run]) -> Table:
     """Returns what a person wants to see in the end."""
-    result = Table("job", "predicted", "profile", "placement", "container", "exit", "artifacts", "time")
+    columns = ("job", "predicted", "profile", "placement", "container", "exit code", "artifacts")
+    result = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for run in runs:
         if not run.job.attempts:
-            result.add_row(run.name, *["-"] * 4, "never started", "-", "-")
+            result.add_row(run.name, *["-"] * 4, "never started", "-")
             continue
         attempt = run.job.attempts[-1]
-        placement = f"GPU {attempt.gpu_index} @{attempt.placement.start}+{attempt.placement.size}"
+        placement = f"GPU {attempt.gpu_index}, {attempt.placement.start}:{attempt.placement.size}"
         result.add_row(
             run.name,
             f"{run.job.prediction.required_mib / 1024:.1f} GiB",
@@ -211,8 +185,7 @@ def table(runs: list[Run]) -> Table:
             placement,
             attempt.container_id[:12],
             str(attempt.exit_code),
-            ", ".join(run.artifacts),
-            f"{moment(run.job.end_time) - moment(run.job.create_time):.1f} s",
+            f"{len(run.artifacts)} files",
         )
     return result
 
@@ -229,21 +202,24 @@ def main() -> int:
     if options.runtime == "process":
         console.print("[bold red]process runtime: no containers, no isolation.[/] The lines above say what is missing.")
 
-    # The containers' user must be able to reach the state, so it cannot lie in a private home.
-    state = Path(tempfile.mkdtemp(prefix="puhui-demo-", dir="/var/tmp"))
-    state.chmod(0o711)
     try:
-        with local_centre(options.runtime, state) as address, Centre(address) as centre:
+        with (
+            tempfile.TemporaryDirectory(prefix="puhui-demo-") as pulled,
+            local_centre(CARDS, options.runtime) as address,
+            Centre(address) as centre,
+        ):
             [registered] = centre.nodes()
             node_channel = open_blocking_channel(registered.address)
             node = NodeServiceStub(node_channel)
-            screen.line("", "centre", f"serves at {address}; its node runs {registered.inventory.versions.driver}")
+            screen.line(
+                "", "centre", f"serves at {address}; its node has driver {registered.inventory.versions.driver}"
+            )
             runs = [
                 Run(name, centre.submit(JobSpec(name=name, command=command), HERE / name))
                 for name, command in EXAMPLES.items()
             ]
             followers = [
-                threading.Thread(target=follow, args=(centre, node, run, screen, state / "artifacts")) for run in runs
+                threading.Thread(target=follow, args=(centre, node, run, screen, Path(pulled))) for run in runs
             ]
             for follower in followers:
                 follower.start()
@@ -255,10 +231,8 @@ def main() -> int:
             }
             runtime = registered.inventory.runtime
             node_channel.close()
-    except grpc.RpcError as error:
+    except (Refusal, RuntimeError, grpc.RpcError) as error:
         sys.exit(f"the chain broke: {error}")
-    finally:
-        shutil.rmtree(state, ignore_errors=True)
 
     steps = findings(runs, runtime.kind, leftover)
     console.print(table(runs))
