@@ -280,9 +280,8 @@ class PodmanRuntime:
             while (event := await queue.get()) is not None:
                 yield event
         finally:
-            # Closing the stream would wait for its reader; this makes the reader see its end.
             for answer in stream:
-                answer.raw.connection.sock.shutdown(socket.SHUT_RDWR)
+                _hang_up(answer)
 
     async def _was_out_of_memory(self, container_id: str) -> bool:
         answer = await self._call("GET", f"/containers/{container_id}/json")
@@ -346,6 +345,14 @@ class PodmanRuntime:
 
     async def _on_thread(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _hang_up(answer: Any) -> None:
+    """Ends a stream under its reader. Closing it would wait for the reader, which waits for the next event."""
+    connection = answer.raw.connection
+    if connection is not None and connection.sock is not None:
+        with contextlib.suppress(OSError):  # it has ended by itself
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _bind(mount: Mount) -> dict[str, Any]:
