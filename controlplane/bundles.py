@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -58,10 +59,12 @@ class Bundles:
                 return known, True
             await upload.finish()
             record = await self._checked(upload.bundle_id, upload.path)
-            return await self._keep(record, upload.path), False
+            async with self.placed(record.id, upload.path):
+                await self._store.put_bundle(record)
+            return record, False
 
     async def write_inline(self, archive: bytes) -> InlineBundle:
-        """Writes a packed bundle into a temporary file and checks it. Ends with `keep_inline` or `drop_inline`.
+        """Writes a packed bundle into a temporary file, which goes with `drop_inline`, and checks it.
 
         Raises:
             Refusal: the bundle is not harmless.
@@ -79,14 +82,6 @@ class Bundles:
                 raise
         return InlineBundle(record, path)
 
-    async def keep_inline(self, bundle: InlineBundle) -> None:
-        """Keeps a bundle that came inside a request.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        await self._keep(bundle.record, bundle.path)
-
     def drop_inline(self, bundle: InlineBundle) -> None:
         """Removes the temporary file, if it is still there."""
         bundle.path.unlink(missing_ok=True)
@@ -95,16 +90,25 @@ class Bundles:
         contents = await asyncio.to_thread(check, path, self.limits)
         return BundleRecord(bundle_id, path.stat().st_size, contents.unpacked_bytes, dict(contents.sizes))
 
-    async def _keep(self, record: BundleRecord, path: Path) -> BundleRecord:
-        place = self.path(record.id)
-        path.replace(place)
+    @contextlib.asynccontextmanager
+    async def placed(self, bundle_id: str, upload: Path) -> AsyncIterator[None]:
+        """Gives a checked archive its name, and takes it away again if the block, which stores it, fails.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        place = self.path(bundle_id)
+        if await self.find(bundle_id) is not None:
+            yield
+            return
+        upload.replace(place)
         try:
             sync_folder(self._folder)
-            await self._store.put_bundle(record)
+            yield
         except BaseException:
-            place.unlink(missing_ok=True)
+            if await self._store.bundle(bundle_id) is None:
+                place.unlink(missing_ok=True)
             raise
-        return record
 
     def path(self, bundle_id: str) -> Path:
         """Returns where a bundle is, or would be."""

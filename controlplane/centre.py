@@ -96,7 +96,7 @@ class Centre:
         settings.state.mkdir(parents=True, exist_ok=True)
         settings.state.chmod(0o700)
         centre._lock = _locked(settings.state / "lock")
-        feed = Feed()
+        centre._feed = feed = Feed()
         centre._store = store = await SqliteStore.open(settings.state / "puhui.db", feed)
         centre._prediction = prediction or OnnxPrediction(settings.prediction_budget_s)
         bundles = Bundles(settings.state / "bundles", store)
@@ -141,6 +141,7 @@ class Centre:
     address: str
     """Where it serves."""
     _lock: int
+    _feed: Feed
     _store: SqliteStore
     _prediction: Prediction
     _nodes: Nodes

@@ -87,15 +87,21 @@ class SqliteStore:
         return await self._writer.write(act)
 
     async def add_job(
-        self, record: JobRecord, events: Sequence[job_pb2.JobEvent], request: Request | None = None
+        self,
+        record: JobRecord,
+        events: Sequence[job_pb2.JobEvent],
+        request: Request | None = None,
+        bundle: BundleRecord | None = None,
     ) -> JobRecord:
-        """Stores a new job with its first events, and returns it with its sequence and last cursor."""
+        """Stores a new job with its first events and its bundle; returns it with its sequence and last cursor."""
 
         def act(db: Database) -> JobRecord:
             if request is not None:
                 earlier = _note_request(db, request, record.id)
                 if earlier is not None:
                     return _require_job(db, earlier)
+            if bundle is not None:
+                _write_bundle(db, bundle)
             job = record.job
             sequence = db.execute(
                 "insert into jobs (id, state, tenant, name, create_time, body, control) values (?, ?, ?, ?, ?, ?, ?)",
@@ -195,8 +201,7 @@ class SqliteStore:
 
     async def put_bundle(self, bundle: BundleRecord) -> None:
         """Stores that a bundle is on disk."""
-        row = {**asdict(bundle), "sizes": json.dumps(dict(bundle.sizes))}
-        await self._writer.write(lambda db: db.table("bundles").upsert(row, pk="id") and None)
+        await self._writer.write(lambda db: _write_bundle(db, bundle))
 
     async def bundle(self, bundle_id: str) -> BundleRecord | None:
         """Returns a bundle."""
@@ -283,6 +288,13 @@ def _write_job(db: Database, sequence: int, record: JobRecord, events: Sequence[
     )
     return JobRecord(
         job, sequence, record.cancel_requested, record.cancel_message, record.ending, record.results_collected
+    )
+
+
+def _write_bundle(db: Database, bundle: BundleRecord) -> None:
+    db.execute(
+        "insert or ignore into bundles values (?, ?, ?, ?)",
+        [bundle.id, bundle.size_bytes, bundle.unpacked_bytes, json.dumps(dict(bundle.sizes))],
     )
 
 

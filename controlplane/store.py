@@ -41,9 +41,13 @@ class Store(Protocol):
         """Returns a random id that belongs to this store for ever."""
 
     async def add_job(
-        self, record: JobRecord, events: Sequence[job_pb2.JobEvent], request: Request | None = None
+        self,
+        record: JobRecord,
+        events: Sequence[job_pb2.JobEvent],
+        request: Request | None = None,
+        bundle: BundleRecord | None = None,
     ) -> JobRecord:
-        """Stores a new job with its first events, and returns it with its sequence and last cursor.
+        """Stores a new job with its first events and its bundle; returns it with its sequence and last cursor.
 
         If `request` was carried out before, nothing is stored and the job that it made comes back.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,17 +29,16 @@ from puhui.v1 import job_pb2, job_service_pb2, prediction_pb2
 
 __all__ = ["Need", "Submission"]
 
-Keep = Callable[[], Awaitable[None]]
-
 _MOST_INLINE_BYTES = 2**20
 _DEFAULT_TENANT = "default"
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a piece of code needs, and in which bundle it is."""
+    """What a piece of code needs, and where it is."""
 
     bundle: BundleRecord
+    archive: Path
     prediction: prediction_pb2.Prediction
     sizing: prediction_pb2.Sizing
 
@@ -66,7 +65,7 @@ class Submission:
         if earlier is not None:
             return earlier, False
         spec = _with_defaults(request.spec)
-        async with self._need(spec, request, keep=True) as need:
+        async with self._need(spec, request) as need:
             at = now()
             job = job_pb2.Job(
                 id=new_id("j"),
@@ -79,7 +78,8 @@ class Submission:
             record, submitted = transition(JobRecord(job), jobs.Submitted(), at)
             record, predicted = transition(record, jobs.Predicted(need.prediction, need.sizing), at)
             try:
-                stored = await self._store.add_job(record, (submitted, predicted), noted)
+                async with self._bundles.placed(need.bundle.id, need.archive):
+                    stored = await self._store.add_job(record, (submitted, predicted), noted, need.bundle)
             except RequestReused as error:
                 raise reused(request.request_id) from error
         return stored, stored.id == job.id
@@ -91,7 +91,7 @@ class Submission:
             Refusal: a job like this would not be accepted.
             OSError: the disk is full.
         """
-        async with self._need(_with_defaults(request.spec), request, keep=False) as need:
+        async with self._need(_with_defaults(request.spec), request) as need:
             return need
 
     @contextlib.asynccontextmanager
@@ -99,31 +99,28 @@ class Submission:
         self,
         spec: job_pb2.JobSpec,
         request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest,
-        *,
-        keep: bool,
     ) -> AsyncIterator[Need]:
         require_valid(spec)
         geometries = self._nodes.geometries()
         require_offered(spec.resources, geometries)
-        async with self._code(request, keep=keep) as (bundle, path, kept):
+        async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
             sources = await self._bundles.sources(path)
             if entrypoint is not None and entrypoint.python and entrypoint.path in sources:
                 await asyncio.to_thread(require_parsable, entrypoint.path, sources[entrypoint.path])
             code = Code(sources, bundle.sizes, spec.command, sum(data.size_bytes for data in spec.inputs))
             prediction = await self._prediction.of(code)
-            await kept()
-            yield Need(bundle, prediction, size(spec.resources, prediction, geometries))
+            yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries))
 
     @contextlib.asynccontextmanager
     async def _code(
-        self, request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest, *, keep: bool
-    ) -> AsyncIterator[tuple[BundleRecord, Path, Keep]]:
-        """Yields the bundle, its archive, and what keeps it once nothing is wrong with the request."""
+        self, request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest
+    ) -> AsyncIterator[tuple[BundleRecord, Path]]:
+        """Yields the bundle and its archive: a temporary file when it came inside the request."""
         which = request.WhichOneof("code")
         if which == "bundle_id":
             bundle = await self._bundles.require(request.bundle_id)
-            yield bundle, self._bundles.path(bundle.id), _nothing
+            yield bundle, self._bundles.path(bundle.id)
             return
         if which != "inline" or not request.inline.files:
             raise Refusal(
@@ -142,18 +139,9 @@ class Submission:
             )
         inline = await self._bundles.write_inline(pack_files(files))
         try:
-
-            async def kept() -> None:
-                if keep:
-                    await self._bundles.keep_inline(inline)
-
-            yield inline.record, inline.path, kept
+            yield inline.record, inline.path
         finally:
             self._bundles.drop_inline(inline)
-
-
-async def _nothing() -> None:
-    return None
 
 
 def _with_defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:

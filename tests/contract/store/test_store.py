@@ -1,0 +1,269 @@
+"""What every store promises. Runs on a real database of each kind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from controlplane import jobs
+from controlplane.jobs import transition
+from controlplane.records import (
+    BundleRecord,
+    Change,
+    Ending,
+    JobQuery,
+    JobRecord,
+    NodeRecord,
+    Request,
+    Reservation,
+)
+from controlplane.sqlite_store import SqliteStore
+from controlplane.store import RequestReused, ShareTaken, Store
+from controlplane.watch import Feed
+from puhui.v1 import fleet_service_pb2, job_pb2
+from tests.unit.controlplane.samples import first_events, inventory, queued
+
+Open = Callable[[], Awaitable[Store]]
+
+
+@pytest.fixture(params=["sqlite"])
+async def opener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
+    """Opens the same store again and again; closes what is open at the end."""
+    opened: list[Store] = []
+
+    async def open_store() -> Store:
+        while opened:
+            await opened.pop().close()
+        opened.append(await SqliteStore.open(tmp_path / "store.db", Feed()))
+        return opened[-1]
+
+    yield open_store
+    while opened:
+        await opened.pop().close()
+
+
+@pytest.fixture
+async def store(opener: Open) -> Store:
+    return await opener()
+
+
+async def add(store: Store, number: int = 0, request: Request | None = None, **spec: object) -> JobRecord:
+    record, events = first_events(queued(f"j-{number:012}", at=1000.0 + number, **spec))
+    return await store.add_job(record, events, request)
+
+
+def reserve(start: int, size: int = 1, gpu: str = "GPU-0") -> Callable[[JobRecord, int], Change]:
+    def decide(record: JobRecord, token: int) -> Change:
+        happening = jobs.Reserved(job_pb2.Attempt(fencing_token=token), record.job.sizing, "node-1")
+        after, event = transition(record, happening, 1.0)
+        held = Reservation(record.id, len(after.job.attempts), "n-1", gpu, "1g.10gb", start, size, 1, 9984)
+        return Change(after, (event,), reserve=held, token_taken=True)
+
+    return decide
+
+
+async def test_a_job_comes_back_as_it_was_stored(opener: Open) -> None:
+    added = await add(await opener(), labels={"a": "b"})
+    again = await opener()
+    assert await again.job(added.id) == added
+    assert added.sequence == 1
+    events = await again.events(added.id, 0)
+    assert [event.reason for event in events] == ["SUBMITTED", "PREDICTED"]
+    assert added.job.last_cursor == events[-1].cursor
+    assert await again.job("j-absent") is None
+
+
+async def test_what_users_do_not_see_comes_back_too(opener: Open) -> None:
+    store = await opener()
+    added = await add(store)
+    full = replace(
+        added,
+        cancel_requested=True,
+        cancel_message="enough",
+        ending=Ending(job_pb2.JOB_STATE_FAILED, "EXIT_CODE", "3"),
+        results_collected=True,
+    )
+    await store.change_job(added.id, lambda record, _: Change(full))
+    assert await (await opener()).job(added.id) == full
+
+
+async def test_events_have_one_order_and_can_be_read_from_any_cursor(store: Store) -> None:
+    first, second = await add(store, 1), await add(store, 2)
+    for record in (first, second, first):
+        await store.change_job(record.id, lambda r, _: changed(r, jobs.Waits("full")))
+    events = await store.events(first.id, 0)
+    assert [event.reason for event in events] == ["SUBMITTED", "PREDICTED", "WAITING_FOR_SLICE", "WAITING_FOR_SLICE"]
+    cursors = [event.cursor for event in events]
+    assert cursors == sorted(set(cursors))
+    assert await store.events(first.id, cursors[1]) == events[2:]
+    assert await store.events(first.id, 0, limit=1) == events[:1]
+    assert await store.events(first.id, 2**64 - 1) == []
+
+
+def changed(record: JobRecord, happening: jobs.Happening) -> Change:
+    after, event = transition(record, happening, 1.0)
+    return Change(after, (event,))
+
+
+async def test_a_change_that_raises_changes_nothing(store: Store) -> None:
+    added = await add(store)
+
+    def decide(record: JobRecord, token: int) -> Change:
+        raise jobs.IllegalTransition("no")
+
+    with pytest.raises(jobs.IllegalTransition):
+        await store.change_job(added.id, decide)
+    with pytest.raises(KeyError):
+        await store.change_job("j-absent", decide)
+    assert await store.change_job(added.id, lambda record, _: None) == added
+    assert len(await store.events(added.id, 0)) == 2
+
+
+async def test_one_failure_among_many_takes_nobody_with_it(store: Store) -> None:
+    added = [await add(store, number) for number in range(10)]
+
+    def decide(record: JobRecord, _: int) -> Change:
+        if record.sequence == 5:
+            raise ValueError("this one fails")
+        return changed(record, jobs.Waits("full"))
+
+    outcomes = await asyncio.gather(*(store.change_job(record.id, decide) for record in added), return_exceptions=True)
+    assert [isinstance(outcome, ValueError) for outcome in outcomes] == [n == 4 for n in range(10)]
+    for record in added:
+        assert len(await store.events(record.id, 0)) == (2 if record.sequence == 5 else 3)
+
+
+async def test_fencing_tokens_only_grow_and_survive(opener: Open) -> None:
+    store = await opener()
+    tokens = []
+    for number in range(3):
+        record = await store.change_job((await add(store, number)).id, reserve(number))
+        tokens.append(record.attempt.fencing_token)
+    store = await opener()
+    record = await store.change_job((await add(store, 3)).id, reserve(3))
+    assert [*tokens, record.attempt.fencing_token] == [1, 2, 3, 4]
+
+
+async def test_a_share_is_held_by_one_attempt_until_it_is_released(opener: Open) -> None:
+    store = await opener()
+    first, second = await add(store, 1), await add(store, 2)
+    await store.change_job(first.id, reserve(0, 4))
+    for start, size in [(0, 4), (3, 1), (2, 4), (0, 8)]:
+        with pytest.raises(ShareTaken):
+            await store.change_job(second.id, reserve(start, size))
+    assert (await store.job(second.id)) == second
+    store = await opener()
+    assert [held.key for held in await store.reservations()] == [(first.id, 1)]
+    await store.change_job(second.id, reserve(4, 4))
+    await store.change_job(first.id, lambda record, _: Change(record, release=(1,)))
+    assert [held.key for held in await store.reservations()] == [(second.id, 1)]
+
+
+async def test_the_same_request_makes_one_job(store: Store) -> None:
+    request = Request("r-1", "digest", 5.0)
+    first = await add(store, 1, request)
+    assert (await add(store, 2, request)).id == first.id
+    with pytest.raises(RequestReused):
+        await add(store, 3, Request("r-1", "another", 5.0))
+    assert await store.request("r-1") == (request, first.id)
+    assert [record.id for record in await store.jobs(JobQuery())] == [first.id]
+    await store.forget_requests(before=6.0)
+    assert await store.request("r-1") is None
+
+
+async def test_racing_requests_make_one_job(store: Store) -> None:
+    request = Request("r-1", "digest", 5.0)
+    made = await asyncio.gather(*(add(store, number, request) for number in range(8)))
+    assert len({record.id for record in made}) == 1
+    assert len(await store.jobs(JobQuery())) == 1
+
+
+async def test_a_repeated_change_is_made_once(store: Store) -> None:
+    added = await add(store)
+    request = Request("r-1", "digest", 5.0)
+
+    def decide(record: JobRecord, _: int) -> Change:
+        return replace(changed(record, jobs.Waits("full")), request=request)
+
+    await store.change_job(added.id, decide)
+    await store.change_job(added.id, decide)
+    assert len(await store.events(added.id, 0)) == 3
+
+
+async def test_jobs_are_found_by_every_filter(store: Store) -> None:
+    for number in range(6):
+        await add(
+            store, number, name=f"{'even' if number % 2 == 0 else 'odd'}-{number}", labels={"mod3": str(number % 3)}
+        )
+    await store.change_job("j-000000000004", reserve(0))
+
+    async def found(query: JobQuery) -> list[int]:
+        return [int(record.id[-1]) for record in await store.jobs(query)]
+
+    assert await found(JobQuery()) == [5, 4, 3, 2, 1, 0]
+    assert await found(JobQuery(limit=2)) == [5, 4]
+    assert await found(JobQuery(before_sequence=3)) == [1, 0]
+    assert await found(JobQuery(states=(job_pb2.JOB_STATE_STARTING,))) == [4]
+    assert await found(JobQuery(name_prefix="even")) == [4, 2, 0]
+    assert await found(JobQuery(name_prefix="%")) == []
+    assert await found(JobQuery(labels={"mod3": "1"})) == [4, 1]
+    assert await found(JobQuery(labels={"mod3": "1"}, name_prefix="odd")) == [1]
+    assert await found(JobQuery(created_since=1004.0)) == [5, 4]
+    assert await found(JobQuery(tenant="nobody")) == []
+    assert [record.sequence for record in await store.unfinished_jobs()] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_nodes_and_bundles_come_back(opener: Open) -> None:
+    store = await opener()
+    centre_id = await store.centre_id()
+    for name in ("node-2", "node-1"):
+        await store.put_node(NodeRecord(fleet_service_pb2.Node(id=f"n-{name}", inventory=inventory(name)), 7))
+    await store.put_node(NodeRecord(fleet_service_pb2.Node(id="n-node-2", inventory=inventory("node-2")), 9))
+    bundle = BundleRecord("sha256:00", 10, 20, {"a.py": 20})
+    await store.put_bundle(bundle)
+    store = await opener()
+    assert [(record.node.inventory.name, record.event_cursor) for record in await store.nodes()] == [
+        ("node-1", 7),
+        ("node-2", 9),
+    ]
+    assert await store.bundle("sha256:00") == bundle
+    assert await store.bundle("sha256:11") is None
+    assert await store.centre_id() == centre_id
+
+
+# -- SQLite's own
+
+
+async def test_many_submissions_share_commits(tmp_path: Path) -> None:
+    store = await SqliteStore.open(tmp_path / "store.db", Feed())
+    before = store.commits
+    await asyncio.gather(*(add(store, number) for number in range(200)))
+    assert store.commits - before <= 20
+    await store.close()
+
+
+async def test_a_full_disk_stores_nothing_and_says_so(tmp_path: Path) -> None:
+    store = await SqliteStore.open(tmp_path / "store.db", Feed())
+    added = await add(store)
+    limit = "pragma max_page_count = 1"  # as large as the file is now
+    await store._writer.write(lambda db: db.execute(limit).fetchone())
+
+    async def fill() -> None:
+        for number in range(1, 100):
+            await add(store, number, name="x" * 63, env={"X": "y" * 4000})
+
+    with pytest.raises(OSError, match="full") as full:
+        await fill()
+    assert full.value.errno == errno.ENOSPC
+    stored = await store.jobs(JobQuery(limit=200))
+    assert added in stored
+    for one in stored:
+        assert [event.reason for event in await store.events(one.id, 0)] == ["SUBMITTED", "PREDICTED"]
+    await store._writer.write(lambda db: db.execute("pragma max_page_count = 1000000").fetchone())
+    await add(store, 100)
+    await store.close()
