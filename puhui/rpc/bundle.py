@@ -28,9 +28,19 @@ from puhui.rpc.bundle_rules import (
 )
 from puhui.rpc.errors import Refusal
 
-__all__ = ["BundleContents", "BundleLimits", "check", "pack", "pack_files", "read_files", "survey", "unpack"]
+__all__ = [
+    "SKIPPED_FOLDERS",
+    "BundleContents",
+    "BundleLimits",
+    "check",
+    "pack",
+    "pack_files",
+    "read_files",
+    "survey",
+    "unpack",
+]
 
-_SKIPPED = frozenset(
+SKIPPED_FOLDERS = frozenset(
     {
         ".git",
         ".hg",
@@ -45,6 +55,7 @@ _SKIPPED = frozenset(
         ".ipynb_checkpoints",
     }
 )
+"""Names of folders that are never packed: version control, caches, environments."""
 
 # The first moment that a zip archive can hold: code that zips itself up must find no earlier one.
 _MTIME_S = 315_532_800
@@ -120,7 +131,7 @@ def _walk(source: Path) -> Iterator[tuple[Path, str]]:
         raise error
 
     for folder, subfolders, files in os.walk(source, onerror=fail):
-        subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED)
+        subfolders[:] = sorted(name for name in subfolders if name not in SKIPPED_FOLDERS)
         here = Path(folder)
         for name in sorted([*subfolders, *files]):
             path = here / name
