@@ -14,11 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from predictor_onnx import ops
-from predictor_onnx.context import Context
 from predictor_onnx.errors import ModelUnavailableError
-from predictor_onnx.recorder import KINDS, StepProfile
-from predictor_onnx.values import UNKNOWN, Layer, Record, Tensor, Value, tensor_of
+from predictor_onnx.static import ops
+from predictor_onnx.static.context import Context
+from predictor_onnx.static.recorder import KINDS, StepProfile
+from predictor_onnx.static.values import UNKNOWN, Layer, Record, Tensor, Value, tensor_of
 
 #: ``Layer.kind`` of a named model.
 NAMED: Final = "Named"

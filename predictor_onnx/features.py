@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from predictor_onnx.evaluator import Evaluator
-from predictor_onnx.recorder import KINDS, StepProfile
 from predictor_onnx.source import CodeBundle, Source, find_entrypoint
-from predictor_onnx.values import (
+from predictor_onnx.static.evaluator import Evaluator
+from predictor_onnx.static.recorder import KINDS, StepProfile
+from predictor_onnx.static.values import (
     DTYPE_BYTES,
     Instance,
     Layer,

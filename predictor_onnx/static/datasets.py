@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from predictor_onnx import ops
-from predictor_onnx.context import Hints
-from predictor_onnx.values import UNKNOWN, Record, Value
+from predictor_onnx.static import ops
+from predictor_onnx.static.context import Hints
+from predictor_onnx.static.values import UNKNOWN, Record, Value
 
 #: channels and native side, None where the files decide.
 DATASETS: Final[dict[str, tuple[int, int | None]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from predictor_onnx.values import UNKNOWN, External, Function, Native, Record, Value
+from predictor_onnx.static.values import UNKNOWN, External, Function, Native, Record, Value
 
 _KINDS = {"int": int, "float": float, "str": str}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import ops
-from predictor_onnx.shapes import Shape, size_or_none, sizes
-from predictor_onnx.values import (
+from predictor_onnx.static import ops
+from predictor_onnx.static.shapes import Shape, size_or_none, sizes
+from predictor_onnx.static.values import (
     FLOAT_DTYPES,
     UNKNOWN,
     External,
@@ -19,7 +19,7 @@ from predictor_onnx.values import (
 )
 
 if TYPE_CHECKING:
-    from predictor_onnx.evaluator import Evaluator
+    from predictor_onnx.static.evaluator import Evaluator
 
 Kwargs = dict[str, Value]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from predictor_onnx.values import (
+from predictor_onnx.static.values import (
     UNKNOWN,
     Class,
     External,
@@ -20,7 +20,7 @@ from predictor_onnx.values import (
 )
 
 if TYPE_CHECKING:
-    from predictor_onnx.evaluator import Evaluator
+    from predictor_onnx.static.evaluator import Evaluator
 
 Function = Callable[["Evaluator", list[Value], dict[str, Value]], Value]
 _PLAIN: Final = (int, float, str, bool, type(None))
@@ -178,7 +178,7 @@ def _getattr(ev: Evaluator, args: list[Value], kwargs: dict[str, Value]) -> Valu
 
 
 def _setattr(ev: Evaluator, args: list[Value], kwargs: dict[str, Value]) -> Value:
-    from predictor_onnx import objects
+    from predictor_onnx.static import objects
 
     if isinstance(args[1], str):
         objects.set_attribute(ev, args[0], args[1], args[2])

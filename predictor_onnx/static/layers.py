@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from predictor_onnx import ops
-from predictor_onnx.context import Context
-from predictor_onnx.shapes import numel, pair, reshape, size_or_none, sizes, windowed_all
-from predictor_onnx.values import UNKNOWN, Layer, Tensor, Value, tensor_of
+from predictor_onnx.static import ops
+from predictor_onnx.static.context import Context
+from predictor_onnx.static.shapes import numel, pair, reshape, size_or_none, sizes, windowed_all
+from predictor_onnx.static.values import UNKNOWN, Layer, Tensor, Value, tensor_of
 
 Kwargs = dict[str, Value]
 Forward = Callable[[Context, Layer, list[Value]], Value]

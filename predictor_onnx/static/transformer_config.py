@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from predictor_onnx.values import UNKNOWN, Value
+from predictor_onnx.static.values import UNKNOWN, Value
 
 _NAMES: Final[dict[str, tuple[str, ...]]] = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),

@@ -11,10 +11,10 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from predictor_onnx import ops
-from predictor_onnx.context import Hints
-from predictor_onnx.recorder import Recorder
-from predictor_onnx.values import (
+from predictor_onnx.static import ops
+from predictor_onnx.static.context import Hints
+from predictor_onnx.static.recorder import Recorder
+from predictor_onnx.static.values import (
     UNKNOWN,
     External,
     Function,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from predictor_onnx import arguments, builtins_, library, objects
-from predictor_onnx.expressions import BudgetExceeded, Expressions, truth
 from predictor_onnx.source import Entrypoint, Source
-from predictor_onnx.values import (
+from predictor_onnx.static import command_line, library, objects, python_builtins
+from predictor_onnx.static.expressions import BudgetExceeded, Expressions, truth
+from predictor_onnx.static.values import (
     UNKNOWN,
     Bound,
     Class,
@@ -370,9 +370,9 @@ class Evaluator(Expressions):
         names = objects.bind_arguments(function, [], {})
         annotations = {a.arg: self.expr(a.annotation, function.scope) for a in args}
         values = {a.arg: names.get(a.arg, UNKNOWN) for a in args}
-        options = arguments.command_options(function, annotations, values)
+        options = command_line.command_options(function, annotations, values)
         given = {option.dest: option.default for option in options}
-        given.update(arguments.read(options, self.argv))
+        given.update(command_line.read(options, self.argv))
         for name, value in given.items():
             self.hints.note(name, value)
         return self.invoke(function, [], given)
@@ -396,8 +396,8 @@ class Evaluator(Expressions):
         if isinstance(target, (Instance, Layer)):
             return self._run_model(target, args, kwargs)
         if isinstance(target, External):
-            if target.path in builtins_.FUNCTIONS:
-                return self._guarded(lambda a, k: builtins_.FUNCTIONS[target.path](self, a, k), args, kwargs)
+            if target.path in python_builtins.FUNCTIONS:
+                return self._guarded(lambda a, k: python_builtins.FUNCTIONS[target.path](self, a, k), args, kwargs)
             return self._guarded(lambda a, k: self.library.call(target.path, a, k), args, kwargs)
         return UNKNOWN
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import catalog, layers, objects, ops, tensors, transformer_config
-from predictor_onnx.arguments import Option, Parser
-from predictor_onnx.datasets import DATASETS, dataset, image_size
-from predictor_onnx.values import (
+from predictor_onnx import catalog
+from predictor_onnx.static import layers, objects, ops, tensors, transformer_config
+from predictor_onnx.static.command_line import Option, Parser
+from predictor_onnx.static.datasets import DATASETS, dataset, image_size
+from predictor_onnx.static.values import (
     UNKNOWN,
     External,
     Function,
@@ -24,7 +25,7 @@ from predictor_onnx.values import (
 )
 
 if TYPE_CHECKING:
-    from predictor_onnx.evaluator import Evaluator
+    from predictor_onnx.static.evaluator import Evaluator
 
 Kwargs = dict[str, Value]
 Call = Callable[[str, list[Value], Kwargs], Value]
@@ -410,6 +411,6 @@ class Library:
 
 def transformer_layers_kinds() -> frozenset[str]:
     """Names of the transformer classes of ``torch.nn``, however they were imported."""
-    from predictor_onnx import transformer_layers
+    from predictor_onnx.static import transformer_layers
 
     return transformer_layers.KINDS | frozenset({"MultiheadAttention"})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import arguments, catalog, layers, modules, tensors, transformer_layers
-from predictor_onnx.builtins_ import collate
-from predictor_onnx.values import (
+from predictor_onnx import catalog
+from predictor_onnx.static import command_line, layers, module_methods, tensors, transformer_layers
+from predictor_onnx.static.python_builtins import collate
+from predictor_onnx.static.values import (
     UNKNOWN,
     Bound,
     Class,
@@ -26,7 +27,7 @@ from predictor_onnx.values import (
 )
 
 if TYPE_CHECKING:
-    from predictor_onnx.evaluator import Evaluator
+    from predictor_onnx.static.evaluator import Evaluator
 
 Kwargs = dict[str, Value]
 _CONTAINERS: Final = ("Sequential", "ModuleList", "ModuleDict")
@@ -129,8 +130,8 @@ def attribute(ev: Evaluator, owner: Value, name: str) -> Value:
         if isinstance(found, Function) and found.class_method:
             return Bound(found, owner)
         return owner.name if name == "__name__" else found
-    if isinstance(owner, arguments.Parser):
-        return arguments.parser_method(owner, name, ev.argv)
+    if isinstance(owner, command_line.Parser):
+        return command_line.parser_method(owner, name, ev.argv)
     return _other_attribute(ev, owner, name)
 
 
@@ -207,7 +208,7 @@ def _instance_attribute(ev: Evaluator, owner: Instance, name: str) -> Value:
         return Bound(found, owner.cls if found.class_method else owner)
     if found is not UNKNOWN:
         return found
-    return modules.method(ev, owner, name) if owner.is_module else UNKNOWN
+    return module_methods.method(ev, owner, name) if owner.is_module else UNKNOWN
 
 
 def _layer_attribute(ev: Evaluator, owner: Layer, name: str) -> Value:
@@ -216,7 +217,7 @@ def _layer_attribute(ev: Evaluator, owner: Layer, name: str) -> Value:
             return table[name]
     if name == "bias":
         return None
-    return modules.method(ev, owner, name)
+    return module_methods.method(ev, owner, name)
 
 
 def _record_attribute(ev: Evaluator, owner: Record, name: str) -> Value:
@@ -238,7 +239,7 @@ def _super_attribute(ev: Evaluator, owner: Record, name: str) -> Value:
         return Native(name, lambda args, kwargs: _base_init(ev, this, args))
     if name == "forward" and this.container is not None:
         return this.container
-    return modules.method(ev, this, name) if this.is_module else UNKNOWN
+    return module_methods.method(ev, this, name) if this.is_module else UNKNOWN
 
 
 def _base_init(ev: Evaluator, this: Instance, args: list[Value]) -> Value:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from predictor_onnx.context import Context
-from predictor_onnx.shapes import (
+from predictor_onnx.static.context import Context
+from predictor_onnx.static.shapes import (
     Shape,
     axis,
     broadcast,
@@ -20,7 +20,7 @@ from predictor_onnx.shapes import (
     sizes,
     windowed_all,
 )
-from predictor_onnx.values import (
+from predictor_onnx.static.values import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
     UNKNOWN,

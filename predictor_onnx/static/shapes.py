@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from predictor_onnx.values import Value
+from predictor_onnx.static.values import Value
 
 Shape = tuple[int | None, ...]
 

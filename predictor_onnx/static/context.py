@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from predictor_onnx.recorder import Recorder
-from predictor_onnx.values import Value
+from predictor_onnx.static.recorder import Recorder
+from predictor_onnx.static.values import Value
 
 _NAMES: Final = (
     ("batch", re.compile(

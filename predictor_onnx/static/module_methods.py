@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import ops
-from predictor_onnx.values import (
+from predictor_onnx.static import ops
+from predictor_onnx.static.values import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
     UNKNOWN,
@@ -21,7 +21,7 @@ from predictor_onnx.values import (
 )
 
 if TYPE_CHECKING:
-    from predictor_onnx.evaluator import Evaluator
+    from predictor_onnx.static.evaluator import Evaluator
 
 Kwargs = dict[str, Value]
 
@@ -79,7 +79,7 @@ class _Methods:
         return self.module
 
     def set_member(self, args: list[Value], kwargs: Kwargs) -> Value:
-        from predictor_onnx import objects
+        from predictor_onnx.static import objects
 
         objects.set_attribute(self.ev, self.module, args[0], args[1])
         return None

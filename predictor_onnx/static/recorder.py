@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from predictor_onnx.values import DTYPE_BYTES, FLOAT_DTYPES, Tensor, tensor_of
+from predictor_onnx.static.values import DTYPE_BYTES, FLOAT_DTYPES, Tensor, tensor_of
 
 #: Which kind of op made a saved tensor. The catalog uses the same order.
 KINDS: Final = ("conv", "norm", "act", "matmul", "other")

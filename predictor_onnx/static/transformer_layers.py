@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from predictor_onnx import layers, ops
-from predictor_onnx.context import Context
-from predictor_onnx.layers import Kwargs
-from predictor_onnx.shapes import size_or_none
-from predictor_onnx.values import UNKNOWN, Layer, Tensor, Value, tensor_of
+from predictor_onnx.static import layers, ops
+from predictor_onnx.static.context import Context
+from predictor_onnx.static.layers import Kwargs
+from predictor_onnx.static.shapes import size_or_none
+from predictor_onnx.static.values import UNKNOWN, Layer, Tensor, Value, tensor_of
 
 _BLOCK = ("d_model", "nhead", "dim_feedforward", "dropout", "activation")
 _DEFAULTS: Kwargs = {"dim_feedforward": 2048, "dropout": 0.1, "activation": "relu",
