@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.message import Message
@@ -22,7 +22,6 @@ __all__ = ["Mutation", "Mutations"]
 _Response = TypeVar("_Response", bound=Message)
 
 
-@runtime_checkable
 class Mutation(Protocol):
     """A request that changes something for an attempt."""
 
@@ -43,7 +42,8 @@ class Mutations:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._locks: defaultdict[Owner, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # A lock is there for as long as somebody holds or awaits it.
+        self._locks: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Any]] = set()
 
     async def carry_out(
@@ -76,7 +76,7 @@ class Mutations:
         kind: type[_Response],
         act: Callable[[Owner, int], Awaitable[_Response]],
     ) -> _Response:
-        async with self._locks[owner]:
+        async with self._locks.setdefault(owner, asyncio.Lock()):
             self._fence(owner, token)
             digest = _digest(request)
             known = self._journal.answer(owner.centre, request.request_id) if request.request_id else None
@@ -106,11 +106,7 @@ class Mutations:
                 highest_token=str(highest),
             )
         if token > highest:
-            self._journal.raise_token(owner, token)
-
-    def lock(self, owner: Owner) -> asyncio.Lock:
-        """Returns the lock under which mutations of an attempt take their turn."""
-        return self._locks[owner]
+            self._journal.raise_token(owner, token, now())
 
     async def settle(self) -> None:
         """Waits until every mutation that has begun has ended."""

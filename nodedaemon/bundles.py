@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import grpc
 import structlog
@@ -65,7 +65,7 @@ class Bundles:
         self._root = root
         self._most_bytes = most_bytes
         self._limits = limits or BundleLimits()
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         root.mkdir(mode=0o755, exist_ok=True)
         for path in root.iterdir():
             if not (path / "bundle.json").exists():  # cut short by a crash
@@ -83,7 +83,7 @@ class Bundles:
             if known is not None:
                 return known, True
             await upload.finish()
-            async with self._locks[upload.bundle_id]:
+            async with self._locks.setdefault(upload.bundle_id, asyncio.Lock()):
                 known = self._read(upload.bundle_id)
                 if known is not None:
                     return known, True

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ _log = structlog.get_logger(__name__)
 
 _GRACE_S = 3.0
 _PRUNE_S = 3600.0
+_THREADS = 32
 
 
 class CannotServeError(Exception):
@@ -75,6 +77,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     Raises:
         CannotServeError: these settings do not work on this host.
     """
+    # Packing artifacts takes long; the driver and the logs must not wait for it.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="node"))
     async with contextlib.AsyncExitStack() as stack:
         try:
             settings.state.mkdir(parents=True, exist_ok=True)

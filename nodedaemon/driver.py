@@ -311,16 +311,15 @@ class Driver:
         """
         _ask(pynvml.nvmlGpuInstanceDestroy, self._gpu_instance(gpu_uuid, gi))
 
-    def processes(self, gpu_uuid: str, slice_uuid: str) -> list[int]:
-        """Returns the ids of the processes that use a slice, ascending; empty when the slice is gone.
+    def processes(self, gpu_uuid: str, gi: int) -> list[int]:
+        """Returns the ids of the processes that use a GPU instance, ascending.
 
         Raises:
             DriverError: the GPU does not answer.
         """
-        for device in self._mig_devices(self._handle(gpu_uuid)):
-            if str(_ask(pynvml.nvmlDeviceGetUUID, device)) == slice_uuid:
-                return sorted(int(process.pid) for process in _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, device))
-        return []
+        # The whole GPU is asked: a MIG device is gone as soon as its compute instance is, its processes may not be.
+        listed = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, self._handle(gpu_uuid))
+        return sorted({int(process.pid) for process in listed if process.gpuInstanceId == gi})
 
     def _handle(self, gpu_uuid: str) -> Any:
         if gpu_uuid not in self._handles:

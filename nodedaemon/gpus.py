@@ -56,12 +56,24 @@ class Gpus:
             )
         return self._facts[uuid]
 
+    async def refresh(self) -> list[GpuFacts]:
+        """Reads the GPUs anew, by index: an operator may have switched MIG mode.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED.
+        """
+        found = await asyncio.to_thread(_translated, "this node", self.driver.gpus)
+        self._facts = {gpu.uuid: gpu for gpu in found}
+        return found
+
     async def profile(self, gpu: GpuFacts, name: str) -> ProfileFacts:
         """Returns a profile that a GPU offers.
 
         Raises:
             Refusal: NOT_FOUND with PROFILE_NOT_FOUND; FAILED_PRECONDITION with MIG_DISABLED; as `ask` does.
         """
+        if gpu.mig is not Mig.ENABLED:
+            gpu = next((one for one in await self.refresh() if one.uuid == gpu.uuid), gpu)
         if gpu.mig is not Mig.ENABLED:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -88,7 +100,8 @@ class Gpus:
         Raises:
             Refusal: as `ask` does.
         """
-        return await self.ask(gpu, self.driver.instances, gpu.uuid) if gpu.mig is Mig.ENABLED else []
+        now = self._facts.get(gpu.uuid, gpu)
+        return await self.ask(gpu, self.driver.instances, gpu.uuid) if now.mig is Mig.ENABLED else []
 
     async def all_instances(self) -> list[tuple[GpuFacts, GpuInstance]]:
         """Returns every GPU instance of the node with its GPU.
@@ -98,13 +111,13 @@ class Gpus:
         """
         return [(gpu, instance) for gpu in self._facts.values() for instance in await self.instances(gpu)]
 
-    async def holders(self, gpu: GpuFacts, slice_uuid: str) -> list[str]:
-        """Returns the processes that use a slice, each as its id and its command.
+    async def holders(self, gpu: GpuFacts, gi: int) -> list[str]:
+        """Returns the processes that use a GPU instance, each as its id and its command.
 
         Raises:
             Refusal: as `ask` does.
         """
-        pids = await self.ask(gpu, self.driver.processes, gpu.uuid, slice_uuid) if slice_uuid else []
+        pids = await self.ask(gpu, self.driver.processes, gpu.uuid, gi)
         return [f"{pid} ({_command(pid)})" for pid in pids]
 
     async def ask(self, gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
@@ -114,10 +127,10 @@ class Gpus:
             Refusal: FAILED_PRECONDITION with PLACEMENT_TAKEN or SLICE_IN_USE; PERMISSION_DENIED with
                 DRIVER_PERMISSION; INTERNAL with DRIVER_REFUSED.
         """
-        return await asyncio.to_thread(_translated, gpu, call, *arguments)
+        return await asyncio.to_thread(_translated, f"GPU {gpu.index}", call, *arguments)
 
 
-def _translated(gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
+def _translated(where: str, call: Callable[..., _T], *arguments: Any) -> _T:
     """Calls the driver, and turns what it refuses into words."""
     try:
         return call(*arguments)
@@ -126,8 +139,7 @@ def _translated(gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "PLACEMENT_TAKEN",
-                f"the driver has no room for that on GPU {gpu.index}: {error}",
-                gpu_uuid=gpu.uuid,
+                f"the driver has no room for that on {where}: {error}",
             ) from error
         if error.code == pynvml.NVML_ERROR_IN_USE:
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "SLICE_IN_USE", str(error)) from error
@@ -140,8 +152,7 @@ def _translated(gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
         raise Refusal(
             grpc.StatusCode.INTERNAL,
             "DRIVER_REFUSED",
-            f"the driver refused on GPU {gpu.index}: {error}",
-            gpu_uuid=gpu.uuid,
+            f"the driver refused on {where}: {error}",
             nvml_call=error.call,
             nvml_code=str(error.code),
         ) from error

@@ -52,10 +52,9 @@ class Inventory:
         revision: Revision,
     ) -> None:
         self._name = name
-        self._driver = gpus.driver
+        self._gpus = gpus
         self._slices = slices
         self._runtime = runtime
-        self._emulated = gpus.emulated
         self.revision = revision
 
     async def read(self) -> NodeInventory:
@@ -63,10 +62,9 @@ class Inventory:
 
         Raises:
             Refusal: INTERNAL with DRIVER_REFUSED.
-            DriverError: a GPU does not answer.
         """
         revision = self.revision.number
-        gpus = await asyncio.to_thread(self._gpus)
+        gpus = [await self._describe(gpu) for gpu in await self._gpus.refresh()]
         return NodeInventory(
             name=self._name,
             gpus=gpus,
@@ -74,8 +72,8 @@ class Inventory:
             runtime=self._runtime.describe(),
             versions=NodeVersions(
                 puhui=importlib.metadata.version("puhui"),
-                driver=self._driver.version(),
-                nvml=self._driver.nvml_version(),
+                driver=self._gpus.driver.version(),
+                nvml=self._gpus.driver.nvml_version(),
                 kernel=platform.release(),
             ),
             host_cpus=os.cpu_count() or 0,
@@ -84,25 +82,21 @@ class Inventory:
             revision=revision,
         )
 
-    def _gpus(self) -> list[Gpu]:
-        return [
-            Gpu(
-                uuid=gpu.uuid,
-                index=gpu.index,
-                model=gpu.model,
-                memory_mib=gpu.memory_mib,
-                pci_bus_id=gpu.pci_bus_id,
-                mig_mode=MigMode.ValueType(gpu.mig),
-                profiles=self._profiles(gpu),
-                emulated=self._emulated,
-                notice=_notice(gpu),
-            )
-            for gpu in self._driver.gpus()
-        ]
+    async def _describe(self, gpu: GpuFacts) -> Gpu:
+        return Gpu(
+            uuid=gpu.uuid,
+            index=gpu.index,
+            model=gpu.model,
+            memory_mib=gpu.memory_mib,
+            pci_bus_id=gpu.pci_bus_id,
+            mig_mode=MigMode.ValueType(gpu.mig),
+            profiles=await self._gpus.ask(gpu, self._profiles, gpu) if gpu.mig is Mig.ENABLED else [],
+            emulated=self._gpus.emulated,
+            notice=_notice(gpu),
+        )
 
     def _profiles(self, gpu: GpuFacts) -> list[Profile]:
-        if gpu.mig is not Mig.ENABLED:
-            return []
+        driver = self._gpus.driver
         return [
             Profile(
                 name=profile.name,
@@ -112,9 +106,9 @@ class Inventory:
                 multiprocessors=profile.multiprocessors,
                 max_instances=profile.max_instances,
                 placements=[Placement(start=span.start, size=span.size) for span in profile.placements],
-                remaining_instances=self._driver.remaining(gpu.uuid, profile.profile_id),
+                remaining_instances=driver.remaining(gpu.uuid, profile.profile_id),
             )
-            for profile in self._driver.profiles(gpu.uuid)
+            for profile in driver.profiles(gpu.uuid)
         ]
 
 

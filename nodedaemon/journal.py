@@ -26,6 +26,7 @@ __all__ = ["Answer", "ContainerRecord", "ContainerStage", "Journal", "SliceRecor
 
 _ANSWERS_KEPT_S = 24 * 3600
 _EVENTS_KEPT_S = 7 * 24 * 3600
+_TOKENS_KEPT_S = 90 * 24 * 3600
 
 
 class SliceStage(StrEnum):
@@ -109,7 +110,7 @@ def m001_first(db: Database) -> None:
     key = "PRIMARY KEY (centre, job_id, attempt)"
     for statement in (
         "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-        f"CREATE TABLE tokens ({owner}, token INTEGER NOT NULL, {key})",
+        f"CREATE TABLE tokens ({owner}, token INTEGER NOT NULL, time REAL NOT NULL, {key})",
         f"""CREATE TABLE slices (id INTEGER PRIMARY KEY AUTOINCREMENT, {owner}, token INTEGER NOT NULL,
             gpu_uuid TEXT NOT NULL, profile TEXT NOT NULL, profile_id INTEGER NOT NULL, start INTEGER NOT NULL,
             size INTEGER NOT NULL, memory_mib INTEGER NOT NULL, stage TEXT NOT NULL, create_time REAL NOT NULL,
@@ -136,6 +137,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)
         connection = sqlite3.connect(path, timeout=1, check_same_thread=False)
         self._db = Database(connection)
         # One daemon per journal: the lock is held for as long as the process lives, however it dies.
@@ -168,11 +170,12 @@ class Journal:
         row = self._db.execute(f"SELECT token FROM tokens WHERE {_OWNED}", _key(owner)).fetchone()
         return int(row[0]) if row else 0
 
-    def raise_token(self, owner: Owner, token: int) -> None:
+    def raise_token(self, owner: Owner, token: int, now: float) -> None:
         """Notes a fencing token; a lower one than is known changes nothing."""
         self._write(
-            "INSERT INTO tokens VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET token = max(token, excluded.token)",
-            (*_key(owner), token),
+            "INSERT INTO tokens VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+            "SET token = max(token, excluded.token), time = excluded.time",
+            (*_key(owner), token, now),
         )
 
     def answer(self, centre: str, request_id: str) -> Answer | None:
@@ -273,13 +276,14 @@ class Journal:
         return int(row[0]) if row else 0
 
     def prune(self, now: float) -> None:
-        """Drops what has been kept long enough: answers and destroyed slices 24 h, events 7 days."""
+        """Drops what has been kept long enough: answers and destroyed slices 24 h, events 7 days, tokens 90 days."""
         with self._db.atomic():
             self._db.execute("DELETE FROM answers WHERE time < ?", (now - _ANSWERS_KEPT_S,))
             self._db.execute(
                 "DELETE FROM slices WHERE stage = ? AND create_time < ?", (SliceStage.DESTROYED, now - _ANSWERS_KEPT_S)
             )
             self._db.execute("DELETE FROM events WHERE time < ?", (now - _EVENTS_KEPT_S,))
+            self._db.execute("DELETE FROM tokens WHERE time < ?", (now - _TOKENS_KEPT_S,))
 
     def _write(self, statement: str, values: Iterable[Any]) -> sqlite3.Cursor:
         return self._db.execute(statement, tuple(values))

@@ -201,6 +201,8 @@ class PodmanAccount:
         Raises:
             PodmanUnusableError: it cannot; the text names the directory that is in the way.
         """
+        if self.run("test", "-x", str(folder)).returncode == 0:
+            return
         for place in reversed([folder, *folder.parents]):
             if self.run("test", "-x", str(place)).returncode != 0:
                 raise PodmanUnusableError(

@@ -234,9 +234,7 @@ class PodmanRuntime:
 
     async def _list(self, filters: dict[str, list[str]]) -> list[ContainerStatus]:
         filters = {**filters, "label": [f"puhui.node={self._node_id}"]}
-        answer = await self._call(
-            "GET", "/containers/json", params={"all": "true", "filters": json.dumps(filters), "sync": "true"}
-        )
+        answer = await self._call("GET", "/containers/json", params={"all": "true", "filters": json.dumps(filters)})
         return [_status(entry) for entry in _json(answer, "list the containers") or []]
 
     async def exits(self) -> AsyncIterator[ContainerExit | None]:  # noqa: D102

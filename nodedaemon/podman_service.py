@@ -64,6 +64,8 @@ class PodmanService:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            # A Ctrl-C at the daemon's terminal is the daemon's to handle.
+            start_new_session=True,
         )
         self._process = process
         deadline = time.monotonic() + _START_S

@@ -54,9 +54,9 @@ def plan_slices(journal: Sequence[SliceRecord], driver: Sequence[GpuInstance], b
             plan.drop.append((record, "it was being destroyed" if done else "somebody else destroyed it"))
         elif record.stage is SliceStage.ACTIVE and instance.compute_instances:
             plan.adopt.append(record)
-        elif record.stage is SliceStage.ACTIVE:
-            plan.finish.append((record, instance.id))
         else:
+            # Half destroyed, by this daemon or by hand. One that lost its compute instance is not completed: it would
+            # come back under another UUID than its owner was told.
             plan.destroy.append(record)
     return plan
 

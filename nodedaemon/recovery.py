@@ -10,7 +10,7 @@ from nodedaemon.containers import Containers
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id
-from nodedaemon.journal import Journal
+from nodedaemon.journal import Journal, SliceStage
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import plan_containers, plan_slices
 from nodedaemon.runtime import ContainerRuntime
@@ -21,6 +21,8 @@ from puhui.v1.node_pb2 import NodeEventKind
 __all__ = ["Recovery"]
 
 _log = structlog.get_logger(__name__)
+
+_RELEASE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class Recovery:
                 message = f"could not complete {one.profile} at {one.span.start}: {error.message}"
                 self._tell(one.owner, error.reason, message)
         for one in plan.destroy:
+            if one.stage is SliceStage.ACTIVE:
+                self.journal.forget_answers(one.owner)
             try:
-                await self.slices.take_apart(one)
+                await self.slices.take_apart(one, _RELEASE_S)
                 self._tell(one.owner, "SLICE_DESTROYED", f"destroyed slice {one.uuid}, which was half destroyed")
             except Refusal as error:
                 _log.warning("a slice stays half destroyed", slice=one.uuid, error=error.message)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import grpc
 
@@ -58,7 +58,7 @@ class Results:
         self._attempts = attempts
         self._runtime = runtime
         self._ended = ended
-        self._packing: defaultdict[Owner, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._packing: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
 
     async def read_log(self, owner: Owner, *, offset: int, tail_lines: int, follow: bool) -> AsyncIterator[LogChunk]:
         """Yields output of an attempt's container, until it ends if asked to follow it.
@@ -86,7 +86,7 @@ class Results:
                 f"the command of {owner} still runs; its artifacts are collected when it has ended",
             )
         folder = self._attempts.folder(owner)
-        async with self._packing[owner]:
+        async with self._packing.setdefault(owner, asyncio.Lock()):
             manifest = read_manifest(folder.artifacts)
             if manifest is None:
                 try:

@@ -98,29 +98,47 @@ class Slices:
 
     async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
         for instance in await self._gpus.instances(gpu):
-            if instance.span.overlaps(span):
-                mine = next((r for r in self._journal.slices() if is_same(r, instance)), None)
-                raise Refusal(
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                    "PLACEMENT_TAKEN",
-                    f"{instance.profile.name} at {instance.span.start} on GPU {gpu.index} is in the way; it belongs to "
-                    + (f"{mine.owner}" if mine else "nobody this daemon knows, and is not touched"),
-                    gpu_uuid=gpu.uuid,
-                    foreign=str(mine is None).lower(),
-                )
+            if not instance.span.overlaps(span):
+                continue
+            mine = next((r for r in self._journal.slices() if is_same(r, instance)), None)
+            if mine is not None and mine.stage is SliceStage.ERROR and not mine.uuid:
+                # The rest of a slice that nobody was ever given; perhaps it can be removed by now.
+                await self._unmake(gpu, mine)
+                continue
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "PLACEMENT_TAKEN",
+                f"{instance.profile.name} at {instance.span.start} on GPU {gpu.index} is in the way; it belongs to "
+                + (f"{mine.owner}" if mine else "nobody this daemon knows, and is not touched"),
+                gpu_uuid=gpu.uuid,
+                foreign=str(mine is None).lower(),
+            )
 
     async def _make(self, gpu: GpuFacts, profile: ProfileFacts, record: SliceRecord) -> SliceRecord:
-        gi: int | None = None
         try:
             gi = await self._gpus.ask(
                 gpu, self._gpus.driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span
             )
-            return await self._complete(gpu, replace(record, gi=gi), profile.compute_slices)
-        except BaseException:
-            if gi is not None:
-                await self._unmake(gpu, gi)
-            self._journal.delete_slice(record)
+            record = self._journal.update_slice(replace(record, gi=gi))
+            return await self._complete(gpu, record, profile.compute_slices)
+        except BaseException as error:
+            if isinstance(error, Refusal) and error.reason == "PLACEMENT_TAKEN" and record.gi is None:
+                self._journal.delete_slice(record)  # somebody else was quicker: what is there now is not ours
+            else:
+                await self._unmake(gpu, record)
             raise
+
+    async def _unmake(self, gpu: GpuFacts, record: SliceRecord) -> None:
+        """Rolls a half-made slice back.
+
+        What cannot be rolled back now stays in the journal; the next create in its place and the next start try again.
+        """
+        try:
+            await self._destroy_once(gpu, record)
+        except Refusal as error:
+            self._stuck(record, error, [])
+        else:
+            self._journal.delete_slice(record)
 
     async def _complete(self, gpu: GpuFacts, record: SliceRecord, compute_slices: int) -> SliceRecord:
         """Gives a GPU instance its full-width compute instance, and believes only what the driver then lists."""
@@ -140,17 +158,6 @@ class Slices:
         return self._journal.update_slice(
             replace(record, ci=whole[0].id, uuid=whole[0].uuid, stage=SliceStage.ACTIVE, notice="")
         )
-
-    async def _unmake(self, gpu: GpuFacts, gi: int) -> None:
-        """Rolls a half-made slice back. What cannot be rolled back now is found again at the next start."""
-        try:
-            instance = await self._instance(gpu, gi)
-            for compute in instance.compute_instances if instance else ():
-                await self._gpus.ask(gpu, self._gpus.driver.destroy_compute_instance, gpu.uuid, gi, compute.id)
-            if instance:
-                await self._gpus.ask(gpu, self._gpus.driver.destroy_gpu_instance, gpu.uuid, gi)
-        except Refusal as error:
-            _log.error("a half-made slice could not be rolled back", gpu=gpu.index, gi=gi, error=error.message)
 
     async def _instance(self, gpu: GpuFacts, gi: int) -> GpuInstance | None:
         instances = await self._gpus.instances(gpu)
@@ -191,15 +198,19 @@ class Slices:
             )
         await self.take_apart(record)
 
-    async def take_apart(self, record: SliceRecord) -> None:
+    async def take_apart(self, record: SliceRecord, release_s: float | None = None) -> None:
         """Destroys a slice of this daemon: first its compute instance, then its GPU instance.
+
+        Args:
+            record: the slice.
+            release_s: how long to wait for the last process on it to go, in seconds; None is the usual time.
 
         Raises:
             Refusal: FAILED_PRECONDITION with SLICE_IN_USE; INTERNAL with DRIVER_REFUSED.
         """
         gpu = self._gpus.gpu(record.gpu_uuid)
         record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYING))
-        deadline = time.monotonic() + self._release_s
+        deadline = time.monotonic() + (self._release_s if release_s is None else release_s)
         pause = _FIRST_RETRY_S
         while True:
             try:
@@ -207,7 +218,7 @@ class Slices:
                     await self._destroy_once(gpu, record)
                 break
             except Refusal as error:
-                holders = await self._gpus.holders(gpu, record.uuid) if error.reason == "SLICE_IN_USE" else []
+                holders = await self._gpus.holders(gpu, record.gi or 0) if error.reason == "SLICE_IN_USE" else []
                 if error.reason != "SLICE_IN_USE" or time.monotonic() + pause > deadline:
                     raise self._stuck(record, error, holders) from error
             # The lock is free meanwhile: what waits for a process to go must not hold up others.
@@ -233,7 +244,7 @@ class Slices:
             error = Refusal(
                 error.code,
                 error.reason,
-                f"slice {record.uuid} is still held by {who}; end it, then destroy the slice again",
+                f"slice {record.uuid or record.profile} is still held by {who}; end it, then destroy the slice again",
                 slice_uuid=record.uuid,
                 holders=", ".join(holders),
             )
@@ -253,10 +264,10 @@ class Slices:
         async with self._gpus.lock(gpu):
             profile = await self._gpus.profile(gpu, record.profile)
             try:
-                record = await self._complete(gpu, replace(record, gi=gi), profile.compute_slices)
+                record = self._journal.update_slice(replace(record, gi=gi))
+                record = await self._complete(gpu, record, profile.compute_slices)
             except BaseException:
-                await self._unmake(gpu, gi)
-                self._journal.delete_slice(record)
+                await self._unmake(gpu, record)
                 raise
         self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, "SLICE_COMPLETED", "completed slice {slice}")
 
@@ -330,7 +341,7 @@ def is_same(record: SliceRecord, instance: GpuInstance) -> bool:
     if record.gi is None:
         return True  # being made: the place was free when that was written down
     uuids = {compute.uuid for compute in instance.compute_instances}
-    return record.gi == instance.id and (not uuids or record.uuid in uuids)
+    return record.gi == instance.id and (not record.uuid or not uuids or record.uuid in uuids)
 
 
 def _given(number: int | None) -> int:

@@ -7,7 +7,7 @@ import io
 import itertools
 import tarfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 import pytest
@@ -35,6 +35,9 @@ from puhui.v1.node_service_pb2 import (
 from puhui.v1.node_service_pb2_grpc import NodeServiceStub
 from puhui.v1.stream_pb2 import ArtifactManifest, BundleHeader, LogChunk
 
+if TYPE_CHECKING:
+    from puhui.v1.node_service_pb2_grpc import NodeServiceAsyncStub
+
 _numbers = itertools.count(1)
 _HIGHEST = 2**63 - 1
 
@@ -43,7 +46,7 @@ class Node:
     """A connection to a node daemon, with short words for what tests do again and again."""
 
     def __init__(self, channel: grpc.aio.Channel, centre: str) -> None:
-        self.stub: Any = NodeServiceStub(channel)
+        self.stub: NodeServiceAsyncStub = NodeServiceStub(channel)
         self.centre = centre
 
     def attempt(self, token: int = 1) -> AttemptRef:
@@ -134,6 +137,12 @@ class Node:
     async def chunks(self, owner: AttemptRef, **arguments: Any) -> list[LogChunk]:
         request = NodeServiceReadLogsRequest(owner=owner, **arguments)
         return [response.chunk async for response in self.stub.ReadLogs(request, timeout=30)]
+
+    async def follow(self, owner: AttemptRef) -> AsyncIterator[LogChunk]:
+        """Yields output as it is written."""
+        request = NodeServiceReadLogsRequest(owner=owner, follow=True)
+        async for response in self.stub.ReadLogs(request, timeout=30):
+            yield response.chunk
 
     async def log(self, owner: AttemptRef, **arguments: Any) -> bytes:
         return b"".join(chunk.data for chunk in await self.chunks(owner, **arguments))

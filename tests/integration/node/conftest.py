@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,12 +20,13 @@ from tests.integration.node.client import Node
 CARDS = "H100-80GB-SXM5:1,A100-80GB:1"
 
 
-def open_to_all(folder: Path) -> Path:
-    """Lets the containers' user pass through a directory: pytest makes its own private."""
-    for place in (folder, *folder.parents):
-        if place.stat().st_uid == 0 and not place.stat().st_mode & 0o001:
-            place.chmod(place.stat().st_mode | 0o111)
-    return folder
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """A directory that the containers' user can pass through. pytest's own are private, and made so again and again."""
+    with tempfile.TemporaryDirectory(prefix="puhui-node-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
 
 
 def podman(*arguments: str) -> str:
@@ -43,21 +46,28 @@ Start = Callable[..., AbstractContextManager[Daemon]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def home() -> Iterator[Path]:
+    """Where this test's daemon keeps its state, in node/, and its log, node.log."""
+    with open_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
+def start(home: Path) -> Start:
     """Starts the daemon of this test's state directory, again and again."""
-    state = open_to_all(tmp_path)
 
     def start_daemon(cards: str = CARDS) -> AbstractContextManager[Daemon]:
-        arguments = ["--listen", "127.0.0.1:0", "--state", str(state / "node"), "--emulate", cards]
-        return daemon("nodedaemon", [*arguments, "--runtime", "podman", "--log-level", "debug"], state / "node.log")
+        arguments = ["--listen", "127.0.0.1:0", "--state", str(home / "node"), "--emulate", cards]
+        return daemon("nodedaemon", [*arguments, "--runtime", "podman", "--log-level", "debug"], home / "node.log")
 
     return start_daemon
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def state() -> Iterator[Path]:
     """The state directory of the module's daemon."""
-    return open_to_all(tmp_path_factory.mktemp("node")) / "state"
+    with open_folder() as folder:
+        yield folder / "state"
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,12 @@ import grpc
 import pytest
 
 from puhui.rpc.identity import request_digest
-from puhui.v1.card_pb2 import MigMode, Placement, SliceState
+from puhui.v1.card_pb2 import AttemptRef, MigMode, Placement, SliceState
 from puhui.v1.node_pb2 import ContainerState, NodeEventKind, RuntimeKind
 from puhui.v1.node_service_pb2 import (
     CreateContainerRequest,
     CreateSliceRequest,
     NodeServiceGetArtifactsRequest,
-    NodeServiceReadLogsRequest,
-    WatchEventsRequest,
 )
 from tests.integration.node.client import Node, members, refused
 from tests.integration.node.conftest import containers_of
@@ -164,13 +162,11 @@ async def test_both_streams_are_told_apart_and_counted_together(node: Node) -> N
 async def test_output_is_followed_while_it_is_written(node: Node) -> None:
     owner = node.attempt()
     await node.start(owner, "print('one', flush=True)\nimport time; time.sleep(1.5)\nprint('two', end='')")
-    stream = node.stub.ReadLogs(NodeServiceReadLogsRequest(owner=owner, follow=True), timeout=30)
-    first = (await stream.read()).chunk
-    assert first.data == b"one\n"
+    output = node.follow(owner)
+    assert (await anext(output)).data == b"one\n"
     (running,) = await node.containers()
     assert running.state == ContainerState.CONTAINER_STATE_RUNNING
-    assert (await stream.read()).chunk.data == b"two"
-    assert await stream.read() is grpc.aio.EOF
+    assert [chunk.data async for chunk in output] == [b"two"]
 
 
 async def test_artifacts_hold_what_is_inside_and_nothing_else(node: Node) -> None:
@@ -233,10 +229,8 @@ time.sleep(60)
 """
 
 
-async def _ready(node: Node, owner: object) -> None:
-    stream = node.stub.ReadLogs(NodeServiceReadLogsRequest(owner=owner, follow=True), timeout=30)
-    assert (await stream.read()).chunk.data == b"ready\n"
-    stream.cancel()
+async def _ready(node: Node, owner: AttemptRef) -> None:
+    assert (await anext(node.follow(owner))).data == b"ready\n"
 
 
 async def test_a_command_may_end_by_itself_when_stopped(node: Node) -> None:
@@ -451,4 +445,4 @@ async def test_events_are_told_in_order_from_any_cursor(node: Node) -> None:
         assert event.cursor == seen[0].cursor + 1
         break
     with refused(grpc.StatusCode.OUT_OF_RANGE, "CURSOR_UNKNOWN"):
-        await node.stub.WatchEvents(WatchEventsRequest(after_cursor=10**9)).read()
+        await anext(node.events(after=10**9))

@@ -19,7 +19,6 @@ from puhui.rpc.channel import open_channel
 from puhui.rpc.identity import new_id
 from puhui.v1.card_pb2 import SliceState
 from puhui.v1.node_pb2 import ContainerState, NodeEventKind
-from puhui.v1.node_service_pb2 import NodeServiceReadLogsRequest
 from tests.daemons import Daemon
 from tests.integration.node.client import Node, refused
 from tests.integration.node.conftest import CARDS, Start, containers_of, podman
@@ -42,8 +41,7 @@ async def test_a_container_outlives_a_killed_daemon_and_loses_no_output(start: S
             owner = node.attempt()
             one = await node.cut(owner, "2g.20gb")
             container = await node.start(owner, _COUNTING, slices=[one])
-            following = node.stub.ReadLogs(NodeServiceReadLogsRequest(owner=owner, follow=True))
-            before = (await following.read()).chunk.data
+            before = (await anext(node.follow(owner))).data
             cursor = (await node.event(owner, NodeEventKind.NODE_EVENT_KIND_CONTAINER_STARTED)).cursor
         first.kill()
     with start() as second:
@@ -97,7 +95,7 @@ async def test_a_time_limit_holds_over_a_restart(start: Start) -> None:
             await node.clear()
 
 
-async def test_what_was_removed_by_hand_is_told_and_not_made_up(start: Start, tmp_path: Path) -> None:
+async def test_what_was_removed_by_hand_is_told_and_not_made_up(start: Start, home: Path) -> None:
     centre = new_id("centre")
     with start() as first:
         async with connected(first, centre) as node:
@@ -106,7 +104,7 @@ async def test_what_was_removed_by_hand_is_told_and_not_made_up(start: Start, tm
             container = await node.start(owner, "import time; time.sleep(60)", slices=[one])
         first.kill()
     podman("rm", "--force", "--time", "0", container.id)
-    with installed(EmulatedDriver(tmp_path / "node" / "emulation", parse_cards(CARDS))):
+    with installed(EmulatedDriver(home / "node" / "emulation", parse_cards(CARDS))):
         driver = Driver()
         driver.destroy_compute_instance(one.gpu_uuid, one.gpu_instance_id, one.compute_instance_id)
         driver.destroy_gpu_instance(one.gpu_uuid, one.gpu_instance_id)
@@ -123,9 +121,9 @@ async def test_what_was_removed_by_hand_is_told_and_not_made_up(start: Start, tm
             await node.clear()
 
 
-async def test_a_foreign_slice_is_worked_around_and_never_touched(start: Start, tmp_path: Path) -> None:
+async def test_a_foreign_slice_is_worked_around_and_never_touched(start: Start, home: Path) -> None:
     centre = new_id("centre")
-    emulated = EmulatedDriver(tmp_path / "node" / "emulation", parse_cards(CARDS))
+    emulated = EmulatedDriver(home / "node" / "emulation", parse_cards(CARDS))
     with installed(emulated):
         driver = Driver()
         gpu = driver.gpus()[0]
@@ -153,13 +151,13 @@ async def test_a_foreign_slice_is_worked_around_and_never_touched(start: Start, 
         driver.close()
 
 
-async def test_the_podman_service_is_started_again_when_it_dies(start: Start, tmp_path: Path) -> None:
+async def test_the_podman_service_is_started_again_when_it_dies(start: Start, home: Path) -> None:
     centre = new_id("centre")
     with start() as running:
         async with connected(running, centre) as node:
             owner = node.attempt()
             await node.start(owner, "import time; time.sleep(1.5)")
-            lines = [json.loads(line) for line in (tmp_path / "node.log").read_text().splitlines()]
+            lines = [json.loads(line) for line in (home / "node.log").read_text().splitlines()]
             service = next(line["pid"] for line in lines if line["event"] == "podman service runs")
             os.kill(service, signal.SIGKILL)
             assert (await node.exited(owner)).container.exit_code == 0
