@@ -10,19 +10,21 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import structlog
 
-from controlplane import jobs
+from controlplane import happenings
 from controlplane.bundles import Bundles
 from controlplane.collect import collect
+from controlplane.endings import CONTAINER_LOST, not_started
 from controlplane.faults import MOST_ATTEMPTS, Verdict, retry_delay_s, verdict
-from controlplane.jobs import FINAL_STATES, Happening, transition
+from controlplane.happenings import Happening
+from controlplane.jobs import FINAL_STATES, transition
+from controlplane.node_asker import Fenced, GivenUp, NodeAsker
 from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.node_link import NodeLink
 from controlplane.nodes import Nodes
-from controlplane.records import Change, Ending, JobRecord
+from controlplane.records import Change, JobRecord
 from controlplane.reservations import Reservations
 from controlplane.results import Results
 from controlplane.store import Store
@@ -34,7 +36,6 @@ from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2
 __all__ = ["AttemptDriver", "Surroundings"]
 
 _log = structlog.get_logger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,6 @@ _Told = tuple[Happening, float]
 _DEFAULT_GRACE_S = 10.0
 _TELL_AFTER_TRIES = 2
 
-_LOST = Ending(
-    job_pb2.JOB_STATE_FAILED,
-    "CONTAINER_LOST",
-    "its node is in contact but no longer has its container: the node was reset, or somebody removed it by hand; "
-    "submit the job again",
-)
-
-
-class _Fenced(Exception):  # noqa: N818 - a name for what it is
-    """Somebody else commands this attempt."""
-
-
-class _GivenUp(Exception):  # noqa: N818 - a name for what it is
-    """The node cannot be asked, and the job's end was asked for."""
-
 
 class AttemptDriver:
     """Drives one attempt of one job. `run` returns when nothing of it is left to do."""
@@ -82,6 +68,7 @@ class AttemptDriver:
         self._number = number
         self._cancel = asyncio.Event()
         self._news = asyncio.Event()
+        self._asker = NodeAsker(lambda: self._link, self._cancel)
         if record.cancel_requested:
             self._cancel.set()
 
@@ -107,7 +94,7 @@ class AttemptDriver:
                 await self._finish()
             elif self._record.state in FINAL_STATES:
                 await self._release_late()
-        except _Fenced:
+        except Fenced:
             _log.error("another control plane commands this attempt", job=self._record.id, attempt=self._number)
         return self._record
 
@@ -138,7 +125,7 @@ class AttemptDriver:
 
     async def _adopt(self) -> None:
         def decide(record: JobRecord, token: int) -> Change:
-            after, event = transition(record, jobs.Adopted(token), now())
+            after, event = transition(record, happenings.Adopted(token), now())
             return Change(after, (event,), token_taken=True)
 
         self._record = await self._patient_store(decide)
@@ -175,59 +162,18 @@ class AttemptDriver:
                 _log.error("the store cannot be written; trying again", job=self._record.id, why=str(error))
                 await asyncio.sleep(retry_delay_s(tries))
 
-    async def _ask(self, call: Callable[[NodeClient], Awaitable[_T]], *, give_up: bool = False) -> _T:
-        """Asks the node until it answers.
-
-        Args:
-            call: what to ask; it may be asked again.
-            give_up: stop asking a node out of contact once the job's end is asked for.
-
-        Raises:
-            Refusal: the node's answer.
-            _GivenUp: as `give_up` says.
-            _Fenced: somebody else commands this attempt.
-        """
-        tries = 0
-        while True:
-            link = self._link
-            try:
-                return await call(link.client)
-            except Refusal as refusal:
-                what = verdict(refusal)
-                if what is Verdict.FENCED:
-                    raise _Fenced from refusal
-                if what is not Verdict.WAIT:
-                    raise
-                tries += 1
-                _log.info("the node cannot be asked; waiting", job=self._record.id, node=link.node_id, why=str(refusal))
-            await self._until_contact(link, retry_delay_s(tries), give_up=give_up)
-
-    async def _until_contact(self, link: NodeLink, delay_s: float, *, give_up: bool) -> None:
-        contact = asyncio.create_task(_contact_after(delay_s, link))
-        waits: list[asyncio.Task[object]] = [contact]
-        if give_up:
-            waits.append(asyncio.create_task(self._cancel.wait()))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waits:
-                task.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
-        if give_up and self._cancel.is_set():
-            raise _GivenUp
-
     # -- STARTING
 
     async def _start(self) -> None:
         try:
             if self._cancel.is_set():
-                raise _GivenUp
+                raise GivenUp
             piece = await self._make_slice()
             if self._cancel.is_set():
-                raise _GivenUp
+                raise GivenUp
             await self._make_container(piece)
-        except _GivenUp:
-            await self._change(jobs.Stopped())
+        except GivenUp:
+            await self._change(happenings.Stopped())
         except Refusal as refusal:
             await self._not_started(refusal)
 
@@ -241,7 +187,7 @@ class AttemptDriver:
             request_id=self._request_id("create-slice"),
         )
         made, sent = await asyncio.gather(
-            self._ask(lambda client: client.create_slice(request), give_up=True),
+            self._asker.ask(lambda client: client.create_slice(request), give_up=True),
             self._send_bundle(),
             return_exceptions=True,
         )
@@ -253,45 +199,47 @@ class AttemptDriver:
 
     async def _send_bundle(self) -> None:
         header, archive = await self._around.bundles.locate(self._record.job.bundle_id)
-        await self._ask(lambda client: client.put_bundle(header, archive), give_up=True)
+        await self._asker.ask(lambda client: client.put_bundle(header, archive), give_up=True)
 
     async def _make_container(self, piece: card_pb2.Slice) -> None:
         request = container_request(self._record.job, self._owner, piece, self._request_id("create-container"))
 
         async def create() -> node_pb2.Container:
             try:
-                return await self._ask(lambda client: client.create_container(request), give_up=True)
+                return await self._asker.ask(lambda client: client.create_container(request), give_up=True)
             except Refusal as refusal:
                 if refusal.reason != "BUNDLE_NOT_FOUND":
                     raise
             await self._send_bundle()
-            return await self._ask(lambda client: client.create_container(request), give_up=True)
+            return await self._asker.ask(lambda client: client.create_container(request), give_up=True)
 
         # The slice is noted while the container is made: the next start of the control plane would find either.
         container, noted = await asyncio.gather(
-            create(), self._change(jobs.SliceCreated(piece)), return_exceptions=True
+            create(), self._change(happenings.SliceCreated(piece)), return_exceptions=True
         )
         for outcome in (noted, container):
             if isinstance(outcome, BaseException):
                 raise outcome
         assert isinstance(container, node_pb2.Container)  # noqa: S101 - gather's type cannot say so
         self._link.note((self._record.id, self._number), container)
-        await self._change(jobs.ContainerStarted(container))
+        await self._change(happenings.ContainerStarted(container))
 
     async def _not_started(self, refusal: Refusal) -> None:
         fault = verdict(refusal)
         if fault is Verdict.FAIL or self._number >= MOST_ATTEMPTS:
-            await self._change(jobs.NotStarted(_failed_by(refusal)))
+            await self._change(happenings.NotStarted(not_started(refusal)))
             return
         _log.warning("the node could not start it", job=self._record.id, reason=refusal.reason, why=refusal.message)
         # It must be certain that nothing of this attempt runs before another begins.
         try:
             released = await self._release(give_up=True)
-            await self._ask(lambda _: self._around.nodes.refresh(self._attempt.node_id), give_up=True)
-        except (_GivenUp, Refusal):
-            await self._change(jobs.Stopped() if self._cancel.is_set() else jobs.NotStarted(_failed_by(refusal)))
+            await self._asker.ask(lambda _: self._around.nodes.refresh(self._attempt.node_id), give_up=True)
+        except (GivenUp, Refusal):
+            await self._change(
+                happenings.Stopped() if self._cancel.is_set() else happenings.NotStarted(not_started(refusal))
+            )
             return
-        await self._change(jobs.Requeued(refusal.reason, refusal.message), before=released, release=True)
+        await self._change(happenings.Requeued(refusal.reason, refusal.message), before=released, release=True)
 
     # -- RUNNING
 
@@ -302,19 +250,21 @@ class AttemptDriver:
                 self._news.clear()
                 container = self._link.containers.get(key)
                 if container is not None and container.state == node_pb2.CONTAINER_STATE_EXITED:
-                    await self._change(jobs.CommandEnded(container))
+                    # A control plane before this one may have stopped it, and have had no time to note that.
+                    by_request = self._cancel.is_set()
+                    await self._change((happenings.Stopped if by_request else happenings.CommandEnded)(container))
                     return
                 if self._cancel.is_set():
                     await self._stop_command()
                     return
                 if container is None and self._link.in_contact and await self._is_lost():
-                    await self._change(jobs.NotStarted(_LOST))
+                    await self._change(happenings.NotStarted(CONTAINER_LOST))
                     return
                 await self._news.wait()
 
     async def _is_lost(self) -> bool:
         """Asks the node whether it still has the container."""
-        for container in await self._ask(lambda client: client.list_containers(), give_up=False):
+        for container in await self._asker.ask(lambda client: client.list_containers(), give_up=False):
             owner = container.owner
             if (owner.centre, owner.job_id, owner.attempt) == (self._around.centre, self._record.id, self._number):
                 self._link.note((self._record.id, self._number), container)
@@ -330,14 +280,14 @@ class AttemptDriver:
             grace_s = seconds(request.grace)
         try:
             async with asyncio.timeout(grace_s + self._around.release_patience_s):
-                container = await self._ask(lambda client: client.stop_container(request))
+                container = await self._asker.ask(lambda client: client.stop_container(request))
         except TimeoutError:
-            await self._change(jobs.Stopped())
+            await self._change(happenings.Stopped())
         except Refusal as refusal:
             _log.warning("the command could not be stopped", job=self._record.id, why=refusal.message)
-            await self._change(jobs.Stopped())
+            await self._change(happenings.Stopped())
         else:
-            await self._change(jobs.Stopped(container))
+            await self._change(happenings.Stopped(container))
 
     # -- STOPPING
 
@@ -347,10 +297,10 @@ class AttemptDriver:
         try:
             done, _ = await asyncio.wait({release}, timeout=self._around.release_patience_s)
             if done:
-                await self._change(jobs.Ended(), before=release.result(), release=True)
+                await self._change(happenings.Ended(), before=release.result(), release=True)
                 return
             name = self._around.nodes.name(self._attempt.node_id)
-            await self._change(jobs.Ended(f"its share stays held until node {name} confirms that it is released"))
+            await self._change(happenings.Ended(f"its share stays held until node {name} confirms that it is released"))
             await self._change(before=await release, release=True)
         finally:
             release.cancel()
@@ -369,7 +319,7 @@ class AttemptDriver:
                 return
             try:
                 log_bytes, artifacts = await collect(self._link.client, self._owner, self._around.results)
-                await self._change(jobs.ResultsCollected(log_bytes, artifacts))
+                await self._change(happenings.ResultsCollected(log_bytes, artifacts))
                 return
             except (Refusal, OSError) as error:
                 tries += 1
@@ -379,15 +329,15 @@ class AttemptDriver:
         """Waits after the results could not be collected."""
         unreachable = isinstance(error, Refusal) and is_unreachable(error)
         if isinstance(error, Refusal) and verdict(error) is Verdict.FENCED:
-            raise _Fenced from error
+            raise Fenced from error
         _log.warning("results cannot be collected yet", job=self._record.id, why=str(error))
         if tell and tries == _TELL_AFTER_TRIES:
-            await self._change(jobs.ResultsDelayed(f"its results cannot be collected yet: {error}"))
+            await self._change(happenings.ResultsDelayed(f"its results cannot be collected yet: {error}"))
         if not unreachable:
             await asyncio.sleep(retry_delay_s(tries))
             return
-        with contextlib.suppress(_GivenUp):
-            await self._until_contact(self._link, retry_delay_s(tries), give_up=tell)
+        with contextlib.suppress(GivenUp):
+            await self._asker.until_contact(retry_delay_s(tries), give_up=tell)
 
     # -- releasing
 
@@ -408,7 +358,7 @@ class AttemptDriver:
 
         Raises:
             Refusal: the node cannot do it now.
-            _GivenUp: as `give_up` says.
+            GivenUp: as `give_up` says.
         """
         owner, told = self._owner, list[_Told]()
         remove = node_service_pb2.RemoveContainerRequest(
@@ -416,7 +366,7 @@ class AttemptDriver:
         )
         await self._gone(lambda client: client.remove_container(remove), "CONTAINER_NOT_FOUND", give_up)
         if self._attempt.container_id:
-            told.append((jobs.ContainerRemoved(self._number), now()))
+            told.append((happenings.ContainerRemoved(self._number), now()))
         uuid = self._attempt.slice_uuid or await self._find_slice(give_up)
         if uuid:
             destroy = node_service_pb2.DestroySliceRequest(
@@ -424,29 +374,20 @@ class AttemptDriver:
             )
             await self._gone(lambda client: client.destroy_slice(destroy), "SLICE_NOT_FOUND", give_up)
             self._around.nodes.slice_gone(self._attempt.node_id, uuid)
-        told.append((jobs.SliceDestroyed(self._number, uuid), now()))
+        told.append((happenings.SliceDestroyed(self._number, uuid), now()))
         return told
 
     async def _gone(self, call: Callable[[NodeClient], Awaitable[None]], absent: str, give_up: bool) -> None:
         try:
-            await self._ask(call, give_up=give_up)
+            await self._asker.ask(call, give_up=give_up)
         except Refusal as refusal:
             if refusal.reason != absent:
                 raise
 
     async def _find_slice(self, give_up: bool) -> str:
         """Returns the slice of an attempt whose control plane was gone before it could note it; "" for none."""
-        for piece in await self._ask(lambda client: client.list_slices(), give_up=give_up):
+        for piece in await self._asker.ask(lambda client: client.list_slices(), give_up=give_up):
             owner = piece.owner
             if (owner.centre, owner.job_id, owner.attempt) == (self._around.centre, self._record.id, self._number):
                 return piece.uuid
         return ""
-
-
-def _failed_by(refusal: Refusal) -> Ending:
-    return Ending(job_pb2.JOB_STATE_FAILED, refusal.reason, f"it cannot start: {refusal.message}")
-
-
-async def _contact_after(delay_s: float, link: NodeLink) -> None:
-    await asyncio.sleep(delay_s)
-    await link.contact()

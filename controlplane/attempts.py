@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from controlplane.attempt_driver import AttemptDriver, Surroundings
+from controlplane.faults import retry_delay_s
 from controlplane.jobs import PLACED_STATES
 from controlplane.records import JobRecord
 
@@ -19,9 +20,9 @@ _log = structlog.get_logger(__name__)
 class Attempts:
     """Starts, finds and ends drivers."""
 
-    def __init__(self, around: Surroundings, requeued: Callable[[JobRecord], None]) -> None:
+    def __init__(self, around: Surroundings, done: Callable[[JobRecord], None]) -> None:
         self._around = around
-        self._requeued = requeued
+        self._done = done
         self._drivers: dict[tuple[str, int], AttemptDriver] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
 
@@ -40,16 +41,30 @@ class Attempts:
         self._tasks[key] = asyncio.create_task(self._run(key, driver, adopt), name=f"attempt {record.id}/{number}")
 
     async def _run(self, key: tuple[str, int], driver: AttemptDriver, adopt: bool) -> None:
+        tries = 0
         try:
-            record = await driver.run(adopt=adopt)
-        except Exception as error:  # noqa: BLE001 - one attempt must not end the others
-            _log.error("an attempt could not be driven on", job=key[0], attempt=key[1], exc_info=error)
-            return
+            while True:
+                try:
+                    record = await driver.run(adopt=adopt)
+                    break
+                except Exception as error:  # noqa: BLE001 - whatever happens to one attempt, it is driven on
+                    tries += 1
+                    _log.error("an attempt met the unforeseen", job=key[0], attempt=key[1], exc_info=error)
+                await asyncio.sleep(retry_delay_s(tries))
+                driver = self._drivers[key] = await self._driver_again(key)
+                adopt = True
         finally:
             self._drivers.pop(key, None)
             self._tasks.pop(key, None)
         if record.state not in PLACED_STATES:
-            self._requeued(record)
+            self._done(record)
+
+    async def _driver_again(self, key: tuple[str, int]) -> AttemptDriver:
+        """Returns a driver that goes on from what the store holds, as after a crash."""
+        record = await self._around.store.job(key[0])
+        if record is None:
+            raise RuntimeError(f"job {key[0]} is driven, but not in the store")
+        return AttemptDriver(self._around, record, key[1])
 
     def cancel(self, job_id: str) -> None:
         """A job's end was asked for, and that is stored."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from controlplane import jobs
+from controlplane import happenings
 from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.idempotency import earlier_answer, request_of, reused
@@ -228,7 +228,7 @@ class JobService(JobServiceServicer):
 def _cancelled(record: JobRecord, message: str, noted: Request | None) -> Change | None:
     if record.state in FINAL_STATES or record.cancel_requested:
         return Change(record, request=noted) if noted is not None else None
-    after, event = transition(record, jobs.CancelRequested(message), now())
+    after, event = transition(record, happenings.CancelRequested(message), now())
     return Change(after, (event,), request=noted)
 
 

@@ -20,9 +20,12 @@ from typing import Any, TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from controlplane.records import Ending, JobRecord
+from controlplane import happenings as h
+from controlplane.endings import cancelled, ending_of
+from controlplane.happenings import Happening
+from controlplane.records import JobRecord
 from puhui.rpc.moment import moment, timestamp
-from puhui.v1 import card_pb2, job_pb2, node_pb2, prediction_pb2
+from puhui.v1 import job_pb2, node_pb2, prediction_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
@@ -33,32 +36,7 @@ from puhui.v1.job_pb2 import (
     JOB_STATE_SUCCEEDED,
 )
 
-__all__ = [
-    "FINAL_STATES",
-    "PLACED_STATES",
-    "TRANSITIONS",
-    "Adopted",
-    "CancelRequested",
-    "CommandEnded",
-    "ContainerRemoved",
-    "ContainerStarted",
-    "Ended",
-    "Happening",
-    "IllegalTransition",
-    "NotStarted",
-    "Predicted",
-    "Requeued",
-    "Reserved",
-    "ResultsCollected",
-    "ResultsDelayed",
-    "SliceCreated",
-    "SliceDestroyed",
-    "Stopped",
-    "Submitted",
-    "Waits",
-    "ending_of",
-    "transition",
-]
+__all__ = ["FINAL_STATES", "PLACED_STATES", "TRANSITIONS", "IllegalTransition", "transition"]
 
 State: TypeAlias = job_pb2.JobState.ValueType
 
@@ -81,135 +59,6 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
 
 class IllegalTransition(Exception):  # noqa: N818 - a name for what it is
     """Something was to happen to a job that cannot happen to it in its state."""
-
-
-@dataclass(frozen=True)
-class Happening:
-    """Something that happened to a job."""
-
-
-@dataclass(frozen=True)
-class Submitted(Happening):
-    """It was accepted."""
-
-
-@dataclass(frozen=True)
-class Predicted(Happening):
-    """Its need is known."""
-
-    prediction: prediction_pb2.Prediction | None
-    sizing: prediction_pb2.Sizing
-
-
-@dataclass(frozen=True)
-class Waits(Happening):
-    """No slice of its size is free."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Reserved(Happening):
-    """A share is reserved for a new attempt."""
-
-    attempt: job_pb2.Attempt
-    sizing: prediction_pb2.Sizing
-    node_name: str
-
-
-@dataclass(frozen=True)
-class Adopted(Happening):
-    """A control plane takes up an attempt that it does not know from before, under a new token."""
-
-    fencing_token: int
-
-
-@dataclass(frozen=True)
-class SliceCreated(Happening):
-    """The slice exists."""
-
-    slice: card_pb2.Slice
-
-
-@dataclass(frozen=True)
-class ContainerStarted(Happening):
-    """The command runs."""
-
-    container: node_pb2.Container
-
-
-@dataclass(frozen=True)
-class Requeued(Happening):
-    """The node could not do it; nothing of the attempt is left there."""
-
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class CancelRequested(Happening):
-    """Somebody wants it to end."""
-
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class CommandEnded(Happening):
-    """The command ended by itself, or the node ended it."""
-
-    container: node_pb2.Container
-
-
-@dataclass(frozen=True)
-class NotStarted(Happening):
-    """It cannot start, or what it ran in is lost."""
-
-    ending: Ending
-
-
-@dataclass(frozen=True)
-class Stopped(Happening):
-    """The command was ended because somebody asked for it. No container: it had not started."""
-
-    container: node_pb2.Container | None = None
-
-
-@dataclass(frozen=True)
-class ResultsCollected(Happening):
-    """Log and artifacts are here."""
-
-    log_bytes: int
-    artifacts: job_pb2.JobArtifacts
-
-
-@dataclass(frozen=True)
-class ResultsDelayed(Happening):
-    """Log and artifacts cannot be had yet; they are not given up."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class ContainerRemoved(Happening):
-    """The container is gone."""
-
-    attempt: int
-
-
-@dataclass(frozen=True)
-class SliceDestroyed(Happening):
-    """The slice is gone and its share is given back."""
-
-    attempt: int
-    slice_uuid: str = ""
-
-
-@dataclass(frozen=True)
-class Ended(Happening):
-    """Everything that can be done is done."""
-
-    unconfirmed: str = ""
-    """Why the share is still held, if it is."""
 
 
 @dataclass
@@ -262,66 +111,39 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
     return replace(draft.record, job=job), event
 
 
-def ending_of(container: node_pb2.Container) -> Ending:
-    """Returns how a job ends whose command ended like this."""
-    code = container.exit_code
-    if container.timed_out:
-        return Ending(
-            JOB_STATE_FAILED,
-            "TIMED_OUT",
-            "the command was ended because it ran longer than max_duration; raise max_duration if it needs more time",
-        )
-    if container.oom_killed:
-        return Ending(
-            JOB_STATE_FAILED,
-            "HOST_OUT_OF_MEMORY",
-            "the host's memory limit killed the command; ask for more with host_memory_mib",
-        )
-    if not container.HasField("exit_code"):
-        return Ending(
-            JOB_STATE_FAILED,
-            "EXIT_CODE_UNKNOWN",
-            "the command has ended, but its node does not know how; read the log to see how far it came",
-        )
-    if code == 0:
-        return Ending(JOB_STATE_SUCCEEDED, "SUCCEEDED", "the command ended with exit code 0")
-    signal = f" (signal {code - 128})" if 128 < code < 193 else ""
-    return Ending(JOB_STATE_FAILED, "EXIT_CODE", f"the command ended with exit code {code}{signal}; its log says more")
-
-
 _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
-    Submitted: frozenset({JOB_STATE_QUEUED}),
-    Predicted: frozenset({JOB_STATE_QUEUED}),
-    Waits: frozenset({JOB_STATE_QUEUED}),
-    Reserved: frozenset({JOB_STATE_QUEUED}),
-    Adopted: PLACED_STATES | FINAL_STATES,
-    SliceCreated: frozenset({JOB_STATE_STARTING}),
-    ContainerStarted: frozenset({JOB_STATE_STARTING}),
-    Requeued: frozenset({JOB_STATE_STARTING}),
-    CancelRequested: frozenset({JOB_STATE_QUEUED}) | PLACED_STATES,
-    CommandEnded: frozenset({JOB_STATE_RUNNING}),
-    NotStarted: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
-    Stopped: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
-    ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
-    ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
-    ContainerRemoved: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
-    SliceDestroyed: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
-    Ended: frozenset({JOB_STATE_STOPPING}),
+    h.Submitted: frozenset({JOB_STATE_QUEUED}),
+    h.Predicted: frozenset({JOB_STATE_QUEUED}),
+    h.Waits: frozenset({JOB_STATE_QUEUED}),
+    h.Reserved: frozenset({JOB_STATE_QUEUED}),
+    h.Adopted: PLACED_STATES | FINAL_STATES,
+    h.SliceCreated: frozenset({JOB_STATE_STARTING}),
+    h.ContainerStarted: frozenset({JOB_STATE_STARTING}),
+    h.Requeued: frozenset({JOB_STATE_STARTING}),
+    h.CancelRequested: frozenset({JOB_STATE_QUEUED}) | PLACED_STATES,
+    h.CommandEnded: frozenset({JOB_STATE_RUNNING}),
+    h.NotStarted: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
+    h.Stopped: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
+    h.ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
+    h.ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
+    h.ContainerRemoved: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
+    h.SliceDestroyed: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
+    h.Ended: frozenset({JOB_STATE_STOPPING}),
 }
 
 
-_BEFORE_PLACEMENT = (Submitted, Predicted, Waits, Reserved, CancelRequested)
+_BEFORE_PLACEMENT = (h.Submitted, h.Predicted, h.Waits, h.Reserved, h.CancelRequested)
 
 
 def _require(record: JobRecord, happening: Happening) -> None:
     if record.state not in _ALLOWED_IN[type(happening)]:
         raise IllegalTransition(_text(record, happening))
-    number = happening.attempt if isinstance(happening, ContainerRemoved | SliceDestroyed) else 1
+    number = happening.attempt if isinstance(happening, h.ContainerRemoved | h.SliceDestroyed) else 1
     if not isinstance(happening, _BEFORE_PLACEMENT) and not 1 <= number <= len(record.job.attempts):
         raise IllegalTransition(f"{record.id}: it has no such attempt")
-    if isinstance(happening, Ended) and record.ending is None:
+    if isinstance(happening, h.Ended) and record.ending is None:
         raise IllegalTransition(f"{record.id}: how it ends was never decided")
-    if isinstance(happening, Reserved) and record.cancel_requested:
+    if isinstance(happening, h.Reserved) and record.cancel_requested:
         raise IllegalTransition(f"{record.id}: it is cancelled")
 
 
@@ -329,11 +151,11 @@ def _text(record: JobRecord, happening: Happening) -> str:
     return f"{record.id}: {type(happening).__name__} cannot happen in {job_pb2.JobState.Name(record.state)}"
 
 
-def _submitted(draft: _Draft, _: Submitted) -> None:
+def _submitted(draft: _Draft, _: h.Submitted) -> None:
     draft.tell("SUBMITTED", "accepted and stored", bundle_id=draft.job.bundle_id)
 
 
-def _predicted(draft: _Draft, it: Predicted) -> None:
+def _predicted(draft: _Draft, it: h.Predicted) -> None:
     draft.job.sizing.CopyFrom(it.sizing)
     details: dict[str, object] = {
         "origin": prediction_pb2.SizingOrigin.Name(it.sizing.origin).removeprefix("SIZING_ORIGIN_").lower(),
@@ -353,11 +175,11 @@ def _predicted(draft: _Draft, it: Predicted) -> None:
     draft.tell("PREDICTED", it.sizing.reason, **details)
 
 
-def _waits(draft: _Draft, it: Waits) -> None:
+def _waits(draft: _Draft, it: h.Waits) -> None:
     draft.tell("WAITING_FOR_SLICE", it.message)
 
 
-def _reserved(draft: _Draft, it: Reserved) -> None:
+def _reserved(draft: _Draft, it: h.Reserved) -> None:
     attempt = draft.job.attempts.add()
     attempt.CopyFrom(it.attempt)
     attempt.number = draft.attempt = len(draft.job.attempts)
@@ -385,7 +207,7 @@ def _reserved(draft: _Draft, it: Reserved) -> None:
     )
 
 
-def _adopted(draft: _Draft, it: Adopted) -> None:
+def _adopted(draft: _Draft, it: h.Adopted) -> None:
     attempt = draft.job.attempts[-1]
     if it.fencing_token <= attempt.fencing_token:
         raise IllegalTransition(f"{draft.job.id}: a fencing token only grows")
@@ -397,7 +219,7 @@ def _adopted(draft: _Draft, it: Adopted) -> None:
     )
 
 
-def _slice_created(draft: _Draft, it: SliceCreated) -> None:
+def _slice_created(draft: _Draft, it: h.SliceCreated) -> None:
     attempt = draft.job.attempts[-1]
     attempt.slice_uuid = it.slice.uuid
     attempt.gpu_index = it.slice.gpu_index
@@ -417,7 +239,7 @@ def _slice_created(draft: _Draft, it: SliceCreated) -> None:
     )
 
 
-def _container_started(draft: _Draft, it: ContainerStarted) -> None:
+def _container_started(draft: _Draft, it: h.ContainerStarted) -> None:
     attempt = draft.job.attempts[-1]
     attempt.container_id = it.container.id
     started = it.container.start_time if it.container.HasField("start_time") else timestamp(draft.at)
@@ -437,7 +259,7 @@ def _container_started(draft: _Draft, it: ContainerStarted) -> None:
     )
 
 
-def _requeued(draft: _Draft, it: Requeued) -> None:
+def _requeued(draft: _Draft, it: h.Requeued) -> None:
     draft.job.attempts[-1].release_time.CopyFrom(timestamp(draft.at))
     draft.job.state = JOB_STATE_QUEUED
     draft.tell(
@@ -445,7 +267,7 @@ def _requeued(draft: _Draft, it: Requeued) -> None:
     )
 
 
-def _cancel_requested(draft: _Draft, it: CancelRequested) -> None:
+def _cancel_requested(draft: _Draft, it: h.CancelRequested) -> None:
     draft.record = replace(draft.record, cancel_requested=True, cancel_message=it.message)
     said = f": {it.message}" if it.message else ""
     if draft.job.state == JOB_STATE_QUEUED:
@@ -456,7 +278,7 @@ def _cancel_requested(draft: _Draft, it: CancelRequested) -> None:
     draft.tell("CANCEL_REQUESTED", f"its end was asked for{said}")
 
 
-def _command_ended(draft: _Draft, it: CommandEnded) -> None:
+def _command_ended(draft: _Draft, it: h.CommandEnded) -> None:
     ending = ending_of(it.container)
     draft.record = replace(draft.record, ending=ending)
     draft.job.state = JOB_STATE_STOPPING
@@ -464,15 +286,14 @@ def _command_ended(draft: _Draft, it: CommandEnded) -> None:
     draft.tell("COMMAND_ENDED", ending.message, **_exit_details(draft, it.container))
 
 
-def _not_started(draft: _Draft, it: NotStarted) -> None:
+def _not_started(draft: _Draft, it: h.NotStarted) -> None:
     draft.record = replace(draft.record, ending=it.ending)
     draft.job.state = JOB_STATE_STOPPING
     draft.tell(it.ending.reason, it.ending.message)
 
 
-def _stopped(draft: _Draft, it: Stopped) -> None:
-    said = f": {draft.record.cancel_message}" if draft.record.cancel_message else ""
-    draft.record = replace(draft.record, ending=Ending(JOB_STATE_CANCELLED, "CANCELLED", f"cancelled by request{said}"))
+def _stopped(draft: _Draft, it: h.Stopped) -> None:
+    draft.record = replace(draft.record, ending=cancelled(draft.record.cancel_message))
     draft.job.state = JOB_STATE_STOPPING
     if it.container is None:
         draft.tell("COMMAND_ENDED", "it is being ended by request")
@@ -481,7 +302,7 @@ def _stopped(draft: _Draft, it: Stopped) -> None:
     draft.tell("COMMAND_ENDED", "the command was ended by request", **_exit_details(draft, it.container))
 
 
-def _results_collected(draft: _Draft, it: ResultsCollected) -> None:
+def _results_collected(draft: _Draft, it: h.ResultsCollected) -> None:
     draft.record = replace(draft.record, results_collected=True)
     draft.job.log_size_bytes = it.log_bytes
     draft.job.artifacts.CopyFrom(it.artifacts)
@@ -495,18 +316,18 @@ def _results_collected(draft: _Draft, it: ResultsCollected) -> None:
     )
 
 
-def _results_delayed(draft: _Draft, it: ResultsDelayed) -> None:
+def _results_delayed(draft: _Draft, it: h.ResultsDelayed) -> None:
     draft.tell("RESULTS_DELAYED", it.message)
 
 
-def _container_removed(draft: _Draft, it: ContainerRemoved) -> None:
+def _container_removed(draft: _Draft, it: h.ContainerRemoved) -> None:
     draft.attempt = it.attempt
     draft.tell(
         "CONTAINER_REMOVED", "the container is gone", container_id=draft.job.attempts[it.attempt - 1].container_id
     )
 
 
-def _slice_destroyed(draft: _Draft, it: SliceDestroyed) -> None:
+def _slice_destroyed(draft: _Draft, it: h.SliceDestroyed) -> None:
     draft.attempt = it.attempt
     attempt = draft.job.attempts[it.attempt - 1]
     attempt.release_time.CopyFrom(timestamp(draft.at))
@@ -520,7 +341,7 @@ def _slice_destroyed(draft: _Draft, it: SliceDestroyed) -> None:
     )
 
 
-def _ended(draft: _Draft, it: Ended) -> None:
+def _ended(draft: _Draft, it: h.Ended) -> None:
     ending = draft.record.ending
     if ending is None:
         raise IllegalTransition(f"{draft.job.id}: how it ends was never decided")
@@ -559,21 +380,21 @@ def _since(start: Timestamp, end_s: float) -> str:
 
 # Each function takes a draft and the happening that it is listed under.
 _APPLY: Mapping[type[Happening], Callable[[_Draft, Any], None]] = {
-    Submitted: _submitted,
-    Predicted: _predicted,
-    Waits: _waits,
-    Reserved: _reserved,
-    Adopted: _adopted,
-    SliceCreated: _slice_created,
-    ContainerStarted: _container_started,
-    Requeued: _requeued,
-    CancelRequested: _cancel_requested,
-    CommandEnded: _command_ended,
-    NotStarted: _not_started,
-    Stopped: _stopped,
-    ResultsCollected: _results_collected,
-    ResultsDelayed: _results_delayed,
-    ContainerRemoved: _container_removed,
-    SliceDestroyed: _slice_destroyed,
-    Ended: _ended,
+    h.Submitted: _submitted,
+    h.Predicted: _predicted,
+    h.Waits: _waits,
+    h.Reserved: _reserved,
+    h.Adopted: _adopted,
+    h.SliceCreated: _slice_created,
+    h.ContainerStarted: _container_started,
+    h.Requeued: _requeued,
+    h.CancelRequested: _cancel_requested,
+    h.CommandEnded: _command_ended,
+    h.NotStarted: _not_started,
+    h.Stopped: _stopped,
+    h.ResultsCollected: _results_collected,
+    h.ResultsDelayed: _results_delayed,
+    h.ContainerRemoved: _container_removed,
+    h.SliceDestroyed: _slice_destroyed,
+    h.Ended: _ended,
 }

@@ -132,6 +132,9 @@ class NodeLink:
                 why = "it ended the connection"
             except Refusal as refusal:
                 why = refusal.message
+                if refusal.reason == "CURSOR_UNKNOWN":
+                    # The node's journal is a new one. What happened before is in the lists.
+                    self.event_cursor = 0
             except Exception as error:  # noqa: BLE001 - the link must live on, whatever a node sends
                 why = f"its answer was not understood ({type(error).__name__})"
                 _log.error("link failed unforeseen", node=self.node_id, exc_info=error)

@@ -8,29 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from controlplane.endings import Ending
 from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2
 
 __all__ = [
     "BundleRecord",
     "Change",
     "Decide",
-    "Ending",
     "JobQuery",
     "JobRecord",
     "NodeRecord",
     "Request",
     "Reservation",
 ]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a job is going to end, decided before its results are collected and its share is released."""
-
-    state: job_pb2.JobState.ValueType
-    """SUCCEEDED, FAILED or CANCELLED."""
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import contextlib
 
 import structlog
 
-from controlplane import jobs
+from controlplane import happenings
 from controlplane.attempts import Attempts
 from controlplane.faults import retry_delay_s
 from controlplane.jobs import transition
@@ -104,6 +104,8 @@ class Scheduler:
             return None
         plan = make_plan(self._queue, self._nodes.gpus(), now(), self._patience_s, nodes_known=len(self._nodes))
         self._waiting = plan.waiting
+        placed = {job.id for job, _, _ in plan.placed}
+        self._queue = [job for job in self._queue if job.id not in placed]
         # Told of together, they share one commit.
         await asyncio.gather(
             *(self._reserve(job, decision, choices, attempts) for job, decision, choices in plan.placed),
@@ -129,7 +131,7 @@ class Scheduler:
                 emulated=gpu.emulated,
             )
             attempt.placement.start, attempt.placement.size = decision.start, shape.size
-            happening = jobs.Reserved(attempt, sizing_for(record.job, choices), gpu.node_name)
+            happening = happenings.Reserved(attempt, sizing_for(record.job, choices), gpu.node_name)
             after, event = transition(record, happening, now())
             return Change(after, (event,), reserve=reservation(len(after.job.attempts)), token_taken=True)
 
@@ -146,8 +148,11 @@ class Scheduler:
                 shape.memory_mib,
             )
 
-        record = await self._store.change_job(queued.id, decide)
-        self._queue = [job for job in self._queue if job.id != queued.id]
+        try:
+            record = await self._store.change_job(queued.id, decide)
+        except BaseException:
+            bisect.insort(self._queue, queued, key=lambda job: job.rank)
+            raise
         if record.state == job_pb2.JOB_STATE_STARTING:
             self._reservations.hold(reservation(len(record.job.attempts)))
             attempts.drive(record)
@@ -164,7 +169,7 @@ def _telling(why: str) -> Decide:
         # After a restart of the control plane it has been told already.
         if record.state != job_pb2.JOB_STATE_QUEUED or record.job.reason == "WAITING_FOR_SLICE":
             return None
-        after, event = transition(record, jobs.Waits(why), now())
+        after, event = transition(record, happenings.Waits(why), now())
         return Change(after, (event,))
 
     return decide

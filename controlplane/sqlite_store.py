@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlite_utils import Database
 
+from controlplane.endings import Ending
 from controlplane.group_commit import GroupCommit
 from controlplane.jobs import FINAL_STATES
 from controlplane.migrations import migrations
@@ -19,7 +20,6 @@ from controlplane.records import (
     BundleRecord,
     Change,
     Decide,
-    Ending,
     JobQuery,
     JobRecord,
     NodeRecord,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import grpc
 
-from controlplane import jobs
+from controlplane import happenings
 from controlplane.bundles import Bundles
 from controlplane.entrypoint import find_entrypoint, require_parsable
 from controlplane.idempotency import earlier_answer, request_of, reused
@@ -75,8 +75,8 @@ class Submission:
                 state=job_pb2.JOB_STATE_QUEUED,
                 create_time=timestamp(at),
             )
-            record, submitted = transition(JobRecord(job), jobs.Submitted(), at)
-            record, predicted = transition(record, jobs.Predicted(need.prediction, need.sizing), at)
+            record, submitted = transition(JobRecord(job), happenings.Submitted(), at)
+            record, predicted = transition(record, happenings.Predicted(need.prediction, need.sizing), at)
             try:
                 async with self._bundles.placed(need.bundle.id, need.archive):
                     stored = await self._store.add_job(record, (submitted, predicted), noted, need.bundle)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from controlplane import jobs
-from controlplane.jobs import transition
+from controlplane import happenings
+from controlplane.endings import Ending
+from controlplane.jobs import IllegalTransition, transition
 from controlplane.records import (
     BundleRecord,
     Change,
-    Ending,
     JobQuery,
     JobRecord,
     NodeRecord,
@@ -59,7 +59,7 @@ async def add(store: Store, number: int = 0, request: Request | None = None, **s
 
 def reserve(start: int, size: int = 1, gpu: str = "GPU-0") -> Callable[[JobRecord, int], Change]:
     def decide(record: JobRecord, token: int) -> Change:
-        happening = jobs.Reserved(job_pb2.Attempt(fencing_token=token), record.job.sizing, "node-1")
+        happening = happenings.Reserved(job_pb2.Attempt(fencing_token=token), record.job.sizing, "node-1")
         after, event = transition(record, happening, 1.0)
         held = Reservation(record.id, len(after.job.attempts), "n-1", gpu, "1g.10gb", start, size, 1, 9984)
         return Change(after, (event,), reserve=held, token_taken=True)
@@ -95,7 +95,7 @@ async def test_what_users_do_not_see_comes_back_too(opener: Open) -> None:
 async def test_events_have_one_order_and_can_be_read_from_any_cursor(store: Store) -> None:
     first, second = await add(store, 1), await add(store, 2)
     for record in (first, second, first):
-        await store.change_job(record.id, lambda r, _: changed(r, jobs.Waits("full")))
+        await store.change_job(record.id, lambda r, _: changed(r, happenings.Waits("full")))
     events = await store.events(first.id, 0)
     assert [event.reason for event in events] == ["SUBMITTED", "PREDICTED", "WAITING_FOR_SLICE", "WAITING_FOR_SLICE"]
     cursors = [event.cursor for event in events]
@@ -105,7 +105,7 @@ async def test_events_have_one_order_and_can_be_read_from_any_cursor(store: Stor
     assert await store.events(first.id, 2**64 - 1) == []
 
 
-def changed(record: JobRecord, happening: jobs.Happening) -> Change:
+def changed(record: JobRecord, happening: happenings.Happening) -> Change:
     after, event = transition(record, happening, 1.0)
     return Change(after, (event,))
 
@@ -114,9 +114,9 @@ async def test_a_change_that_raises_changes_nothing(store: Store) -> None:
     added = await add(store)
 
     def decide(record: JobRecord, token: int) -> Change:
-        raise jobs.IllegalTransition("no")
+        raise IllegalTransition("no")
 
-    with pytest.raises(jobs.IllegalTransition):
+    with pytest.raises(IllegalTransition):
         await store.change_job(added.id, decide)
     with pytest.raises(KeyError):
         await store.change_job("j-absent", decide)
@@ -130,7 +130,7 @@ async def test_one_failure_among_many_takes_nobody_with_it(store: Store) -> None
     def decide(record: JobRecord, _: int) -> Change:
         if record.sequence == 5:
             raise ValueError("this one fails")
-        return changed(record, jobs.Waits("full"))
+        return changed(record, happenings.Waits("full"))
 
     outcomes = await asyncio.gather(*(store.change_job(record.id, decide) for record in added), return_exceptions=True)
     assert [isinstance(outcome, ValueError) for outcome in outcomes] == [n == 4 for n in range(10)]
@@ -188,7 +188,7 @@ async def test_a_repeated_change_is_made_once(store: Store) -> None:
     request = Request("r-1", "digest", 5.0)
 
     def decide(record: JobRecord, _: int) -> Change:
-        return replace(changed(record, jobs.Waits("full")), request=request)
+        return replace(changed(record, happenings.Waits("full")), request=request)
 
     await store.change_job(added.id, decide)
     await store.change_job(added.id, decide)

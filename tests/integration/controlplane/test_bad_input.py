@@ -8,9 +8,9 @@ import hashlib
 import io
 import resource
 import tarfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -118,7 +118,7 @@ async def test_a_client_that_vanishes_in_the_middle_of_an_upload(centre: Running
     before = await centre.unchanged()
     folder = centre.state / "bundles"
     header, *_ = parts(b"x" * 2**20)
-    call = centre.jobs.PutBundle()
+    call: Any = cast("Any", centre.jobs).PutBundle()
     await call.write(header)
     await call.write(wire.PutBundleRequest(chunk=b"x" * 1000))
     await eventually(lambda: bool(list(folder.iterdir())))
@@ -209,7 +209,7 @@ async def test_one_request_sent_many_times_at_once_makes_one_job(centre: Running
 
 async def test_a_job_id_that_does_not_exist(centre: RunningCentre) -> None:
     absent = "j-000000000000"
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: centre.jobs.GetJob(wire.GetJobRequest(job_id=absent)),
         lambda: centre.jobs.CancelJob(wire.CancelJobRequest(job_id=absent)),
         lambda: anext(aiter(centre.jobs.WatchJob(wire.WatchJobRequest(job_id=absent)))),
@@ -262,7 +262,7 @@ async def test_a_stranger_cannot_join(centre: RunningCentre) -> None:
 
 
 async def test_what_is_not_served_yet_says_so(centre: RunningCentre) -> None:
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: centre.jobs.SuspendJob(wire.SuspendJobRequest()),
         lambda: centre.jobs.ResumeJob(wire.ResumeJobRequest()),
         lambda: centre.jobs.ExplainJob(wire.ExplainJobRequest()),

@@ -11,6 +11,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -23,6 +24,9 @@ from puhui.v1.job_service_pb2_grpc import JobServiceStub
 from puhui.v1.node_service_pb2_grpc import NodeServiceStub
 from tests.daemons import Daemon, daemon
 from tests.unit.controlplane.centres import FINAL
+
+if TYPE_CHECKING:
+    from puhui.v1.job_service_pb2_grpc import JobServiceAsyncStub
 
 CODE = """\
 import os, sys, time
@@ -53,7 +57,7 @@ class Site:
         self.controlplane = self.stack.enter_context(controlplane(self.folder, self.address))
 
     @contextlib.asynccontextmanager
-    async def jobs(self) -> AsyncIterator[JobServiceStub]:
+    async def jobs(self) -> AsyncIterator[JobServiceAsyncStub]:
         async with open_channel(self.address) as channel:
             yield JobServiceStub(channel)
 

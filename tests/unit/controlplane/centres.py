@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -20,6 +21,11 @@ from puhui.v1.federation_service_pb2_grpc import FederationServiceStub
 from puhui.v1.fleet_service_pb2_grpc import FleetServiceStub
 from puhui.v1.job_service_pb2_grpc import JobServiceStub
 from tests.unit.controlplane.fake_node import FakeNode
+
+if TYPE_CHECKING:
+    from puhui.v1.federation_service_pb2_grpc import FederationServiceAsyncStub
+    from puhui.v1.fleet_service_pb2_grpc import FleetServiceAsyncStub
+    from puhui.v1.job_service_pb2_grpc import JobServiceAsyncStub
 
 FINAL = {job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED}
 
@@ -46,15 +52,15 @@ class RunningCentre:
     state: Path
 
     @property
-    def jobs(self) -> JobServiceStub:
+    def jobs(self) -> JobServiceAsyncStub:
         return JobServiceStub(self.channel)
 
     @property
-    def fleet(self) -> FleetServiceStub:
+    def fleet(self) -> FleetServiceAsyncStub:
         return FleetServiceStub(self.channel)
 
     @property
-    def federation(self) -> FederationServiceStub:
+    def federation(self) -> FederationServiceAsyncStub:
         return FederationServiceStub(self.channel)
 
     async def join(self, node: FakeNode) -> str:
@@ -136,7 +142,7 @@ class RunningCentre:
 async def eventually(condition: Callable[[], bool]) -> None:
     """Lets the event loop turn until something is so that no event tells of."""
     async with asyncio.timeout(20):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0)
 
 
@@ -147,7 +153,7 @@ async def running(
     """Runs a centre until the block ends. A second time on the same state goes on where the first was."""
     fake = node or FakeNode()
     centre = await Centre.start(
-        Settings("127.0.0.1:0", state, "here", state / "join-token", **settings),  # type: ignore[arg-type]
+        Settings("127.0.0.1:0", state, "here", state / "join-token", **settings),
         prediction=FixedPrediction(required_mib),
         connect=fake.connect,
     )

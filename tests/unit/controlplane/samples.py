@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from controlplane import jobs
+from controlplane import happenings
 from controlplane.fleet import Geometry, GpuView, Use, geometry_of
 from controlplane.jobs import transition
 from controlplane.records import JobRecord
@@ -76,8 +76,8 @@ def queued(job_id: str = "j-000000000000", at: float = 1000.0, **spec: object) -
 
 def first_events(record: JobRecord, at: float = 1000.0) -> tuple[JobRecord, list[job_pb2.JobEvent]]:
     sizing = prediction_pb2.Sizing(origin=prediction_pb2.SIZING_ORIGIN_MEMORY, required_mib=9000)
-    record, submitted = transition(record, jobs.Submitted(), at)
-    record, predicted = transition(record, jobs.Predicted(None, sizing), at)
+    record, submitted = transition(record, happenings.Submitted(), at)
+    record, predicted = transition(record, happenings.Predicted(None, sizing), at)
     return record, [submitted, predicted]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from puhui.rpc.errors import Refusal
-from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2
+from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, node_pb2
 from puhui.v1 import job_service_pb2 as wire
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -185,7 +186,7 @@ async def test_a_node_out_of_contact_does_not_fail_its_job(tmp_path: Path) -> No
         job = await centre.job(job_id)
         assert job.state == JOB_STATE_RUNNING
         assert job.message.endswith("its node node-1 is out of contact")
-        node.containers[job_id, 1].state = 4  # it ends while nobody can see it
+        node.containers[job_id, 1].state = node_pb2.CONTAINER_STATE_EXITED  # it ends while nobody can see it
         node.containers[job_id, 1].exit_code = 0
         await node.set_reachable(True)
         assert (await centre.ended(job_id)).state == JOB_STATE_SUCCEEDED
@@ -309,6 +310,22 @@ async def test_a_running_job_is_stopped_and_keeps_its_log(tmp_path: Path) -> Non
         assert (node.empty, await held(centre)) == (True, 0)
 
 
+async def test_a_command_that_was_stopped_by_a_control_plane_that_died_is_cancelled(tmp_path: Path) -> None:
+    node = FakeNode()
+    node.exits_at_once = None
+    async with running(tmp_path, node) as centre:
+        job_id = await centre.submit()
+        await centre.until(job_id, JOB_STATE_RUNNING)
+        node.hold("stop_container")
+        await centre.cancel(job_id)
+        await eventually(lambda: "stop_container" in node.calls)
+    node.held.clear()
+    await node.exit(job_id, 143)
+    async with running(tmp_path, node, join=False) as centre:
+        assert (await centre.ended(job_id)).state == JOB_STATE_CANCELLED
+        assert (node.empty, await held(centre)) == (True, 0)
+
+
 async def test_a_job_on_a_node_out_of_contact_can_be_cancelled(tmp_path: Path) -> None:
     node = FakeNode()
     node.exits_at_once = None
@@ -385,12 +402,12 @@ async def test_output_on_a_node_out_of_contact_is_refused_unless_followed(tmp_pa
 async def test_a_watcher_that_vanishes_leaves_nothing(tmp_path: Path) -> None:
     async with running(tmp_path, join=False) as centre:
         job_id = await centre.submit()
-        calls = [
+        calls: list[Any] = [
             centre.jobs.WatchJob(wire.WatchJobRequest(job_id=job_id)),
             centre.jobs.ReadLogs(wire.ReadLogsRequest(job_id=job_id, follow=True)),
         ]
         await anext(aiter(calls[0]))
-        reading = asyncio.create_task(anext(aiter(calls[1])))  # type: ignore[arg-type]
+        reading = asyncio.ensure_future(anext(aiter(calls[1])))
         feed = centre.centre._feed
         await eventually(lambda: feed.watchers == 2)
         for call in calls:

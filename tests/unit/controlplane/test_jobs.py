@@ -4,38 +4,39 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane import jobs
-from controlplane.jobs import FINAL_STATES, TRANSITIONS, IllegalTransition, ending_of, transition
-from controlplane.records import Ending, JobRecord
+from controlplane import happenings
+from controlplane.endings import Ending, ending_of
+from controlplane.jobs import FINAL_STATES, TRANSITIONS, IllegalTransition, transition
+from controlplane.records import JobRecord
 from puhui.v1 import card_pb2, job_pb2, prediction_pb2
 from tests.unit.controlplane.samples import attempt, container, queued
 
 SIZING = prediction_pb2.Sizing(reason="because")
 
-happenings: st.SearchStrategy[jobs.Happening] = st.one_of(
-    st.just(jobs.Submitted()),
-    st.just(jobs.Predicted(None, SIZING)),
-    st.just(jobs.Waits("full")),
-    st.integers(1, 9).map(lambda token: jobs.Reserved(attempt(token=token), SIZING, "node-1")),
-    st.integers(0, 30).map(jobs.Adopted),
-    st.just(jobs.SliceCreated(card_pb2.Slice(uuid="MIG-1"))),
-    st.just(jobs.ContainerStarted(container())),
-    st.just(jobs.Requeued("PLACEMENT_TAKEN", "taken")),
-    st.just(jobs.CancelRequested("enough")),
-    st.sampled_from([0, 1, 137]).map(lambda code: jobs.CommandEnded(container(code))),
-    st.just(jobs.NotStarted(Ending(job_pb2.JOB_STATE_FAILED, "IMAGE_NOT_FOUND", "no image"))),
-    st.sampled_from([None, 143]).map(lambda code: jobs.Stopped(None if code is None else container(code))),
-    st.just(jobs.ResultsCollected(5, job_pb2.JobArtifacts())),
-    st.just(jobs.ResultsDelayed("away")),
-    st.just(jobs.ContainerRemoved(1)),
-    st.just(jobs.SliceDestroyed(1, "MIG-1")),
-    st.sampled_from(["", "still held"]).map(jobs.Ended),
+anything: st.SearchStrategy[happenings.Happening] = st.one_of(
+    st.just(happenings.Submitted()),
+    st.just(happenings.Predicted(None, SIZING)),
+    st.just(happenings.Waits("full")),
+    st.integers(1, 9).map(lambda token: happenings.Reserved(attempt(token=token), SIZING, "node-1")),
+    st.integers(0, 30).map(happenings.Adopted),
+    st.just(happenings.SliceCreated(card_pb2.Slice(uuid="MIG-1"))),
+    st.just(happenings.ContainerStarted(container())),
+    st.just(happenings.Requeued("PLACEMENT_TAKEN", "taken")),
+    st.just(happenings.CancelRequested("enough")),
+    st.sampled_from([0, 1, 137]).map(lambda code: happenings.CommandEnded(container(code))),
+    st.just(happenings.NotStarted(Ending(job_pb2.JOB_STATE_FAILED, "IMAGE_NOT_FOUND", "no image"))),
+    st.sampled_from([None, 143]).map(lambda code: happenings.Stopped(None if code is None else container(code))),
+    st.just(happenings.ResultsCollected(5, job_pb2.JobArtifacts())),
+    st.just(happenings.ResultsDelayed("away")),
+    st.just(happenings.ContainerRemoved(1)),
+    st.just(happenings.SliceDestroyed(1, "MIG-1")),
+    st.sampled_from(["", "still held"]).map(happenings.Ended),
 )
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(happenings, max_size=40))
-def test_whatever_happens_only_legal_transitions_come_of_it(sequence: list[jobs.Happening]) -> None:
+@given(st.lists(anything, max_size=40))
+def test_whatever_happens_only_legal_transitions_come_of_it(sequence: list[happenings.Happening]) -> None:
     record = queued()
     token = 0
     for number, happening in enumerate(sequence):
@@ -62,7 +63,7 @@ def test_whatever_happens_only_legal_transitions_come_of_it(sequence: list[jobs.
         assert before.job.SerializeToString(deterministic=True) == frozen, "a stored job was changed in place"
 
 
-def through(record: JobRecord, *sequence: jobs.Happening) -> JobRecord:
+def through(record: JobRecord, *sequence: happenings.Happening) -> JobRecord:
     for happening in sequence:
         record, _ = transition(record, happening, 1000.0)
     return record
@@ -71,20 +72,20 @@ def through(record: JobRecord, *sequence: jobs.Happening) -> JobRecord:
 def running() -> JobRecord:
     return through(
         queued(),
-        jobs.Reserved(attempt(), SIZING, "node-1"),
-        jobs.SliceCreated(card_pb2.Slice(uuid="MIG-1", gpu_index=3, emulated=True)),
-        jobs.ContainerStarted(container()),
+        happenings.Reserved(attempt(), SIZING, "node-1"),
+        happenings.SliceCreated(card_pb2.Slice(uuid="MIG-1", gpu_index=3, emulated=True)),
+        happenings.ContainerStarted(container()),
     )
 
 
 def test_a_command_that_ends_with_0_succeeds_after_its_results_are_here() -> None:
     record = through(
         running(),
-        jobs.CommandEnded(container(0)),
-        jobs.ResultsCollected(7, job_pb2.JobArtifacts(file_count=2)),
-        jobs.ContainerRemoved(1),
-        jobs.SliceDestroyed(1, "MIG-1"),
-        jobs.Ended(),
+        happenings.CommandEnded(container(0)),
+        happenings.ResultsCollected(7, job_pb2.JobArtifacts(file_count=2)),
+        happenings.ContainerRemoved(1),
+        happenings.SliceDestroyed(1, "MIG-1"),
+        happenings.Ended(),
     )
     assert record.state == job_pb2.JOB_STATE_SUCCEEDED
     assert record.job.exit_code == 0
@@ -94,32 +95,32 @@ def test_a_command_that_ends_with_0_succeeds_after_its_results_are_here() -> Non
 
 
 def test_a_cancelled_waiting_job_never_starts() -> None:
-    record = through(queued(), jobs.CancelRequested("no"))
+    record = through(queued(), happenings.CancelRequested("no"))
     assert record.state == job_pb2.JOB_STATE_CANCELLED
     with pytest.raises(IllegalTransition):
-        transition(record, jobs.Reserved(attempt(), SIZING, "node-1"), 1000.0)
+        transition(record, happenings.Reserved(attempt(), SIZING, "node-1"), 1000.0)
 
 
 def test_a_job_requeued_after_a_cancel_request_cannot_be_placed_again() -> None:
     record = through(
         queued(),
-        jobs.Reserved(attempt(), SIZING, "node-1"),
-        jobs.CancelRequested("no"),
-        jobs.Requeued("PLACEMENT_TAKEN", "taken"),
+        happenings.Reserved(attempt(), SIZING, "node-1"),
+        happenings.CancelRequested("no"),
+        happenings.Requeued("PLACEMENT_TAKEN", "taken"),
     )
     with pytest.raises(IllegalTransition):
-        transition(record, jobs.Reserved(attempt(token=2), SIZING, "node-1"), 1000.0)
+        transition(record, happenings.Reserved(attempt(token=2), SIZING, "node-1"), 1000.0)
 
 
 def test_a_fencing_token_only_grows() -> None:
     with pytest.raises(IllegalTransition):
-        transition(running(), jobs.Adopted(1), 1000.0)
+        transition(running(), happenings.Adopted(1), 1000.0)
 
 
 def test_a_release_after_the_end_leaves_the_end_as_it_was() -> None:
-    record = through(running(), jobs.CommandEnded(container(3)), jobs.Ended("node away"))
+    record = through(running(), happenings.CommandEnded(container(3)), happenings.Ended("node away"))
     assert record.job.message.endswith("node away")
-    late, event = transition(record, jobs.SliceDestroyed(1, "MIG-1"), 2000.0)
+    late, event = transition(record, happenings.SliceDestroyed(1, "MIG-1"), 2000.0)
     assert event.reason == "SLICE_DESTROYED"
     assert (late.job.reason, late.job.exit_code) == ("EXIT_CODE", 3)
     assert late.attempt.HasField("release_time")
