@@ -37,9 +37,9 @@ from puhui.v1.prediction_pb2 import SIZING_ORIGIN_PREDICTION, PredictionTier
 HERE = Path(__file__).resolve().parent
 CARDS = "H100-80GB-SXM5:1,A100-80GB:1"
 EXAMPLES = {
-    "digits": ["python3", "train.py", "--epochs", "4"],
-    "chargpt": ["python3", "train.py", "--batch-size", "12", "--steps", "20"],
-    "resnet": ["python3", "train.py", "--batch-size", "256", "--steps", "16"],
+    "digits": ["train.py", "--epochs", "4"],
+    "chargpt": ["train.py", "--batch-size", "12", "--steps", "20"],
+    "resnet": ["train.py", "--batch-size", "256", "--steps", "16"],
 }
 # Which event tells of which step. S5 ends with the slice: the container goes first.
 STEPS = {
@@ -194,6 +194,7 @@ def main() -> int:
     """Runs the chain. Returns 0 when every step happened and nothing is left over."""
     parser = argparse.ArgumentParser(description="Runs the whole chain on three pieces of model code.")
     parser.add_argument("--runtime", choices=["podman", "process"], default="podman")
+    parser.add_argument("--python", default="python3", help="interpreter, in the container or (process) on this host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened here")
     options = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
@@ -215,7 +216,7 @@ def main() -> int:
                 "", "centre", f"serves at {address}; its node has driver {registered.inventory.versions.driver}"
             )
             runs = [
-                Run(name, centre.submit(JobSpec(name=name, command=command), HERE / name))
+                Run(name, centre.submit(JobSpec(name=name, command=[options.python, *command]), HERE / name))
                 for name, command in EXAMPLES.items()
             ]
             followers = [

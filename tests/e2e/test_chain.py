@@ -1,0 +1,44 @@
+"""The demonstration, as `scripts/demo` runs it: three jobs on real rootless containers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nodedaemon.podman_account import PodmanAccount
+
+CHAIN = Path(__file__).parents[2] / "examples" / "chain.py"
+
+
+def containers() -> set[str]:
+    """Returns every container that Podman has, whoever made it."""
+    return set(PodmanAccount.find("puhui").run("podman", "ps", "--all", "--quiet", "--no-trunc").stdout.split())
+
+
+@pytest.mark.podman
+@pytest.mark.timeout(300)
+def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> None:
+    report = tmp_path / "chain.json"
+    done = subprocess.run(
+        [sys.executable, str(CHAIN), "--json", str(report)], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    chain = json.loads(report.read_text())
+    assert {name: step["ok"] for name, step in chain["steps"].items()} == dict.fromkeys(
+        ["S1", "S2", "S3", "S4", "S5"], True
+    )
+    assert chain["leftover"] == {"slices": 0, "containers": 0}
+    assert chain["emulated"] is True
+    assert [job["exit_code"] for job in chain["jobs"]] == [0, 0, 0]
+    profiles = [job["profile"] for job in chain["jobs"]]
+    assert len(set(profiles)) == 3, f"the need of three different models was predicted alike: {profiles}"
+    # Podman itself is asked as well, not only the daemon that made them.
+    ours = {container["container_id"] for container in chain["steps"]["S4"]["containers"].values()}
+    assert len(ours) == 3
+    assert not ours & containers()
+    assert "0 slices, 0 containers left" in done.stdout
+    assert "\x1b[" not in done.stdout, "colour codes off a terminal"
