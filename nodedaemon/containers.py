@@ -191,8 +191,8 @@ class Containers:
         return mounts_for(slices, self._cards, read_minors(self._cards.minors.read_text()))
 
     async def _roll_back(self, record: ContainerRecord) -> None:
+        record = self._journal.container(record.owner) or record
         try:
-            # By name: it may have been made without our learning its id.
             await self._remove_from_runtime(record)
             await self._discard(record.owner)
         except Refusal as error:
@@ -202,6 +202,7 @@ class Containers:
         self._journal.delete_container(record.owner)
 
     async def _remove_from_runtime(self, record: ContainerRecord) -> None:
+        # By name where it may have been made without our learning its id.
         await self._runtime.remove(record.container_id or self._name(record.owner))
         self._early.pop(record.container_id, None)
 

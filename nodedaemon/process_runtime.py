@@ -187,6 +187,11 @@ class ProcessRuntime:
     async def remove(self, container_id: str) -> None:  # noqa: D102
         place = self._folder / container_id
         if not place.exists():
+            named = [
+                one for one in self._folder.iterdir() if (_read(one / "spec.json") or {}).get("name") == container_id
+            ]
+            for one in named:
+                await self.remove(one.name)
             return
         self._send(container_id, signal.SIGKILL)
         keeper = self._keeper_pid(container_id)

@@ -104,8 +104,10 @@ class Registration:
         """
         send_inventory = False
         while True:
-            if not send_inventory and await self._changed_within(pause_s):
-                send_inventory = True
+            if send_inventory:
+                await asyncio.sleep(_SETTLE_S)
+            else:
+                send_inventory = await self._changed_within(pause_s)
             self._inventory.revision.changed.clear()
             request = HeartbeatRequest(node_id=node_id, inventory_revision=self._inventory.revision.number)
             if send_inventory:
