@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from predictor_onnx import catalog
-from predictor_onnx.features import MIB, Workload, analyse
+from predictor_onnx.features import MIB, Workload
 from predictor_onnx.model import Estimate, MemoryModel
 from predictor_onnx.prediction import Prediction, Request, Tier
 from predictor_onnx.source import CodeBundle
+from predictor_onnx.static.analysis import analyse
 
 #: Each size that had to be guessed from names, and an architecture beyond anything measured, widens the
 #: answer: p90 by this share, p99 by twice it. A judgement, not learnt: nothing measured is like that.

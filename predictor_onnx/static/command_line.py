@@ -174,3 +174,28 @@ def parser_method(parser: Parser, name: str, words: Sequence[str]) -> Value:
         "add_mutually_exclusive_group": lambda args, kwargs: parser,
     }
     return Native(name, methods[name]) if name in methods else UNKNOWN
+
+
+def typer_option(args: list[Value], kwargs: dict[str, Value]) -> Value:
+    """``typer.Option`` and ``typer.Argument``."""
+    flags = tuple(arg for arg in args if isinstance(arg, str) and arg.startswith("-"))
+    first = args[0] if args and not flags else None
+    default = kwargs.get("default", first if first is not None else (args[0] if args else None))
+    default = UNKNOWN if default is Ellipsis else default
+    dest = flags[0].lstrip("-").replace("-", "_") if flags else ""
+    return Option(flags, dest, default)
+
+
+def click_option(args: list[Value], kwargs: dict[str, Value]) -> Value:
+    """``click.option`` and ``click.argument``."""
+    parser = Parser()
+    kind = kwargs.get("type")
+    if kind is None and isinstance(kwargs.get("default"), (int, float)):
+        kind = External(type(kwargs["default"]).__name__)
+    if kwargs.get("is_flag") is True:
+        kwargs = {**kwargs, "action": "store_true"}
+    parser.add_argument(args, {**kwargs, "type": kind})
+    option = parser.options[0]
+    plain = [a for a in args if isinstance(a, str) and not a.startswith("-")]
+    option.dest = plain[0] if plain and option.flags else option.dest
+    return Record("option", {"option": option})

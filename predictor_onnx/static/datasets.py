@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from predictor_onnx.static import ops
 from predictor_onnx.static.context import Hints
+from predictor_onnx.static.operands import argument
 from predictor_onnx.static.values import UNKNOWN, Record, Value
 
 #: channels and native side, None where the files decide.
@@ -27,7 +27,7 @@ def image_size(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
         known = [size for size in found if size is not None]
         return Record("transform", {"size": known[-1] if known else None})
     if name in _SIZING:
-        size = ops.argument(args, kwargs, 0, "size", None)
+        size = argument(args, kwargs, 0, "size", None)
         if isinstance(size, (list, tuple)) and size:
             size = size[0]
         return Record("transform", {"size": size if isinstance(size, int) else None})
@@ -41,7 +41,7 @@ def dataset(name: str, args: list[Value], kwargs: dict[str, Value], hints: Hints
     if transform is UNKNOWN:
         transform = next((a for a in args if isinstance(a, Record) and a.kind == "transform"), None)
     if name == "FakeData":
-        size = ops.argument(args, kwargs, 1, "image_size", (3, 224, 224))
+        size = argument(args, kwargs, 1, "image_size", (3, 224, 224))
         if isinstance(size, (list, tuple)) and all(isinstance(s, int) for s in size):
             return Record("ImageDataset", {"shape": tuple(size)})
     if isinstance(transform, Record) and isinstance(transform.attrs.get("size"), int):

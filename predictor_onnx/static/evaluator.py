@@ -1,7 +1,6 @@
-"""Statements, functions and classes of the submitted code: one abstract run of the program.
+"""Whole programs: imports, functions, classes and calls of the submitted code, in one abstract run.
 
-Nothing is executed. A branch whose condition is unknown is taken unless it only leaves; a training loop
-is walked once; every loop, call depth and value is bounded.
+Nothing is executed; call depth is bounded here, steps and loops in the classes that this one builds on.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import ClassVar, Final
 
 from predictor_onnx.source import Entrypoint, Source
 from predictor_onnx.static import command_line, library, objects, python_builtins
-from predictor_onnx.static.expressions import BudgetExceeded, Expressions, truth
+from predictor_onnx.static.expressions import BudgetExceeded
+from predictor_onnx.static.statements import Leave, Return, Statements
 from predictor_onnx.static.values import (
     UNKNOWN,
     Bound,
@@ -32,32 +32,9 @@ from predictor_onnx.static.values import (
 )
 
 _DEEPEST_CALL: Final = 28
-_MOST_WHILE: Final = 64
 
 
-class _Leave(Exception):  # noqa: N818 - control flow of the evaluated program
-    pass
-
-
-class _Return(_Leave):
-    def __init__(self, value: Value) -> None:
-        super().__init__()
-        self.value = value
-
-
-class _LoopEnd(_Leave):
-    pass
-
-
-class _LoopNext(_Leave):
-    pass
-
-
-class _Raised(_Leave):
-    pass
-
-
-class Evaluator(Expressions):
+class Evaluator(Statements):
     """Walks a program from its entrypoint and records the memory of one step."""
 
     def __init__(self, source: Source, arguments_: Sequence[str] = ()) -> None:
@@ -74,7 +51,6 @@ class Evaluator(Expressions):
         self._calls = 0
         self._self: list[Value] = []
         self._package = ""
-        self._yields: list[list[Value]] = []
 
     # --- whole programs
 
@@ -89,14 +65,14 @@ class Evaluator(Expressions):
             self._run_module(entry.path, "__main__")
         except (BudgetExceeded, RecursionError):
             self.stopped_early = True
-        except _Leave:
+        except Leave:
             pass
 
     def complete(self, model: Value) -> None:
         """Run ``model`` once on inputs that its layers guess; for code whose own pass is hidden."""
         try:
             self.call(model, [], {})
-        except (BudgetExceeded, RecursionError, _Leave):
+        except (BudgetExceeded, RecursionError, Leave):
             self.stopped_early = True
 
     def _run_module(self, path: str, name: str) -> Scope:
@@ -112,143 +88,6 @@ class Evaluator(Expressions):
         finally:
             self.path = before
         return scope
-
-    # --- statements
-
-    def block(self, body: list[ast.stmt], scope: Scope) -> None:
-        """Evaluate statements in order."""
-        for statement in body:
-            self.steps += 1
-            if self.steps > self.step_budget:
-                raise BudgetExceeded
-            method = self._statements.get(type(statement))
-            if method is not None:
-                method(self, statement, scope)
-
-    def _expression(self, node: ast.Expr, scope: Scope) -> None:
-        if isinstance(node.value, (ast.Yield, ast.YieldFrom)):
-            value = self.expr(node.value.value, scope) if node.value.value else None
-            if self._yields:
-                self._yields[-1].append(value)
-            return
-        self.expr(node.value, scope)
-
-    def _assign(self, node: ast.Assign, scope: Scope) -> None:
-        value = self.expr(node.value, scope)
-        for target in node.targets:
-            self.bind(target, value, scope)
-
-    def _ann_assign(self, node: ast.AnnAssign, scope: Scope) -> None:
-        if node.value is not None:
-            self.bind(node.target, self.expr(node.value, scope), scope)
-        if isinstance(node.target, ast.Name):
-            scope.names.setdefault("__annotations__", {})[node.target.id] = self.expr(node.annotation, scope)
-
-    def _aug_assign(self, node: ast.AugAssign, scope: Scope) -> None:
-        current = self.expr(node.target, scope)
-        value = self.binary(type(node.op), current, self.expr(node.value, scope))
-        self.bind(node.target, value, scope)
-
-    def bind(self, target: ast.expr, value: Value, scope: Scope) -> None:
-        """Assign ``value`` to a name, attribute, item or pattern."""
-        if isinstance(target, ast.Name):
-            scope.names[target.id] = value
-            self.hints.note(target.id, value)
-        elif isinstance(target, ast.Attribute):
-            self.hints.note(target.attr, value)
-            objects.set_attribute(self, self.expr(target.value, scope), target.attr, value)
-        elif isinstance(target, ast.Subscript):
-            owner, key = self.expr(target.value, scope), self.expr(target.slice, scope)
-            objects.set_item(owner, key, value)
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            self._unpack(target.elts, value, scope)
-        elif isinstance(target, ast.Starred):
-            self.bind(target.value, value, scope)
-
-    def _unpack(self, targets: list[ast.expr], value: Value, scope: Scope) -> None:
-        items = self.iterate(value) if value is not UNKNOWN else None
-        star = next((i for i, t in enumerate(targets) if isinstance(t, ast.Starred)), None)
-        if items is None or (star is None and len(items) != len(targets)):
-            items = [UNKNOWN] * len(targets)
-        elif star is not None:
-            after = len(targets) - star - 1
-            end = len(items) - after
-            items = [*items[:star], items[star:end], *items[end:]]
-        for target, item in zip(targets, items, strict=False):
-            self.bind(target, item, scope)
-
-    def _if(self, node: ast.If, scope: Scope) -> None:
-        known = truth(self.expr(node.test, scope))
-        if known is None:
-            # Unknown: the branch is taken, unless all it does is leave or it only guards a failure.
-            leaves = isinstance(node.body[-1], (ast.Raise, ast.Return, ast.Continue, ast.Break))
-            known = not (leaves or _exits(node.body[-1]))
-        self.block(node.body if known else node.orelse, scope)
-
-    def _for(self, node: ast.For | ast.AsyncFor, scope: Scope) -> None:
-        items = self.iterate(self.expr(node.iter, scope))
-        for item in items if items is not None else [UNKNOWN]:
-            self.bind(node.target, item, scope)
-            if not self._loop_body(node.body, scope):
-                return
-        self.block(node.orelse, scope)
-
-    def _while(self, node: ast.While, scope: Scope) -> None:
-        for _ in range(_MOST_WHILE):
-            known = truth(self.expr(node.test, scope))
-            if known is False:
-                break
-            if not self._loop_body(node.body, scope) or known is None:
-                return
-
-    def _loop_body(self, body: list[ast.stmt], scope: Scope) -> bool:
-        """One turn of a loop; False when the loop need not turn again.
-
-        A loop that trains or runs a whole model does the same every turn, so one turn tells all.
-        """
-        rec = self.rec
-        work = rec.optimizer_steps + rec.backward_passes
-        passes = rec.forward_passes
-        try:
-            self.block(body, scope)
-        except _LoopEnd:
-            return False
-        except _LoopNext:
-            pass
-        if rec.optimizer_steps + rec.backward_passes > work:
-            return False
-        return rec.forward_depth > 0 or rec.forward_passes == passes
-
-    def _with(self, node: ast.With | ast.AsyncWith, scope: Scope) -> None:
-        with ExitStack() as stack:
-            for item in node.items:
-                manager = self.expr(item.context_expr, scope)
-                value = self.library.enter(manager, stack)
-                if item.optional_vars is not None:
-                    self.bind(item.optional_vars, value, scope)
-            self.block(node.body, scope)
-
-    def _try(self, node: ast.Try, scope: Scope) -> None:
-        try:
-            self.block(node.body, scope)
-        except _Raised:
-            for handler in node.handlers[:1]:
-                self.block(handler.body, scope)
-        else:
-            self.block(node.orelse, scope)
-        self.block(node.finalbody, scope)
-
-    def _return(self, node: ast.Return, scope: Scope) -> None:
-        raise _Return(self.expr(node.value, scope))
-
-    def _raise(self, node: ast.Raise, scope: Scope) -> None:
-        raise _Raised
-
-    def _break(self, node: ast.Break, scope: Scope) -> None:
-        raise _LoopEnd
-
-    def _continue(self, node: ast.Continue, scope: Scope) -> None:
-        raise _LoopNext
 
     # --- imports
 
@@ -353,14 +192,14 @@ class Evaluator(Expressions):
 
     def _run_body(self, function: Function, body: list[ast.stmt], scope: Scope) -> Value:
         if function.generator:
-            self._yields.append([])
+            self.yields.append([])
         try:
             self.block(body, scope)
-        except _Return as leave:
+        except Return as leave:
             if not function.generator:
                 return leave.value
         finally:
-            items = self._yields.pop() if function.generator else None
+            items = self.yields.pop() if function.generator else None
         return items
 
     def run_command(self, function: Function) -> Value:
@@ -463,33 +302,26 @@ class Evaluator(Expressions):
         """Items of a module container, or of an object with ``__iter__`` or ``__getitem__``."""
         return objects.iterate(self, value)
 
-    def _nothing(self, node: ast.stmt, scope: Scope) -> None:
-        return None
+    def enter(self, manager: Value, stack: ExitStack) -> Value:
+        """Enter a ``with`` item; the stack leaves it again."""
+        return self.library.enter(manager, stack)
 
-    def _assert(self, node: ast.Assert, scope: Scope) -> None:
-        self.expr(node.test, scope)
+    def set_attribute(self, owner: Value, name: str, value: Value) -> None:
+        """``owner.name = value``."""
+        objects.set_attribute(self, owner, name, value)
 
-    _statements: Final[dict[type[ast.stmt], Callable[[Any, Any, Scope], None]]] = {
-        ast.Expr: _expression, ast.Assign: _assign, ast.AnnAssign: _ann_assign,
-        ast.AugAssign: _aug_assign, ast.If: _if, ast.For: _for, ast.AsyncFor: _for,
-        ast.While: _while, ast.With: _with, ast.AsyncWith: _with, ast.Try: _try,
-        ast.Return: _return, ast.Raise: _raise, ast.Break: _break, ast.Continue: _continue,
-        ast.Import: _import, ast.ImportFrom: _import_from, ast.FunctionDef: _function_def,
-        ast.AsyncFunctionDef: _function_def, ast.ClassDef: _class_def, ast.Assert: _assert,
-        ast.Pass: _nothing,
+    def set_item(self, owner: Value, key: Value, value: Value) -> None:
+        """``owner[key] = value``."""
+        objects.set_item(owner, key, value)
+
+    statements: ClassVar = {
+        **Statements.statements, ast.Import: _import, ast.ImportFrom: _import_from,
+        ast.FunctionDef: _function_def, ast.AsyncFunctionDef: _function_def, ast.ClassDef: _class_def,
     }  # fmt: skip
 
 
 def _is_loss(model: Value) -> bool:
     return isinstance(model, Layer) and model.kind.endswith("Loss")
-
-
-def _exits(node: ast.stmt) -> bool:
-    """Whether a statement is a call of ``exit``."""
-    call = node.value if isinstance(node, ast.Expr) else None
-    function = call.func if isinstance(call, ast.Call) else None
-    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    return name in {"exit", "_exit", "quit", "skip", "error"}
 
 
 def _has_yield(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

@@ -11,7 +11,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from predictor_onnx.static import ops
+from predictor_onnx.static import ops, products
+from predictor_onnx.static.arithmetic import LONGEST, PLAIN, arithmetic, small, truth
 from predictor_onnx.static.context import Hints
 from predictor_onnx.static.recorder import Recorder
 from predictor_onnx.static.values import (
@@ -19,23 +20,12 @@ from predictor_onnx.static.values import (
     External,
     Function,
     Loader,
-    Native,
-    Record,
     Scope,
     Tensor,
     Value,
     is_module,
 )
 
-_LARGEST_BITS: Final = 256
-_LONGEST: Final = 1 << 14
-
-_BINARY: Final[dict[type[ast.operator], Callable[[Any, Any], Any]]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-    ast.BitOr: operator.or_, ast.BitAnd: operator.and_, ast.BitXor: operator.xor,
-    ast.LShift: operator.lshift, ast.RShift: operator.rshift,
-}  # fmt: skip
 _TENSOR_BINARY: Final[dict[type[ast.operator], str]] = {
     ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.Pow: "pow",
     ast.FloorDiv: "div", ast.Mod: "div", ast.BitAnd: "mul", ast.BitOr: "add",
@@ -44,64 +34,10 @@ _COMPARE: Final[dict[type[ast.cmpop], Callable[[Any, Any], Any]]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
-_PLAIN: Final = (int, float, str, bool, list, tuple, dict, set, type(None), bytes)
 
 
 class BudgetExceeded(Exception):  # noqa: N818 - it ends the evaluation, it is no fault
     """The evaluation has taken as many steps as it may."""
-
-
-def truth(value: Value) -> bool | None:
-    """Truth of a value; None when it is not known."""
-    if isinstance(value, _PLAIN):
-        return bool(value)
-    if value is UNKNOWN or isinstance(value, (Tensor, External)):
-        return None
-    return True
-
-
-def power(base: Value, exponent: Value) -> Value:
-    """``base ** exponent`` where the result stays small."""
-    if not isinstance(base, (int, float)) or not isinstance(exponent, (int, float)):
-        return UNKNOWN
-    if isinstance(base, int) and isinstance(exponent, int) and exponent >= 0:
-        if abs(base).bit_length() * exponent > _LARGEST_BITS:
-            return UNKNOWN
-        return base**exponent
-    try:
-        return float(base) ** float(exponent)
-    except (OverflowError, ZeroDivisionError, ValueError):
-        return UNKNOWN
-
-
-def _small(value: Value) -> bool:
-    if isinstance(value, int):
-        return value.bit_length() <= _LARGEST_BITS
-    return not isinstance(value, (str, bytes, list, tuple)) or len(value) <= _LONGEST
-
-
-def arithmetic(op: type[ast.operator], left: Value, right: Value) -> Value:
-    """One binary operation on plain values, bounded in size."""
-    if op is ast.Pow:
-        return power(left, right)
-    if not isinstance(left, _PLAIN) or not isinstance(right, _PLAIN) or op not in _BINARY:
-        return UNKNOWN
-    if not (_small(left) and _small(right)):
-        return UNKNOWN
-    if op is ast.LShift and (not isinstance(right, int) or right > _LARGEST_BITS):
-        return UNKNOWN
-    if op is ast.Mod and isinstance(left, (str, bytes)):
-        return UNKNOWN
-    if op is ast.Mult:
-        for one, other in ((left, right), (right, left)):
-            if isinstance(one, (str, bytes, list, tuple)):
-                count = other if isinstance(other, int) else 0
-                if len(one) * count > _LONGEST:
-                    return UNKNOWN
-    try:
-        return _BINARY[op](left, right)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return UNKNOWN
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:
@@ -161,7 +97,7 @@ class Expressions:
 
     def _constant(self, node: ast.Constant, scope: Scope) -> Value:
         value = node.value
-        return value if isinstance(value, _PLAIN) and _small(value) else UNKNOWN
+        return value if isinstance(value, PLAIN) and small(value) else UNKNOWN
 
     def _name(self, node: ast.Name, scope: Scope) -> Value:
         try:
@@ -174,7 +110,7 @@ class Expressions:
 
     def _items(self, nodes: list[ast.expr], scope: Scope) -> list[Value]:
         items: list[Value] = []
-        for node in nodes[:_LONGEST]:
+        for node in nodes[:LONGEST]:
             if isinstance(node, ast.Starred):
                 items += self.iterate(self.expr(node.value, scope)) or []
             else:
@@ -212,7 +148,7 @@ class Expressions:
         """One binary operation, on tensors or plain values."""
         if isinstance(left, Tensor) or isinstance(right, Tensor):
             if op is ast.MatMult:
-                return ops.matmul(self, [left, right], {})
+                return products.matmul(self, [left, right], {})
             name = _TENSOR_BINARY.get(op)
             if name == "pow" and not isinstance(left, Tensor):
                 name = "add"  # a number to the power of a tensor: a new tensor of the same shape
@@ -273,7 +209,7 @@ class Expressions:
                 return UNKNOWN
             return (left in right) == (op is ast.In)
         if op in {ast.Eq, ast.NotEq} and not (
-            isinstance(left, (*_PLAIN, External)) and isinstance(right, (*_PLAIN, External))
+            isinstance(left, (*PLAIN, External)) and isinstance(right, (*PLAIN, External))
         ):
             return UNKNOWN
         try:
@@ -320,9 +256,9 @@ class Expressions:
             value = self.expr(part.value if isinstance(part, ast.FormattedValue) else part, scope)
             if isinstance(part, ast.FormattedValue) and part.format_spec is not None:
                 return UNKNOWN
-            if not isinstance(value, (str, int, float)) or len(text) > _LONGEST:
+            if not isinstance(value, (str, int, float)) or len(text) > LONGEST:
                 return UNKNOWN
-            text += str(value) if _small(value) else ""
+            text += str(value) if small(value) else ""
         return text
 
     def _lambda(self, node: ast.Lambda, scope: Scope) -> Value:
@@ -432,11 +368,3 @@ class Expressions:
         ast.Call: _call, ast.ListComp: _listcomp, ast.GeneratorExp: _listcomp,
         ast.SetComp: _listcomp, ast.DictComp: _dictcomp, ast.Await: _value, ast.Starred: _value,
     }  # fmt: skip
-
-
-def namespace(value: Value) -> dict[str, Value]:
-    """Attributes of a record, as ``vars()`` gives them."""
-    return value.attrs if isinstance(value, Record) else {}
-
-
-__all__ = ["BudgetExceeded", "Expressions", "Native", "arithmetic", "namespace", "power", "truth"]

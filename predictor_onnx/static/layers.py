@@ -10,14 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from predictor_onnx.static import ops
+from predictor_onnx.static import layer_weights, ops, products
 from predictor_onnx.static.context import Context
-from predictor_onnx.static.shapes import numel, pair, reshape, size_or_none, sizes, windowed_all
+from predictor_onnx.static.layer_weights import Weights, count
+from predictor_onnx.static.operands import alias, dtype_of
+from predictor_onnx.static.shapes import numel, pair, reshape, sizes, windowed_all
 from predictor_onnx.static.values import UNKNOWN, Layer, Tensor, Value, tensor_of
 
 Kwargs = dict[str, Value]
 Forward = Callable[[Context, Layer, list[Value]], Value]
-Weights = Callable[[Kwargs], dict[str, tuple[int | None, ...]]]
 
 
 @dataclass(frozen=True)
@@ -29,98 +30,10 @@ class Kind:
     forward: Forward
 
 
-def _count(settings: Kwargs, name: str) -> int | None:
-    return size_or_none(settings.get(name))
-
-
 def _guess(ctx: Context, wanted: tuple[int | None, ...]) -> Tensor:
     """An input for a layer whose real input is not known."""
     ctx.rec.guesses += 1
     return tensor_of(wanted)
-
-
-# --- weights
-
-
-def _no_weights(settings: Kwargs) -> dict[str, tuple[int | None, ...]]:
-    return {}
-
-
-def _linear_weights(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-    out = _count(s, "out_features")
-    weights: dict[str, tuple[int | None, ...]] = {"weight": (out, _count(s, "in_features"))}
-    if s["bias"] is not False:
-        weights["bias"] = (out,)
-    return weights
-
-
-def _conv_weights(width: int, *, transposed: bool = False) -> Weights:
-    def build(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-        inner, out = _count(s, "in_channels"), _count(s, "out_channels")
-        groups = _count(s, "groups") or 1
-        kernel = pair(s["kernel_size"], width) or (None,) * width
-        if transposed:
-            first, second = inner, None if out is None else out // groups
-        else:
-            first, second = out, None if inner is None else inner // groups
-        weights: dict[str, tuple[int | None, ...]] = {"weight": (first, second, *kernel)}
-        if s["bias"] is not False:
-            weights["bias"] = (out,)
-        return weights
-
-    return build
-
-
-def _affine(name: str, flag: str) -> Weights:
-    def build(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-        if s.get(flag) is False:
-            return {}
-        shape = sizes([s[name]])
-        weights: dict[str, tuple[int | None, ...]] = {"weight": shape}
-        if s.get("bias") is not False:
-            weights["bias"] = shape
-        return weights
-
-    return build
-
-
-def _embedding_weights(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-    return {"weight": (_count(s, "num_embeddings"), _count(s, "embedding_dim"))}
-
-
-def _recurrent_weights(gates: int) -> Weights:
-    def build(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-        hidden, inner = _count(s, "hidden_size"), _count(s, "input_size")
-        if hidden is None or inner is None:
-            return {"weight": (None,)}
-        directions = 2 if s["bidirectional"] is True else 1
-        weights: dict[str, tuple[int | None, ...]] = {}
-        for layer in range(min(_count(s, "num_layers") or 1, 1024)):
-            for direction in range(directions):
-                tag = f"l{layer}d{direction}"
-                weights[f"weight_ih_{tag}"] = (gates * hidden, inner)
-                weights[f"weight_hh_{tag}"] = (gates * hidden, hidden)
-                if s["bias"] is not False:
-                    weights[f"bias_ih_{tag}"] = weights[f"bias_hh_{tag}"] = (gates * hidden,)
-            inner = hidden * directions
-        return weights
-
-    return build
-
-
-def _attention_weights(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-    width = _count(s, "embed_dim")
-    three = None if width is None else 3 * width
-    weights: dict[str, tuple[int | None, ...]] = {
-        "in_proj_weight": (three, width), "out_proj_weight": (width, width)
-    }  # fmt: skip
-    if s["bias"] is not False:
-        weights |= {"in_proj_bias": (three,), "out_proj_bias": (width,)}
-    return weights
-
-
-def _prelu_weights(s: Kwargs) -> dict[str, tuple[int | None, ...]]:
-    return {"weight": (_count(s, "num_parameters") or 1,)}
 
 
 # --- forward
@@ -130,8 +43,8 @@ def _linear(ctx: Context, layer: Layer, args: list[Value]) -> Value:
     x = args[0] if args else UNKNOWN
     if not isinstance(x, Tensor):
         tokens = (ctx.hints.sequence,) if "sequence" in ctx.hints.found else ()
-        x = _guess(ctx, (ctx.hints.batch, *tokens, _count(layer.hyper, "in_features")))
-    return ops.linear(ctx, [x, layer.params["weight"]], {})
+        x = _guess(ctx, (ctx.hints.batch, *tokens, count(layer.hyper, "in_features")))
+    return products.linear(ctx, [x, layer.params["weight"]], {})
 
 
 def _conv(width: int, *, transposed: bool = False) -> Forward:
@@ -142,7 +55,7 @@ def _conv(width: int, *, transposed: bool = False) -> Forward:
             spatial = ctx.hints.last_spatial
             if len(spatial) != width:
                 spatial = (ctx.hints.image,) * width
-            x = _guess(ctx, (ctx.hints.batch, _count(s, "in_channels"), *spatial))
+            x = _guess(ctx, (ctx.hints.batch, count(s, "in_channels"), *spatial))
         dtype = ctx.rec.compute_dtype(x, half=True)
         x = ctx.rec.cast(x, dtype)
         if transposed:
@@ -156,7 +69,7 @@ def _conv(width: int, *, transposed: bool = False) -> Forward:
                                    s["dilation"])  # fmt: skip
         ctx.hints.last_spatial = spatial
         weight = layer.params["weight"]
-        shape = (x.shape[0], _count(s, "out_channels"), *spatial)
+        shape = (x.shape[0], count(s, "out_channels"), *spatial)
         per_output = numel(weight.shape[1:]) or 0
         return ctx.rec.op(shape, dtype, "conv", [x, weight], saved=[x] if weight.grad else [],
                           macs=float((numel(shape) or 0) * per_output))  # fmt: skip
@@ -189,12 +102,12 @@ def _embedding(ctx: Context, layer: Layer, args: list[Value]) -> Value:
 def _recurrent(gates: int) -> Forward:
     def run(ctx: Context, layer: Layer, args: list[Value]) -> Value:
         s = layer.hyper
-        hidden = _count(s, "hidden_size") or 0
+        hidden = count(s, "hidden_size") or 0
         x = args[0] if args else UNKNOWN
         if not isinstance(x, Tensor):
-            x = _guess(ctx, (ctx.hints.batch, ctx.hints.sequence, _count(s, "input_size")))
+            x = _guess(ctx, (ctx.hints.batch, ctx.hints.sequence, count(s, "input_size")))
         directions = 2 if s["bidirectional"] is True else 1
-        layers = _count(s, "num_layers") or 1
+        layers = count(s, "num_layers") or 1
         shape = (*x.shape[:-1], hidden * directions)
         steps = float(numel(x.shape[:-1]) or 0)
         # cuDNN's reserve space: every gate, and cell and hidden state, of every step and layer.
@@ -216,7 +129,7 @@ def _self_attention(ctx: Context, layer: Layer, q: Tensor, k: Tensor, *, weights
     rec = ctx.rec
     dtype = rec.compute_dtype(q, half=True)
     q, k = rec.cast(q, dtype), (rec.cast(k, dtype) if k is not q else rec.cast(q, dtype))
-    heads = _count(layer.hyper, "num_heads") or 1
+    heads = count(layer.hyper, "num_heads") or 1
     inner, outer = layer.params["in_proj_weight"], layer.params["out_proj_weight"]
     three = None if width is None else 3 * width
     macs = float(3 * (numel(q.shape) or 0) * (width or 0))
@@ -239,7 +152,7 @@ def _self_attention(ctx: Context, layer: Layer, q: Tensor, k: Tensor, *, weights
 def _attention(ctx: Context, layer: Layer, args: list[Value]) -> Value:
     q = args[0] if args else UNKNOWN
     if not isinstance(q, Tensor):
-        q = _guess(ctx, (ctx.hints.batch, ctx.hints.sequence, _count(layer.hyper, "embed_dim")))
+        q = _guess(ctx, (ctx.hints.batch, ctx.hints.sequence, count(layer.hyper, "embed_dim")))
     k = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else q
     wanted = layer.hyper.get("need_weights") is not False
     return (_self_attention(ctx, layer, q, k, weights=wanted), UNKNOWN)
@@ -284,7 +197,7 @@ def _unflatten(ctx: Context, layer: Layer, args: list[Value]) -> Value:
     inner = sizes([layer.hyper.get("unflattened_size", ())])
     if not isinstance(at, int):
         return UNKNOWN
-    return ops.alias(x, (*x.shape[:at], *reshape(x.shape[at : at + 1], inner), *x.shape[at + 1 :]))
+    return alias(x, (*x.shape[:at], *reshape(x.shape[at : at + 1], inner), *x.shape[at + 1 :]))
 
 
 _CONV: Final[dict[str, Value]] = {
@@ -306,47 +219,47 @@ _POOL: Final[dict[str, Value]] = {"kernel_size": 2, "stride": None, "padding": 0
 
 
 def _activation(name: str) -> Kind:
-    return Kind({"inplace": False}, _no_weights, _functional(name, "inplace"))
+    return Kind({"inplace": False}, layer_weights.nothing, _functional(name, "inplace"))
 
 
 def _plain(name: str, **signature: Value) -> Kind:
-    return Kind(signature, _no_weights, _functional(name, *signature))
+    return Kind(signature, layer_weights.nothing, _functional(name, *signature))
 
 
 KINDS: Final[dict[str, Kind]] = {
     "Linear": Kind(
-        {"in_features": UNKNOWN, "out_features": UNKNOWN, "bias": True}, _linear_weights, _linear
+        {"in_features": UNKNOWN, "out_features": UNKNOWN, "bias": True}, layer_weights.linear, _linear
     ),
     "LazyLinear": Kind(
-        {"out_features": UNKNOWN, "bias": True, "in_features": UNKNOWN}, _linear_weights, _linear
+        {"out_features": UNKNOWN, "bias": True, "in_features": UNKNOWN}, layer_weights.linear, _linear
     ),
-    **{f"Conv{n}d": Kind(_CONV, _conv_weights(n), _conv(n)) for n in (1, 2, 3)},
-    **{f"ConvTranspose{n}d": Kind(_DECONV, _conv_weights(n, transposed=True),
+    **{f"Conv{n}d": Kind(_CONV, layer_weights.convolution(n), _conv(n)) for n in (1, 2, 3)},
+    **{f"ConvTranspose{n}d": Kind(_DECONV, layer_weights.convolution(n, transposed=True),
                                   _conv(n, transposed=True)) for n in (1, 2, 3)},
-    **{f"BatchNorm{n}d": Kind(_BATCH_NORM, _affine("num_features", "affine"), _norm(half=True))
+    **{f"BatchNorm{n}d": Kind(_BATCH_NORM, layer_weights.affine("num_features", "affine"), _norm(half=True))
        for n in (1, 2, 3)},
-    "SyncBatchNorm": Kind(_BATCH_NORM, _affine("num_features", "affine"), _norm(half=True)),
+    "SyncBatchNorm": Kind(_BATCH_NORM, layer_weights.affine("num_features", "affine"), _norm(half=True)),
     **{f"InstanceNorm{n}d": Kind({**_BATCH_NORM, "affine": False},
-                                 _affine("num_features", "affine"), _norm(half=True))
+                                 layer_weights.affine("num_features", "affine"), _norm(half=True))
        for n in (1, 2, 3)},
     "LayerNorm": Kind({"normalized_shape": UNKNOWN, "eps": 1e-5, "elementwise_affine": True,
                        "bias": True},
-                      _affine("normalized_shape", "elementwise_affine"), _norm(half=False)),
+                      layer_weights.affine("normalized_shape", "elementwise_affine"), _norm(half=False)),
     "RMSNorm": Kind({"normalized_shape": UNKNOWN, "eps": None, "elementwise_affine": True,
                      "bias": False},
-                    _affine("normalized_shape", "elementwise_affine"), _norm(half=False)),
+                    layer_weights.affine("normalized_shape", "elementwise_affine"), _norm(half=False)),
     "GroupNorm": Kind({"num_groups": UNKNOWN, "num_channels": UNKNOWN, "eps": 1e-5, "affine": True},
-                      _affine("num_channels", "affine"), _norm(half=False)),
+                      layer_weights.affine("num_channels", "affine"), _norm(half=False)),
     "Embedding": Kind({"num_embeddings": UNKNOWN, "embedding_dim": UNKNOWN, "padding_idx": None},
-                      _embedding_weights, _embedding),
-    "LSTM": Kind(_RNN, _recurrent_weights(4), _recurrent(4)),
-    "GRU": Kind(_RNN, _recurrent_weights(3), _recurrent(3)),
-    "RNN": Kind(_RNN, _recurrent_weights(1), _recurrent(1)),
+                      layer_weights.embedding, _embedding),
+    "LSTM": Kind(_RNN, layer_weights.recurrent(4), _recurrent(4)),
+    "GRU": Kind(_RNN, layer_weights.recurrent(3), _recurrent(3)),
+    "RNN": Kind(_RNN, layer_weights.recurrent(1), _recurrent(1)),
     "MultiheadAttention": Kind({"embed_dim": UNKNOWN, "num_heads": UNKNOWN, "dropout": 0.0,
                                 "bias": True, "add_bias_kv": False, "add_zero_attn": False,
                                 "kdim": None, "vdim": None, "batch_first": False},
-                               _attention_weights, _attention),
-    "PReLU": Kind({"num_parameters": 1}, _prelu_weights, _functional("prelu")),
+                               layer_weights.attention, _attention),
+    "PReLU": Kind({"num_parameters": 1}, layer_weights.prelu, _functional("prelu")),
     **{name: _activation(op) for name, op in (
         ("ReLU", "relu"), ("ReLU6", "relu6"), ("LeakyReLU", "leaky_relu"), ("ELU", "elu"),
         ("SELU", "selu"), ("GELU", "gelu"), ("SiLU", "silu"), ("Mish", "mish"),
@@ -354,30 +267,30 @@ KINDS: Final[dict[str, Kind]] = {
         ("Hardswish", "hardswish"), ("Hardsigmoid", "hardsigmoid"), ("Hardtanh", "hardtanh"),
         ("CELU", "celu"), ("Softsign", "softsign"), ("LogSigmoid", "logsigmoid"))},
     "Softmax": _plain("softmax", dim=None), "LogSoftmax": _plain("log_softmax", dim=None),
-    **{name: Kind({"p": 0.5, "inplace": False}, _no_weights, _dropout)
+    **{name: Kind({"p": 0.5, "inplace": False}, layer_weights.nothing, _dropout)
        for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout")},
-    "Identity": Kind({}, _no_weights, _identity),
-    "Flatten": Kind({"start_dim": 1, "end_dim": -1}, _no_weights,
+    "Identity": Kind({}, layer_weights.nothing, _identity),
+    "Flatten": Kind({"start_dim": 1, "end_dim": -1}, layer_weights.nothing,
                     _functional("flatten", "start_dim", "end_dim")),
-    "Unflatten": Kind({"dim": 1, "unflattened_size": ()}, _no_weights, _unflatten),
-    **{f"MaxPool{n}d": Kind(_POOL, _no_weights,
+    "Unflatten": Kind({"dim": 1, "unflattened_size": ()}, layer_weights.nothing, _unflatten),
+    **{f"MaxPool{n}d": Kind(_POOL, layer_weights.nothing,
                             _functional("max_pool2d", "kernel_size", "stride", "padding"))
        for n in (1, 2, 3)},
-    **{f"AvgPool{n}d": Kind(_POOL, _no_weights,
+    **{f"AvgPool{n}d": Kind(_POOL, layer_weights.nothing,
                             _functional("avg_pool2d", "kernel_size", "stride", "padding"))
        for n in (1, 2, 3)},
-    **{f"Adaptive{op}Pool{n}d": Kind({"output_size": 1}, _no_weights,
+    **{f"Adaptive{op}Pool{n}d": Kind({"output_size": 1}, layer_weights.nothing,
                                      _functional("adaptive_avg_pool2d", "output_size"))
        for op in ("Avg", "Max") for n in (1, 2, 3)},
-    "Upsample": Kind({"size": None, "scale_factor": None, "mode": "nearest"}, _no_weights,
+    "Upsample": Kind({"size": None, "scale_factor": None, "mode": "nearest"}, layer_weights.nothing,
                      _functional("interpolate", "size", "scale_factor")),
-    "CrossEntropyLoss": Kind({"weight": None}, _no_weights, _functional("cross_entropy")),
-    **{name: Kind({"reduction": "mean"}, _no_weights, _functional("mse_loss"))
+    "CrossEntropyLoss": Kind({"weight": None}, layer_weights.nothing, _functional("cross_entropy")),
+    **{name: Kind({"reduction": "mean"}, layer_weights.nothing, _functional("mse_loss"))
        for name in ("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "BCELoss",
                     "BCEWithLogitsLoss", "NLLLoss", "KLDivLoss")},
-    "Sequential": Kind({}, _no_weights, _sequential),
-    "ModuleList": Kind({}, _no_weights, _identity),
-    "ModuleDict": Kind({}, _no_weights, _identity),
+    "Sequential": Kind({}, layer_weights.nothing, _sequential),
+    "ModuleList": Kind({}, layer_weights.nothing, _identity),
+    "ModuleDict": Kind({}, layer_weights.nothing, _identity),
 }  # fmt: skip
 
 
@@ -388,7 +301,7 @@ def build(kind: str, args: list[Value], kwargs: Kwargs) -> Layer:
     settings.update(zip(spec.signature, args, strict=False))
     settings.update(kwargs)
     layer = Layer(kind, hyper=settings)
-    dtype = ops.dtype_of(kwargs.get("dtype"))
+    dtype = dtype_of(kwargs.get("dtype"))
     for name, shape in spec.weights(settings).items():
         layer.params[name] = tensor_of(shape, dtype, grad=True, parameter=True)
     return layer

@@ -7,9 +7,19 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from predictor_onnx import catalog
-from predictor_onnx.static import layers, objects, ops, tensors, transformer_config
-from predictor_onnx.static.command_line import Option, Parser
+from predictor_onnx.static import (
+    command_line,
+    layers,
+    named_models,
+    objects,
+    ops,
+    tensors,
+    trainers,
+    transformer_config,
+)
+from predictor_onnx.static.command_line import Parser
 from predictor_onnx.static.datasets import DATASETS, dataset, image_size
+from predictor_onnx.static.operands import argument, dtype_of
 from predictor_onnx.static.values import (
     UNKNOWN,
     External,
@@ -20,7 +30,6 @@ from predictor_onnx.static.values import (
     Record,
     Tensor,
     Value,
-    is_module,
     tensor_of,
 )
 
@@ -38,26 +47,13 @@ OPTIMIZER_STATES: Final[dict[str, float]] = {
     "Adam8bit": 0.5, "AdamW8bit": 0.5, "PagedAdamW8bit": 0.0, "FusedAdam": 2.0,
 }  # fmt: skip
 _TRUE: Final = frozenset(["torch.cuda.is_available", "torch.cuda.is_bf16_supported"])
-_WRAPPERS: Final = frozenset(
-    [
-        "compile",
-        "DataParallel",
-        "DistributedDataParallel",
-        "DDP",
-        "tqdm",
-        "trange",
-        "to_device",
-        "deepcopy",
-        "script",
-        "FullyShardedDataParallel",
-        "FSDP",
-        "cast",
-        "field_validator",
-        "weight_norm",
-        "spectral_norm",
-        "cycle",
-    ]
-)
+_WRAPPERS: Final = frozenset([
+    "compile", "DataParallel", "DistributedDataParallel", "DDP", "tqdm", "trange", "to_device", "deepcopy",
+    "script", "FullyShardedDataParallel", "FSDP", "cast", "field_validator", "weight_norm", "spectral_norm",
+    "cycle",
+])  # fmt: skip
+_TRAINERS: Final = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
+_TRAINING_ARGUMENTS: Final = ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig")
 _GRAD_OFF: Final = frozenset(["no_grad", "inference_mode"])
 
 
@@ -75,14 +71,15 @@ class Library:
             "Parameter": self._parameter, "create_model": self._timm, "from_pretrained":
             self._pretrained, "checkpoint": self._checkpoint, "checkpoint_sequential":
             self._checkpoint_sequential, "field": self._field, "replace": lambda n, a, k: a[0],
-            "Option": self._typer_option, "Argument": self._typer_option, "option":
-            self._click_option, "argument": self._click_option, "Typer": self._typer,
+            "Option": lambda n, a, k: command_line.typer_option(a, k),
+ "Argument": lambda n, a, k: command_line.typer_option(a, k), "option": lambda n, a, k: command_line.click_option(a, k),
+ "argument": lambda n, a, k: command_line.click_option(a, k), "Typer": self._typer,
             "run": self._typer_run,
             "command": lambda n, a, k: Record("command", {}),
             "group": lambda n, a, k: Record("command", {}), "partial": self._partial, "exit": self._exit,
-            "TrainingArguments": self._training_arguments, "Seq2SeqTrainingArguments":
-            self._training_arguments, "Trainer": self._trainer, "Seq2SeqTrainer": self._trainer,
-            "SFTTrainer": self._trainer, "Accelerator": self._accelerator,
+            **{name: (lambda n, a, k: trainers.training_arguments(ev, a, k)) for name in _TRAINING_ARGUMENTS},
+            **{name: (lambda n, a, k: trainers.trainer(ev, a, k)) for name in _TRAINERS},
+            "Accelerator": lambda n, a, k: trainers.accelerator(ev, a, k),
             "get_model": self._torchvision, "load": lambda n, a, k: UNKNOWN,
             "log_softmax": self._functional, "Sequential": self._layer,
         }  # fmt: skip
@@ -160,13 +157,13 @@ class Library:
         return objects.build_layer(self.ev, path.rpartition(".")[2], args, kwargs)
 
     def _loader(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        size = ops.argument(args, kwargs, 1, "batch_size", 1)
+        size = argument(args, kwargs, 1, "batch_size", 1)
         if size is UNKNOWN:
             size = self.ev.hints.batch
         elif isinstance(size, int):
             self.ev.hints.note("batch_size", size)
         collated = "collate_fn" in kwargs and kwargs["collate_fn"] is not None
-        data = ops.argument(args, kwargs, 0, "dataset", UNKNOWN)
+        data = argument(args, kwargs, 0, "dataset", UNKNOWN)
         return Loader(UNKNOWN if collated else data, size if isinstance(size, int) else None)
 
     def _random_split(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
@@ -181,7 +178,7 @@ class Library:
         enabled = kwargs.get("enabled", True)
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, External)), None)
         device = args[0] if args else kwargs.get("device_type")
-        dtype = ops.dtype_of(given, "float16")
+        dtype = dtype_of(given, "float16")
         off = enabled is False or device == "cpu" or dtype == "float32"
         return Record("autocast", {"dtype": None if off else dtype})
 
@@ -221,7 +218,7 @@ class Library:
     def _named(self, library: str, name: Value, settings: Kwargs, dtype: str = "float32") -> Value:
         model: Value = None
         if isinstance(name, str):
-            model = catalog.layer(library, name, settings, dtype)
+            model = named_models.layer(library, name, settings, dtype)
         if model is None:
             self.ev.unknown_models.append(f"{library}/{name if isinstance(name, str) else '?'}")
             return UNKNOWN
@@ -232,7 +229,7 @@ class Library:
         size = kwargs.get("img_size")
         if isinstance(size, int):
             self.ev.hints.note("img_size", size)
-        return self._named("timm", ops.argument(args, kwargs, 0, "model_name", UNKNOWN), kwargs)
+        return self._named("timm", argument(args, kwargs, 0, "model_name", UNKNOWN), kwargs)
 
     def _torchvision(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         return self._named("torchvision", args[0] if args else kwargs.get("name"), kwargs)
@@ -250,16 +247,16 @@ class Library:
         if any(word in owner for word in ("Tokenizer", "Processor", "Config", "Extractor")):
             return UNKNOWN
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path", UNKNOWN)
-        dtype = ops.dtype_of(kwargs.get("torch_dtype", kwargs.get("dtype")))
+        dtype = dtype_of(kwargs.get("torch_dtype", kwargs.get("dtype")))
         if not isinstance(name, str):
             return UNKNOWN
-        model = catalog.layer("transformers", name, {}, dtype)
+        model = named_models.layer("transformers", name, {}, dtype)
         claimed = catalog.parameters_in_name(name)
         if model is None and claimed is not None:
             width = max(64, round((claimed / 400) ** (1 / 3) / 8) * 64)
             values = {"hidden_size": width, "num_hidden_layers": max(1, int(claimed / 12 / width**2))}
             made = transformer_config.entry(values, "Llama", "LM")
-            model = catalog.make(f"transformers/{name}", {**made, "params": claimed}, {}, dtype)
+            model = named_models.make(f"transformers/{name}", {**made, "params": claimed}, {}, dtype)
         if model is None:
             self.ev.unknown_models.append(f"transformers/{name}")
             return UNKNOWN
@@ -276,29 +273,9 @@ class Library:
         if family is None:
             return UNKNOWN
         made = transformer_config.entry(config.attrs, family, name)
-        model = catalog.make(f"transformers/{name}", made, {})
+        model = named_models.make(f"transformers/{name}", made, {})
         self.ev.models.append(model)
         return model
-
-    # --- trainers
-
-    def _training_arguments(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        values = {"per_device_train_batch_size": 8, "fp16": False, "bf16": False,
-                  "gradient_checkpointing": False, **kwargs}  # fmt: skip
-        self.ev.hints.note("batch_size", values["per_device_train_batch_size"])
-        return Record("TrainingArguments", values)
-
-    def _trainer(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        settings = ops.argument(args, kwargs, 1, "args", None)
-        values = settings.attrs if isinstance(settings, Record) else {}
-        return Record("Trainer", {**values, **kwargs,
-                                  "model": ops.argument(args, kwargs, 0, "model", None)})  # fmt: skip
-
-    def _accelerator(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        half = {"fp16": "float16", "bf16": "bfloat16"}.get(str(kwargs.get("mixed_precision")))
-        self.ev.rec.autocast = half
-        self.ev.rec.autocast_used = half
-        return Record("accelerator", {"device": Record("device", {"type": "cuda"})})
 
     def record_method(self, owner: Record, name: str) -> Value:
         """A method of a library object."""
@@ -309,7 +286,7 @@ class Library:
             return None
 
         def train(args: list[Value], kwargs: Kwargs) -> Value:
-            return self._train(owner, args, kwargs)
+            return trainers.train(self.ev, owner, args, kwargs)
 
         def backward(args: list[Value], kwargs: Kwargs) -> Value:
             return rec.finish_step()
@@ -325,61 +302,12 @@ class Library:
         call = table.get((owner.kind, name))
         return UNKNOWN if call is None else Native(name, call)
 
-    def _train(self, trainer: Record, args: list[Value], kwargs: Kwargs) -> Value:
-        """``Trainer.train()`` or lightning's ``Trainer.fit(model, loader)``: one step."""
-        ev, values = self.ev, trainer.attrs
-        given = values.get("model")
-        model = args[0] if args and is_module(args[0]) else given
-        if not is_module(model):
-            return None
-        half = "float16" if values.get("fp16") is True else None
-        half = "bfloat16" if values.get("bf16") is True else half
-        if str(values.get("precision", "")).startswith(("16", "bf16")):
-            half = "float16"
-        if values.get("gradient_checkpointing") is True:
-            ev.call(ev.attribute(model, "gradient_checkpointing_enable"), [], {})
-        with ev.rec.in_autocast(half):
-            batch: Value = UNKNOWN
-            if len(args) > 1:
-                batch = next(iter(ev.iterate(args[1]) or [UNKNOWN]))
-            training_step = ev.attribute(model, "training_step")
-            if training_step is not UNKNOWN:
-                ev.call(ev.attribute(model, "configure_optimizers"), [], {})
-                ev.call(training_step, [batch, 0], {})
-            else:
-                ev.call(model, [], {"labels": UNKNOWN})
-        ev.rec.finish_step()
-        if not ev.optimizers:
-            ev.optimizers.append(Optimizer("AdamW", 2.0))
-        return None
-
     # --- command lines and dataclasses
 
     def _field(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         factory = kwargs.get("default_factory")
         default = self.ev.call(factory, [], {}) if factory is not None else UNKNOWN
         return Record("field", {"default": kwargs.get("default", default)})
-
-    def _typer_option(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        flags = tuple(arg for arg in args if isinstance(arg, str) and arg.startswith("-"))
-        first = args[0] if args and not flags else None
-        default = kwargs.get("default", first if first is not None else (args[0] if args else None))
-        default = UNKNOWN if default is Ellipsis else default
-        dest = flags[0].lstrip("-").replace("-", "_") if flags else ""
-        return Option(flags, dest, default)
-
-    def _click_option(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        parser = Parser()
-        kind = kwargs.get("type")
-        if kind is None and isinstance(kwargs.get("default"), (int, float)):
-            kind = External(type(kwargs["default"]).__name__)
-        if kwargs.get("is_flag") is True:
-            kwargs = {**kwargs, "action": "store_true"}
-        parser.add_argument(args, {**kwargs, "type": kind})
-        option = parser.options[0]
-        plain = [a for a in args if isinstance(a, str) and not a.startswith("-")]
-        option.dest = plain[0] if plain and option.flags else option.dest
-        return Record("option", {"option": option})
 
     def _typer(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         return Record("typer")

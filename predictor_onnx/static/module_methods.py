@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx.static import ops
+from predictor_onnx.static.operands import dtype_of
 from predictor_onnx.static.values import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -58,7 +58,7 @@ class _Methods:
 
     def to(self, args: list[Value], kwargs: Kwargs) -> Value:
         for arg in (*args, *kwargs.values()):
-            dtype = ops.dtype_of(arg, "")
+            dtype = dtype_of(arg, "")
             if dtype in FLOAT_DTYPES and isinstance(arg, External):
                 self.convert(dtype)
         return self.module

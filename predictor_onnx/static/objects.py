@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from predictor_onnx import catalog
-from predictor_onnx.static import command_line, layers, module_methods, tensors, transformer_layers
+from predictor_onnx.static import command_line, layers, module_methods, named_models, tensors, transformer_layers
 from predictor_onnx.static.python_builtins import collate
 from predictor_onnx.static.values import (
     UNKNOWN,
@@ -276,8 +275,8 @@ def build_layer(ev: Evaluator, kind: str, args: list[Value], kwargs: Kwargs) -> 
 
 def run_layer(ev: Evaluator, layer: Layer, args: list[Value], kwargs: Kwargs) -> Value:
     """Forward pass of a built-in layer or a named model."""
-    if layer.kind == catalog.NAMED:
-        return catalog.run(ev, layer, args, kwargs)
+    if layer.kind == named_models.NAMED:
+        return named_models.run(ev, layer, args, kwargs)
     if layer.kind in transformer_layers.KINDS:
         return transformer_layers.forward(ev, layer, args)
     if layer.kind == "MultiheadAttention":

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
 
+from predictor_onnx.features import KINDS
 from predictor_onnx.static.values import DTYPE_BYTES, FLOAT_DTYPES, Tensor, tensor_of
-
-#: Which kind of op made a saved tensor. The catalog uses the same order.
-KINDS: Final = ("conv", "norm", "act", "matmul", "other")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from predictor_onnx.static import ops
+from predictor_onnx.static.operands import alias, argument, dtype_of
 from predictor_onnx.static.shapes import Shape, size_or_none, sizes
 from predictor_onnx.static.values import (
     FLOAT_DTYPES,
@@ -58,7 +59,7 @@ def create(ev: Evaluator, name: str, args: list[Value], kwargs: Kwargs) -> Value
         default = given.dtype
     elif given is not None and _first(given):
         default = "int64"
-    out = tensor_of(shape, ops.dtype_of(kwargs.get("dtype"), default))
+    out = tensor_of(shape, dtype_of(kwargs.get("dtype"), default))
     out.grad = kwargs.get("requires_grad") is True
     if "device" in kwargs and is_accelerator(kwargs["device"]):
         out.on_gpu = True
@@ -86,7 +87,7 @@ def _created_shape(name: str, args: list[Value], kwargs: Kwargs) -> Shape | None
             return (None,)
         return (len(range(*numbers)),)
     if name == "linspace":
-        return (size_or_none(ops.argument(args, kwargs, 2, "steps", None)),)
+        return (size_or_none(argument(args, kwargs, 2, "steps", None)),)
     if name == "eye":
         return (size_or_none(args[0]),) * 2
     if name in {"tensor", "as_tensor", "from_numpy", "array", "asarray"}:
@@ -164,7 +165,7 @@ def _cast(ev: Evaluator, tensor: Tensor, dtype: str) -> Tensor:
 
 def _to(ev: Evaluator, tensor: Tensor, name: str, args: list[Value], kwargs: Kwargs) -> Value:
     given = [*args, *(v for k, v in kwargs.items() if k in {"device", "dtype"})]
-    dtypes = [ops.dtype_of(arg, "") for arg in given if isinstance(arg, External)]
+    dtypes = [dtype_of(arg, "") for arg in given if isinstance(arg, External)]
     dtype = next((d for d in dtypes if d), tensor.dtype)
     out = tensor if dtype == tensor.dtype else _cast(ev, tensor, dtype)
     devices = [arg for arg in given if not isinstance(arg, (External, Tensor, bool))]
@@ -216,4 +217,4 @@ def index(ev: Evaluator, tensor: Tensor, key: Value) -> Value:
     full = (*shape, *tensor.shape[at:])
     if copied:
         return ev.rec.op(full, tensor.dtype, tensor.storage.kind, [tensor])
-    return ops.alias(tensor, full, contiguous=False)
+    return alias(tensor, full, contiguous=False)

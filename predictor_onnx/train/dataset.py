@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from predictor_onnx import catalog
-from predictor_onnx.features import analyse
 from predictor_onnx.source import CodeBundle
+from predictor_onnx.static.analysis import analyse
 
 #: The card that the timm rows were measured on has 40 GB; rows from here on are a full card.
 FULL_CARD_MIB: Final = 38_500.0

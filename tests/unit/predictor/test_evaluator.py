@@ -3,8 +3,9 @@
 import pytest
 
 from predictor_onnx import CodeBundle, CodeDoesNotParseError
-from predictor_onnx.features import Workload, analyse
+from predictor_onnx.features import Workload
 from predictor_onnx.source import find_entrypoint
+from predictor_onnx.static.analysis import analyse
 
 HEAD = "import argparse, torch\nfrom dataclasses import dataclass, field\nfrom torch import nn\n"
 

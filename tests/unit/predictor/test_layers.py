@@ -2,8 +2,9 @@
 
 import pytest
 
-from predictor_onnx.features import MIB, Workload, analyse
+from predictor_onnx.features import MIB, Workload
 from predictor_onnx.source import CodeBundle
+from predictor_onnx.static.analysis import analyse
 
 
 def run(code: str, *arguments: str) -> Workload:
