@@ -34,4 +34,4 @@ def _version(json: Annotated[bool, json_flag] = False) -> None:
 
 def _schema(json: Annotated[bool, json_flag] = False) -> None:
     """Print the JSON schema of job files."""
-    print(json_text.dumps(JobFile.model_json_schema(), indent=None if json else 2))  # noqa: T201 - no wrapping
+    terminal().text(json_text.dumps(JobFile.model_json_schema(), indent=None if json else 2) + "\n")

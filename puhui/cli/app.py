@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 import grpc
@@ -11,7 +9,7 @@ import typer
 
 from puhui.cli import about, fleet, jobs, local, predict, results
 from puhui.cli import run as run_commands
-from puhui.cli.terminal import Mistake, terminal
+from puhui.cli.terminal import Mistake, UnreadError, terminal
 from puhui.rpc.errors import Refusal
 
 __all__ = ["app", "run"]
@@ -39,7 +37,6 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code of the program."""
     try:
         result = typer.main.get_command(app).main(list(arguments), prog_name="puhui", standalone_mode=False)
-        sys.stdout.flush()
     except Mistake as mistake:
         terminal().fail(mistake)
         return _MISTAKEN
@@ -51,9 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         terminal().as_json = terminal().as_json or "--json" in arguments
         terminal().fail(Mistake("USAGE", f"{error.format_message()}; see `puhui --help`"))
         return error.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has gone, `head` say. Python must not find out again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnreadError:
         return _NOBODY_READS
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)

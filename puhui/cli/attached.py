@@ -8,7 +8,7 @@ from typing import Any
 
 from puhui.cli.message_json import json_of
 from puhui.cli.story import tell, tell_end
-from puhui.cli.terminal import terminal
+from puhui.cli.terminal import UnreadError, terminal
 from puhui.client import Centre, Refusal
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
@@ -37,7 +37,7 @@ class OutputReader:
 
     def __init__(self, centre: Centre, job_id: str, attempt: int) -> None:
         self.attempt = attempt
-        self.failure: Refusal | OSError | None = None
+        self.failure: Refusal | UnreadError | None = None
         self._centre = centre
         self._chunks = centre.logs(job_id, attempt=attempt, follow=True)
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -47,10 +47,10 @@ class OutputReader:
         """Waits until all output has been written, and says so if it could not be read.
 
         Raises:
-            OSError: it could not be written.
+            UnreadError: nobody reads it.
         """
         self._thread.join()
-        if isinstance(self.failure, OSError):
+        if isinstance(self.failure, UnreadError):
             raise self.failure
         if self.failure is not None:
             terminal().note(f"the rest of the output could not be read: {self.failure.message}", "output")
@@ -66,8 +66,8 @@ class OutputReader:
                     screen.write(chunk.data, to_stderr=chunk.stream == LOG_STREAM_STDERR)
         except Refusal as failure:
             self.failure = failure
-        except OSError as failure:
-            # Nobody reads any more, so nobody needs the rest of the story: this ends it.
+        except UnreadError as failure:
+            # Nobody needs the rest of the story, and this ends it.
             self.failure = failure
             self._centre.close()
 
@@ -77,7 +77,7 @@ def follow(centre: Centre, job_id: str) -> job_pb2.Job:
 
     Raises:
         Refusal: the centre could not be reached for too long.
-        OSError: nobody reads what is written.
+        UnreadError: nobody reads what is written.
     """
     story = _Story(centre, job_id)
     try:
@@ -114,8 +114,8 @@ class _Story:
             _show(update)
 
     def require_reader(self) -> None:
-        """Raises OSError when what ended the story is that nobody reads it."""
-        if self._reader is not None and isinstance(self._reader.failure, OSError):
+        """Raises UnreadError when what ended the story is that nobody reads it."""
+        if self._reader is not None and isinstance(self._reader.failure, UnreadError):
             raise self._reader.failure
 
 

@@ -162,6 +162,7 @@ def _command(words: list[str], directory: Path | None) -> tuple[list[str], Path]
             )
         directory, inside = script.parent, Path(script.name)
     else:
+        _uploadable(directory)
         found = next((path for path in (directory / script, script) if path.is_file()), None)
         if found is None:
             return words, directory  # a program of the image, such as python3 -m package

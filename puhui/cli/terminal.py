@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import grpc
@@ -18,7 +19,7 @@ from rich.table import Table
 from puhui.cli.message_json import json_of
 from puhui.rpc.errors import Refusal
 
-__all__ = ["Mistake", "Terminal", "table", "terminal"]
+__all__ = ["Mistake", "Terminal", "UnreadError", "table", "terminal"]
 
 _PLAIN_WIDTH = 80
 
@@ -29,6 +30,10 @@ class Mistake(Refusal):
     def __init__(self, reason: str, message: str, **metadata: str) -> None:
         super().__init__(grpc.StatusCode.INVALID_ARGUMENT, reason, message)
         self.metadata = metadata
+
+
+class UnreadError(Exception):
+    """Whoever read our stdout has gone, `head` say."""
 
 
 class Terminal:
@@ -54,14 +59,18 @@ class Terminal:
         # rich fills every line of a table with blanks, which nobody wants in a file.
         with self.out.capture() as captured:
             self.out.print(answer)
-        sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())
+        self.text("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+
+    def text(self, text: str) -> None:
+        """Writes an answer as it is."""
+        with self._lock, _unread():
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def json(self, answer: Message | Mapping[str, Any] | list[Any]) -> None:
         """Writes an answer for scripts: one JSON document in one line."""
         document = json_of(answer) if isinstance(answer, Message) else answer
-        with self._lock:
-            sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+        self.text(json.dumps(document, ensure_ascii=False) + "\n")
 
     def note(self, text: str, label: str = "") -> None:
         """Writes a remark that is not part of the answer, to stderr."""
@@ -73,7 +82,7 @@ class Terminal:
     def write(self, data: bytes, *, to_stderr: bool) -> None:
         """Writes output of a job, byte for byte."""
         stream = sys.stderr if to_stderr else sys.stdout
-        with self._lock:
+        with self._lock, _unread():
             stream.flush()
             stream.buffer.write(data)
             stream.buffer.flush()
@@ -92,6 +101,16 @@ class Terminal:
         message = " ".join(refusal.message.split())
         self.err.print("error: ", style="bold red", end="")
         self.err.print(f"{message} ({refusal.reason})", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _unread() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        # Python must not find out again when it ends and flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UnreadError from error
 
 
 def _console(stream: TextIO) -> Console:
