@@ -8,7 +8,7 @@ two does not know of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 from controlplane.records import Reservation
@@ -119,7 +119,7 @@ def gpu_views(
     nodes: Iterable[tuple[fleet_service_pb2.Node, bool]],
     reservations: Iterable[Reservation],
     centre: str,
-    released: Iterable[tuple[str, int]] = (),
+    released: Collection[tuple[str, int]] = (),
 ) -> list[GpuView]:
     """Returns every GPU that can be cut, by node name and GPU index.
 
@@ -129,7 +129,6 @@ def gpu_views(
         centre: name of this centre, to tell its own slices from foreign ones.
         released: attempts whose slice a node has confirmed to be gone; a report that still shows it is old.
     """
-    gone = set(released)
     held: dict[str, list[Reservation]] = {}
     for reservation in reservations:
         held.setdefault(reservation.gpu_uuid, []).append(reservation)
@@ -148,8 +147,8 @@ def gpu_views(
                     gpu.uuid,
                     gpu.index,
                     gpu.emulated,
-                    _interned(geometry_of(gpu)),
-                    _uses(held.get(gpu.uuid, []), reported.get(gpu.uuid, []), centre, gone),
+                    _geometry_of(gpu),
+                    _uses(held.get(gpu.uuid, []), reported.get(gpu.uuid, []), centre, released),
                     usable,
                 )
             )
@@ -157,7 +156,7 @@ def gpu_views(
 
 
 def _uses(
-    held: list[Reservation], reported: list[card_pb2.Slice], centre: str, gone: set[tuple[str, int]]
+    held: list[Reservation], reported: list[card_pb2.Slice], centre: str, gone: Collection[tuple[str, int]]
 ) -> tuple[Use, ...]:
     uses = [Use(reservation.profile, reservation.start, reservation.size, False) for reservation in held]
     reserved = {reservation.key for reservation in held}
@@ -170,6 +169,16 @@ def _uses(
     return tuple(uses)
 
 
-@functools.lru_cache(maxsize=256)
-def _interned(geometry: Geometry) -> Geometry:
+_known: dict[Hashable, Geometry] = {}
+
+
+def _geometry_of(gpu: card_pb2.Gpu) -> Geometry:
+    """Returns the geometry of a GPU; one object for all GPUs of a kind, read once."""
+    kind = (
+        gpu.model,
+        tuple((one.profile_id, one.name, one.memory_mib, len(one.placements)) for one in gpu.profiles),
+    )
+    geometry = _known.get(kind)
+    if geometry is None:
+        geometry = _known[kind] = geometry_of(gpu)
     return geometry

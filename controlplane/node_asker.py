@@ -17,6 +17,8 @@ __all__ = ["Fenced", "GivenUp", "NodeAsker"]
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
+# The link notices within seconds that a node is out of contact; then its return is waited for instead.
+_LONGEST_DELAY_S = 2.0
 
 
 class Fenced(Exception):  # noqa: N818 - a name for what it is
@@ -67,12 +69,14 @@ class NodeAsker:
             await self.until_contact(retry_delay_s(tries), give_up=give_up)
 
     async def until_contact(self, delay_s: float, *, give_up: bool) -> None:
-        """Waits for `delay_s` seconds, and then until the node is in contact.
+        """Waits until asking again makes sense: until a node out of contact is back, or else for `delay_s` seconds.
 
         Raises:
             GivenUp: the job's end was asked for, and `give_up` says to stop then.
         """
-        waits: list[asyncio.Task[object]] = [asyncio.create_task(_contact_after(delay_s, self._link()))]
+        link = self._link()
+        back = asyncio.sleep(min(delay_s, _LONGEST_DELAY_S)) if link.in_contact else link.contact()
+        waits: list[asyncio.Task[object]] = [asyncio.create_task(_waited(back))]
         if give_up:
             waits.append(asyncio.create_task(self._cancel.wait()))
         try:
@@ -85,6 +89,5 @@ class NodeAsker:
             raise GivenUp
 
 
-async def _contact_after(delay_s: float, link: NodeLink) -> None:
-    await asyncio.sleep(delay_s)
-    await link.contact()
+async def _waited(wait: Awaitable[None]) -> None:
+    await wait

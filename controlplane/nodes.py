@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass
 
 import grpc
@@ -23,7 +23,7 @@ from controlplane.store import Store
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
 from puhui.rpc.moment import now, timestamp
-from puhui.v1 import fleet_service_pb2, node_pb2
+from puhui.v1 import card_pb2, fleet_service_pb2, node_pb2
 
 __all__ = ["Nodes"]
 
@@ -40,10 +40,37 @@ class _Member:
     heard_at: float | None
     expires_at: float
     connect_error: str = ""
-    saved_cursor: int = 0
+    version: int = 0
+    """Changes whenever the inventory does."""
+    views: tuple[object, list[GpuView]] = (None, [])
+    """Its GPUs, with what they were made from."""
 
     def contact(self) -> Contact:
         return Contact(self.link.address, self.link.in_contact, self.connect_error, self.heard_at, self.expires_at)
+
+    def take(self, inventory: node_pb2.NodeInventory) -> None:
+        """Takes over what the node says that it has."""
+        self.node.inventory.CopyFrom(inventory)
+        self.version += 1
+
+    def without(self, slice_uuid: str) -> MutableSequence[card_pb2.Slice]:
+        """Takes a slice out of the inventory, and returns those that are left."""
+        slices = self.node.inventory.slices
+        for at, piece in enumerate(slices):
+            if piece.uuid == slice_uuid:
+                del slices[at]
+                break
+        self.version += 1
+        return slices
+
+    def gpus(self, centre: str, reservations: Reservations) -> list[GpuView]:
+        """Returns its GPUs with what is held of them; made anew only when something has changed."""
+        made_from = (self.version, self.link.in_contact, reservations.version(self.node.id))
+        if self.views[0] != made_from:
+            held = reservations.held(self.node.id)
+            node = [(self.node, self.link.in_contact)]
+            self.views = (made_from, gpu_views(node, held, centre, reservations.released))
+        return self.views[1]
 
 
 class Nodes:
@@ -88,7 +115,7 @@ class Nodes:
 
     def _member(self, node: fleet_service_pb2.Node, cursor: int) -> _Member:
         link = NodeLink(node.id, self._centre, node.address, self._connect, self, cursor)
-        return _Member(node, link, self._new_lease(), None, self._clock(), saved_cursor=cursor)
+        return _Member(node, link, self._new_lease(), None, self._clock())
 
     def _new_lease(self) -> Lease:
         return lease_for(len(self._members) + 1, random.random())  # noqa: S311 - only spreads heartbeats
@@ -127,7 +154,7 @@ class Nodes:
             _log.info("node joined", node=inventory.name, address=address, gpus=len(inventory.gpus))
         else:
             member.node.address = address
-            member.node.inventory.CopyFrom(inventory)
+            member.take(inventory)
             member.lease = self._new_lease()
             self._heard(member)
             await self._save(member)
@@ -157,7 +184,7 @@ class Nodes:
             member.link.nudge()
         if inventory is not None:
             # Not worth a write: whoever takes up after this control plane asks the node itself.
-            member.node.inventory.CopyFrom(inventory)
+            member.take(inventory)
             self._changed()
         return member.lease, member.node.inventory.revision != revision
 
@@ -167,10 +194,9 @@ class Nodes:
         member.node.last_heartbeat_time.CopyFrom(timestamp(now()))
 
     async def _save(self, member: _Member) -> None:
-        member.saved_cursor = member.link.event_cursor
         stored = fleet_service_pb2.Node()
         stored.CopyFrom(member.node)
-        await self._store.put_node(NodeRecord(stored, member.saved_cursor))
+        await self._store.put_node(NodeRecord(stored, member.link.event_cursor))
 
     # -- what links learn
 
@@ -180,7 +206,7 @@ class Nodes:
         """A link is in contact: takes over what the node has, and removes what belongs to attempts that are over."""
         member = self._members[link.node_id]
         member.connect_error = ""
-        member.node.inventory.CopyFrom(inventory)
+        member.take(inventory)
         self._heard(member)
         await remove_orphans(
             link.client, self._centre, self._store, self._reservations, list(inventory.slices), containers
@@ -199,9 +225,7 @@ class Nodes:
             return
         if event.kind not in {node_pb2.NODE_EVENT_KIND_SLICE_CREATED, node_pb2.NODE_EVENT_KIND_SLICE_ERROR}:
             return
-        slices = [piece for piece in member.node.inventory.slices if piece.uuid != event.slice.uuid]
-        del member.node.inventory.slices[:]
-        member.node.inventory.slices.extend([*slices, event.slice])
+        member.without(event.slice.uuid).append(event.slice)
 
     def lost(self, link: NodeLink, why: str) -> None:
         """A link is out of contact."""
@@ -214,12 +238,8 @@ class Nodes:
     def slice_gone(self, node_id: str, slice_uuid: str) -> None:
         """Notes that a slice no longer exists, before the node's next inventory says so."""
         member = self._members.get(node_id)
-        if member is None:
-            return
-        slices = [piece for piece in member.node.inventory.slices if piece.uuid != slice_uuid]
-        if len(slices) != len(member.node.inventory.slices):
-            del member.node.inventory.slices[:]
-            member.node.inventory.slices.extend(slices)
+        if member is not None:
+            member.without(slice_uuid)
 
     async def refresh(self, node_id: str) -> None:
         """Asks a node for its inventory now: what was thought about it turned out to be wrong.
@@ -228,7 +248,7 @@ class Nodes:
             Refusal: it cannot be reached.
         """
         member = self._members[node_id]
-        member.node.inventory.CopyFrom(await member.link.client.inventory())
+        member.take(await member.link.client.inventory())
 
     # -- what others ask
 
@@ -256,12 +276,8 @@ class Nodes:
 
     def gpus(self) -> list[GpuView]:
         """Returns every GPU that can be cut, with what is held of it."""
-        return gpu_views(
-            ((member.node, member.link.in_contact) for member in self._members.values()),
-            self._reservations.held,
-            self._centre,
-            self._reservations.released,
-        )
+        members = sorted(self._members.values(), key=lambda member: member.node.inventory.name)
+        return [gpu for member in members for gpu in member.gpus(self._centre, self._reservations)]
 
     def geometries(self) -> list[Geometry]:
         """Returns what the GPUs of this centre can be cut into."""

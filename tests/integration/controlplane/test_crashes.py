@@ -159,7 +159,7 @@ async def test_killed_again_and_again_while_jobs_come_and_go(site: Site) -> None
         async with asyncio.timeout(60), site.jobs() as jobs:
             while True:
                 try:
-                    request = site.request(number, dice.uniform(0.0, 0.3), codes[number])
+                    request = site.request(number, dice.uniform(0.0, 0.8), codes[number])
                     request = sent.setdefault(number, request)
                     return (await jobs.SubmitJob(request, wait_for_ready=True)).job.id
                 except grpc.aio.AioRpcError as error:
@@ -169,7 +169,7 @@ async def test_killed_again_and_again_while_jobs_come_and_go(site: Site) -> None
     sent: dict[int, wire.SubmitJobRequest] = {}
     submitting = [asyncio.create_task(submit(number)) for number in range(count)]
     for _ in range(8):
-        await asyncio.sleep(dice.uniform(0.05, 0.4))  # the moment of the crash is the point
+        await asyncio.sleep(dice.uniform(0.02, 0.25))  # the moment of the crash is the point
         site.kill()
         await asyncio.to_thread(site.start)
     ids = await asyncio.gather(*submitting)
