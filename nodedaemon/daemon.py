@@ -40,7 +40,7 @@ from nodedaemon.workspace import Attempts
 from puhui.rpc.identity import new_id
 from puhui.rpc.moment import now
 from puhui.rpc.notify import notify_ready, notify_stopping
-from puhui.rpc.server import RpcServer
+from puhui.rpc.server import RpcServer, require_private_address
 from puhui.v1.node_service_pb2_grpc import add_NodeServiceServicer_to_server
 
 __all__ = ["CannotServeError", "Settings", "serve"]
@@ -77,6 +77,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     Raises:
         CannotServeError: these settings do not work on this host.
     """
+    _require_sound(settings)
     # Packing artifacts takes long; the driver and the logs must not wait for it.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, thread_name_prefix="node"))
     async with contextlib.AsyncExitStack() as stack:
@@ -133,6 +134,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await mutations.settle()
 
 
+def _require_sound(settings: Settings) -> None:
+    """Refuses settings that can work on no host, before anything is touched."""
+    try:
+        require_private_address(settings.listen)
+    except ValueError as error:
+        raise CannotServeError(str(error)) from error
+    if settings.runtime not in ("auto", "podman", "process"):
+        raise CannotServeError(f"--runtime {settings.runtime}: use auto, podman or process")
+    if settings.runtime == "process" and settings.emulate is None:
+        raise CannotServeError("--runtime process isolates nothing and is refused on real GPUs: use --runtime podman")
+
+
 def _open_driver(settings: Settings) -> tuple[Driver, CardDevices]:
     try:
         if settings.emulate is None:
@@ -149,10 +162,6 @@ def _open_driver(settings: Settings) -> tuple[Driver, CardDevices]:
 
 
 async def _open_runtime(settings: Settings, node_id: str, emulated: bool) -> tuple[ContainerRuntime, ProcessUser]:
-    if settings.runtime not in ("auto", "podman", "process"):
-        raise CannotServeError(f"--runtime {settings.runtime}: use auto, podman or process")
-    if settings.runtime == "process" and not emulated:
-        raise CannotServeError("--runtime process isolates nothing and is refused on real GPUs: use --runtime podman")
     why = ""
     if settings.runtime != "process":
         try:

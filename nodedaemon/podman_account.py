@@ -195,6 +195,14 @@ class PodmanAccount:
             check=False,
         )
 
+    def network_problem(self) -> str:
+        """Returns why containers of this user cannot have a network, and what to do; empty when they can."""
+        if shutil.which("slirp4netns", path=_PATH) is None:
+            return "slirp4netns is not installed: install it with `apt-get install slirp4netns`"
+        if self.run("test", "-w", "/dev/net/tun").returncode != 0:
+            return f"user {self.name} may not write to /dev/net/tun: run `chmod a+rw /dev/net/tun`"
+        return ""
+
     def require_reach(self, folder: Path) -> None:
         """Makes sure that the user can get into a directory.
 

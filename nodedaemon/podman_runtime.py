@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -24,18 +23,14 @@ import structlog
 from podman.api.client import APIClient
 
 from nodedaemon.commands import SEARCH_PATH, Found, candidates
-from nodedaemon.host import memory_bytes
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_service import API_VERSION, PodmanService
+from nodedaemon.podman_spec import enforced_limits, spec_generator
 from nodedaemon.runtime import (
-    CODE_PATH,
-    OUTPUTS_PATH,
-    WORKSPACE_PATH,
     ContainerExit,
     ContainerPhase,
     ContainerSpec,
     ContainerStatus,
-    Mount,
 )
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
@@ -58,8 +53,6 @@ _REQUEST_S = 120.0
 _KILLED = 137
 _NO_IMAGE = "image not known"
 _NOT_RUNNING = "container state improper"
-_DEFAULT_PIDS = 4096
-_MOST_FILES = 65536
 
 
 class PodmanRuntime:
@@ -73,7 +66,8 @@ class PodmanRuntime:
         self._service = service
         self._node_id = node_id
         self._info = info
-        self._limits = _enforced_limits(info)
+        self._limits = enforced_limits(info)
+        self._network_problem = account.network_problem()
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="podman")
         self._local = threading.local()
         self._known_commands: set[tuple[str, str, str]] = set()
@@ -109,7 +103,14 @@ class PodmanRuntime:
         return cls(account, service, node_id, info)
 
     async def create(self, spec: ContainerSpec) -> str:  # noqa: D102 - see ContainerRuntime
-        answer = await self._call("POST", "/containers/create", data=json.dumps(self._body(spec)))
+        if spec.network and self._network_problem:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NETWORK_UNAVAILABLE",
+                f"containers on this node cannot have a network: {self._network_problem}, and restart the daemon",
+            )
+        told = json.dumps(spec_generator(spec, self._node_id, self._limits))
+        answer = await self._call("POST", "/containers/create", data=told)
         # Older services answer 500 and only say in words that it is the image that is missing.
         if answer.status_code == 404 or (answer.status_code == 500 and _NO_IMAGE in answer.text):
             raise _image_not_found(spec.image)
@@ -120,55 +121,6 @@ class PodmanRuntime:
             await self.remove(container_id)
             raise
         return container_id
-
-    def _body(self, spec: ContainerSpec) -> dict[str, Any]:
-        """Returns libpod's SpecGenerator for a container."""
-        most_files = min(_MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        return {
-            "name": spec.name,
-            "image": spec.image,
-            # An image's own entrypoint would take the command for its arguments.
-            "entrypoint": [spec.command[0]],
-            "command": list(spec.command[1:]),
-            "env": {**spec.env, "HOME": WORKSPACE_PATH, "PUHUI_OUTPUTS": OUTPUTS_PATH},
-            "labels": {**spec.labels, "puhui.node": self._node_id},
-            "work_dir": CODE_PATH,
-            # Root in its own user namespace is this unprivileged user outside, so what it writes is that user's.
-            "user": "0:0",
-            "init": True,
-            "cap_drop": ["ALL"],
-            "no_new_privileges": True,
-            "read_only_filesystem": True,
-            "netns": {"nsmode": "slirp4netns" if spec.network else "none"},
-            "image_volume_mode": "ignore",
-            "mounts": [
-                _bind(Mount(spec.workspace, WORKSPACE_PATH, read_only=False)),
-                _bind(Mount(spec.code, CODE_PATH)),
-                *(_bind(mount) for mount in spec.mounts),
-                *(
-                    {"destination": path, "type": "tmpfs", "options": ["rw", "nosuid", "nodev", "mode=1777"]}
-                    for path in ("/tmp", "/var/tmp", "/run")  # noqa: S108 - the container's own
-                ),
-            ],
-            "shm_size": (spec.host_memory_mib * 2**20 or memory_bytes()) // 2,
-            "r_limits": [
-                {"type": "core", "soft": 0, "hard": 0},
-                {"type": "nofile", "soft": most_files, "hard": most_files},
-            ],
-            "resource_limits": self._resource_limits(spec),
-            "log_configuration": {"driver": "k8s-file", "path": str(spec.log)},
-        }
-
-    def _resource_limits(self, spec: ContainerSpec) -> dict[str, Any]:
-        limits: dict[str, Any] = {}
-        if "cpus" in self._limits and spec.cpus:
-            limits["cpu"] = {"quota": int(spec.cpus * 100_000), "period": 100_000}
-        if "host_memory" in self._limits and spec.host_memory_mib:
-            # Swap counts in: without it a container would only be slow where it should end.
-            limits["memory"] = {"limit": spec.host_memory_mib * 2**20, "swap": spec.host_memory_mib * 2**20}
-        if "pids" in self._limits:
-            limits["pids"] = {"limit": spec.pids or _DEFAULT_PIDS}
-        return limits
 
     async def _require_command(self, container_id: str, spec: ContainerSpec) -> None:
         """Refuses a command that is not there: the init process in a container would only notice later."""
@@ -306,6 +258,8 @@ class PodmanRuntime:
                 f"limits on {', '.join(missing)} cannot be enforced: that needs cgroup v2 with its controllers "
                 f"delegated to user {self._account.name}, and this host's layout is {self._account.layout}"
             )
+        if self._network_problem:
+            notices.append(f"containers cannot have a network: {self._network_problem}")
         return Runtime(
             kind=RuntimeKind.RUNTIME_KIND_PODMAN,
             version=str(self._info["version"]["Version"]),
@@ -353,11 +307,6 @@ def _hang_up(answer: Any) -> None:
             connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-def _bind(mount: Mount) -> dict[str, Any]:
-    options = ["rbind", "ro" if mount.read_only else "rw", "nosuid", "dev" if mount.device else "nodev"]
-    return {"destination": mount.target, "type": "bind", "source": str(mount.source), "options": options}
-
-
 def _status(entry: dict[str, Any]) -> ContainerStatus:
     state = str(entry["State"])
     phase = _PHASES.get(state, ContainerPhase.EXITED)
@@ -379,17 +328,6 @@ def _seconds(value: Any) -> float | None:
         with contextlib.suppress(ValueError):
             value = datetime.fromisoformat(value).timestamp()
     return float(value) if isinstance(value, int | float) and value > 0 else None
-
-
-def _enforced_limits(info: dict[str, Any]) -> list[str]:
-    host = info["host"]
-    if str(host.get("cgroupVersion")) != "v2":
-        return []
-    controllers = host.get("cgroupControllers") or []
-    return [limit for limit, controller in _CONTROLLERS if controller in controllers]
-
-
-_CONTROLLERS = (("cpus", "cpu"), ("host_memory", "memory"), ("pids", "pids"))
 
 
 def _image_not_found(image: str) -> Refusal:

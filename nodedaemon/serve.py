@@ -76,7 +76,7 @@ def serve(
     )
     try:
         asyncio.run(_serve(settings))
-    except (CannotServeError, ValueError) as error:
+    except CannotServeError as error:
         _fail(str(error))
 
 

@@ -144,6 +144,15 @@ class Node:
         async for response in self.stub.ReadLogs(request, timeout=30):
             yield response.chunk
 
+    async def said(self, owner: AttemptRef, words: bytes) -> None:
+        """Waits until the output begins with these words; it may arrive in pieces."""
+        output = b""
+        async for chunk in self.follow(owner):
+            output += chunk.data
+            if output.startswith(words):
+                return
+        raise AssertionError(f"the output ended with {output!r}")
+
     async def log(self, owner: AttemptRef, **arguments: Any) -> bytes:
         return b"".join(chunk.data for chunk in await self.chunks(owner, **arguments))
 

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from puhui.rpc.identity import request_digest
-from puhui.v1.card_pb2 import AttemptRef, MigMode, Placement, SliceState
+from puhui.v1.card_pb2 import MigMode, Placement, SliceState
 from puhui.v1.node_pb2 import ContainerState, NodeEventKind, RuntimeKind
 from puhui.v1.node_service_pb2 import (
     CreateContainerRequest,
@@ -163,7 +163,9 @@ async def test_output_is_followed_while_it_is_written(node: Node) -> None:
     owner = node.attempt()
     await node.start(owner, "print('one', flush=True)\nimport time; time.sleep(1.5)\nprint('two', end='')")
     output = node.follow(owner)
-    assert (await anext(output)).data == b"one\n"
+    seen = b""
+    while seen != b"one\n":
+        seen += (await anext(output)).data
     (running,) = await node.containers()
     assert running.state == ContainerState.CONTAINER_STATE_RUNNING
     assert [chunk.data async for chunk in output] == [b"two"]
@@ -229,14 +231,10 @@ time.sleep(60)
 """
 
 
-async def _ready(node: Node, owner: AttemptRef) -> None:
-    assert (await anext(node.follow(owner))).data == b"ready\n"
-
-
 async def test_a_command_may_end_by_itself_when_stopped(node: Node) -> None:
     owner = node.attempt()
     await node.start(owner, _POLITE)
-    await _ready(node, owner)
+    await node.said(owner, b"ready\n")
     stopped = await node.stop(owner)
     assert stopped.exit_code == 7
     assert not stopped.timed_out
@@ -252,7 +250,7 @@ async def test_a_command_that_will_not_end_is_killed_after_its_grace(node: Node)
         "print('ready', flush=True); time.sleep(60)",
         stop_grace_s=0.2,
     )
-    await _ready(node, owner)
+    await node.said(owner, b"ready\n")
     assert (await node.stop(owner)).exit_code == 137
 
 

@@ -1,0 +1,91 @@
+"""A container in the terms of libpod (its SpecGenerator). Pure, but for what the host is asked about itself."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Collection
+from typing import Any
+
+from nodedaemon.host import memory_bytes
+from nodedaemon.runtime import CODE_PATH, OUTPUTS_PATH, WORKSPACE_PATH, ContainerSpec, Mount
+
+__all__ = ["enforced_limits", "spec_generator"]
+
+_DEFAULT_PIDS = 4096
+_MOST_FILES = 65536
+_CONTROLLERS = (("cpus", "cpu"), ("host_memory", "memory"), ("pids", "pids"))
+
+
+def spec_generator(spec: ContainerSpec, node_id: str, limits: Collection[str]) -> dict[str, Any]:
+    """Returns what libpod is to make of a container.
+
+    Args:
+        spec: the container.
+        node_id: label of this daemon's containers.
+        limits: what this host can limit, as `enforced_limits` returns it. The rest is left out: Podman refuses it.
+    """
+    most_files = min(_MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    return {
+        "name": spec.name,
+        "image": spec.image,
+        # An image's own entrypoint would take the command for its arguments.
+        "entrypoint": [spec.command[0]],
+        "command": list(spec.command[1:]),
+        "env": {**spec.env, "HOME": WORKSPACE_PATH, "PUHUI_OUTPUTS": OUTPUTS_PATH},
+        "labels": {**spec.labels, "puhui.node": node_id},
+        "work_dir": CODE_PATH,
+        # Root in its own user namespace is this unprivileged user outside, so what it writes is that user's.
+        "user": "0:0",
+        "init": True,
+        "cap_drop": ["ALL"],
+        "no_new_privileges": True,
+        "read_only_filesystem": True,
+        "netns": {"nsmode": "slirp4netns" if spec.network else "none"},
+        "image_volume_mode": "ignore",
+        "mounts": [
+            _bind(Mount(spec.workspace, WORKSPACE_PATH, read_only=False)),
+            _bind(Mount(spec.code, CODE_PATH)),
+            *(_bind(mount) for mount in spec.mounts),
+            *(
+                {"destination": path, "type": "tmpfs", "options": ["rw", "nosuid", "nodev", "mode=1777"]}
+                for path in ("/tmp", "/var/tmp", "/run")  # noqa: S108 - the container's own
+            ),
+        ],
+        "shm_size": (spec.host_memory_mib * 2**20 or memory_bytes()) // 2,
+        "r_limits": [
+            {"type": "core", "soft": 0, "hard": 0},
+            {"type": "nofile", "soft": most_files, "hard": most_files},
+        ],
+        "resource_limits": _resource_limits(spec, limits),
+        "log_configuration": {"driver": "k8s-file", "path": str(spec.log)},
+    }
+
+
+def _resource_limits(spec: ContainerSpec, enforced: Collection[str]) -> dict[str, Any]:
+    limits: dict[str, Any] = {}
+    if "cpus" in enforced and spec.cpus:
+        limits["cpu"] = {"quota": int(spec.cpus * 100_000), "period": 100_000}
+    if "host_memory" in enforced and spec.host_memory_mib:
+        # Swap counts in: without it a container would only be slow where it should end.
+        limits["memory"] = {"limit": spec.host_memory_mib * 2**20, "swap": spec.host_memory_mib * 2**20}
+    if "pids" in enforced:
+        limits["pids"] = {"limit": spec.pids or _DEFAULT_PIDS}
+    return limits
+
+
+def _bind(mount: Mount) -> dict[str, Any]:
+    options = ["rbind", "ro" if mount.read_only else "rw", "nosuid", "dev" if mount.device else "nodev"]
+    return {"destination": mount.target, "type": "bind", "source": str(mount.source), "options": options}
+
+
+def enforced_limits(info: dict[str, Any]) -> list[str]:
+    """Returns the limits that rootless Podman can enforce on this host: "cpus", "host_memory", "pids".
+
+    Args:
+        info: what libpod's /info answers.
+    """
+    host = info["host"]
+    if str(host.get("cgroupVersion")) != "v2":
+        return []
+    controllers = host.get("cgroupControllers") or []
+    return [limit for limit, controller in _CONTROLLERS if controller in controllers]
