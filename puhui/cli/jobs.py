@@ -85,22 +85,32 @@ def _ps(
 
 
 def _show_table(jobs: list[job_pb2.Job]) -> None:
-    shown = table("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT", right=("AGE", "TIME", "EXIT"))
     moment_s = now()
-    for job in jobs:
-        attempt = job.attempts[-1] if job.attempts else None
-        slice_ = f"{attempt.profile}{' (emulated)' if attempt.emulated else ''}" if attempt else _wanted(job)
-        shown.add_row(
-            job.id,
-            job.spec.name or "-",
-            Text(job_state(job.state), style=_COLOURS.get(job.state, "")),
-            slice_,
-            age(job.create_time, moment_s),
-            _ran(job, moment_s),
-            str(job.exit_code) if job.HasField("exit_code") else "-",
-        )
-    shown.columns[1].overflow, shown.columns[1].no_wrap = "ellipsis", True
+    headings = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
+    rows = [_row(job, moment_s) for job in jobs]
+    shown = table(*headings, right=("AGE", "TIME", "EXIT"))
+    # A name may be longer than the line; everything else is short, and must not be cut.
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    left = terminal().out.width - sum(widths) + widths[1] - 2 * (len(headings) - 1)
+    for column in shown.columns:
+        column.no_wrap = True
+    shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", max(left, 4)
+    for job, (job_id, name, state, *rest) in zip(jobs, rows, strict=True):
+        shown.add_row(job_id, name, Text(state, style=_COLOURS.get(job.state, "")), *rest)
     terminal().show(shown)
+
+
+def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
+    attempt = job.attempts[-1] if job.attempts else None
+    return (
+        job.id,
+        job.spec.name or "-",
+        job_state(job.state),
+        f"{attempt.profile}{' (emulated)' if attempt.emulated else ''}" if attempt else _wanted(job),
+        age(job.create_time, now_s),
+        _ran(job, now_s),
+        str(job.exit_code) if job.HasField("exit_code") else "-",
+    )
 
 
 def _wanted(job: job_pb2.Job) -> str:

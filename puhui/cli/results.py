@@ -62,6 +62,6 @@ def _pull(
         terminal().json({"folder": str(pulled.folder), "manifest": json_of(pulled.manifest)})
         return
     for file in pulled.manifest.files:
-        terminal().show(str(pulled.folder / file.path))
+        terminal().text(f"{pulled.folder / file.path}\n")
     total = sum(file.size_bytes for file in pulled.manifest.files)
     terminal().note(f"{count(len(pulled.manifest.files), 'file')}, {size(total)} in {pulled.folder}")

@@ -112,4 +112,4 @@ def _print_id(job: job_pb2.Job) -> None:
     if terminal().as_json:
         terminal().json(job)
     else:
-        terminal().show(job.id)
+        terminal().text(job.id + "\n")

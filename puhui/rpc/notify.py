@@ -8,6 +8,7 @@ listens travels with it, so that port 0 works.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -19,6 +20,8 @@ from typing import Self
 __all__ = ["ReadySocket", "notify_ready", "notify_stopping"]
 
 _ADDRESS = "X_PUHUI_ADDRESS"
+# A starter that has gone, or listens no more, need not be told.
+_GONE = (FileNotFoundError, ConnectionRefusedError)
 
 
 def notify_ready(address: str) -> None:
@@ -37,7 +40,7 @@ def _send(message: str) -> None:
         return
     # A leading "@" names a socket in Linux's abstract namespace.
     target = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(*_GONE):
         sock.sendto(message.encode(), target)
 
 

@@ -1,0 +1,177 @@
+"""`puhui up` and `puhui down`: a whole centre in real processes, with emulated cards."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puhui.cli.local_state import ProcessId
+from puhui.rpc.notify import ReadySocket
+from tests.integration.cli.program import Puhui
+
+UP = ("up", "--port", "0", "--runtime", "process", "--emulate", "A100-80GB:1")
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Iterator[Puhui]:
+    """Somebody whose centre, if one is left, is stopped."""
+    puhui = Puhui.at(tmp_path / "home")
+    puhui.environment["PUHUI_LOCAL_STATE"] = str(tmp_path / "state")
+    yield puhui
+    puhui("down")
+
+
+def record(user: Puhui) -> Any:
+    return json.loads(Path(user.environment["PUHUI_LOCAL_STATE"], "up.json").read_text())
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ProcessId.of(pid).pid == pid
+    except OSError:
+        return False
+
+
+class Foreground:
+    """A `puhui up` in the foreground, ready."""
+
+    def __init__(self, user: Puhui) -> None:
+        with ReadySocket() as ready:
+            user.environment["NOTIFY_SOCKET"] = ready.path
+            self.process: subprocess.Popen[bytes] = user.start(*UP)
+            self.address = ready.wait(self.process.pid, 60)
+        del user.environment["NOTIFY_SOCKET"]
+        user.environment["PUHUI_SERVER"] = self.address
+
+
+def test_a_centre_comes_up_runs_code_and_goes_down(user: Puhui, tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "train.py").write_text(
+        "import os, sys\n"
+        "print('on', os.environ['CUDA_VISIBLE_DEVICES'][:4], sys.argv[1:])\n"
+        "open(os.environ['PUHUI_OUTPUTS'] + '/result', 'w').write('42')\n"
+        "sys.exit(5)\n"
+    )
+    started = user(*UP, "--detach", "--json")
+    assert started.code == 0, started.err
+    answer = started.json
+    assert answer["emulated"] is True
+    assert [gpu["emulated"] for gpu in answer["node"]["inventory"]["gpus"]] == [True]
+    user.environment["PUHUI_SERVER"] = answer["address"]
+
+    ran = user("run", "--memory", "8GB", code / "train.py", "--lr", "0.1")
+    assert (ran.code, ran.out) == (5, "on MIG- ['--lr', '0.1']\n"), ran.err
+    assert "A100-SXM4-80GB (emulated)" in ran.err
+    assert "no isolation" in ran.err
+    job = user("ps", "--all", "--json").json["jobs"][0]
+    assert user("pull", job["id"], "-o", "out").code == 0
+    assert (user.folder / "out/result").read_text() == "42"
+    assert user("slices", "--json").json == {"slices": []}
+
+    second = user(*UP)
+    assert (second.code, "CENTRE_RUNNING" in second.err) == (1, True)
+    again = user(*UP, "--detach", "--json")
+    assert again.error["metadata"]["address"] == answer["address"]
+
+    pids = [process["pid"] for process in [record(user)["supervisor"], *record(user)["daemons"].values()]]
+    down = user("down", "--json")
+    assert down.json == {"stopped": True, "address": answer["address"]}
+    assert [pid for pid in pids if alive(pid)] == []
+    assert user("down", "--json").json["stopped"] is False
+
+    # What was, is still there after the next start.
+    user.environment["PUHUI_SERVER"] = user(*UP, "--detach", "--json").json["address"]
+    assert user("get", job["id"], "--json").json["exit_code"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_foreground_says_what_it_is_and_stops_at_a_signal(user: Puhui, number: signal.Signals) -> None:
+    centre = Foreground(user)
+    daemons = [process["pid"] for process in record(user)["daemons"].values()]
+    assert len(daemons) == 2
+    centre.process.send_signal(number)
+    out, err = centre.process.communicate(timeout=60)
+    said = out.decode()
+    assert centre.process.returncode == 0
+    assert "EMULATED CARDS" in said
+    assert f"serves at   {centre.address}" in said
+    assert "1 x A100-SXM4-80GB (emulated)" in said
+    assert f"export PUHUI_SERVER={centre.address}" in said
+    assert "Traceback" not in err.decode()
+    assert [pid for pid in daemons if alive(pid)] == []
+    assert user("down", "--json").json["stopped"] is False
+
+
+@pytest.mark.parametrize("name", ["controlplane", "nodedaemon"])
+def test_a_daemon_that_dies_takes_the_rest_with_it_and_is_named(user: Puhui, name: str) -> None:
+    centre = Foreground(user)
+    daemons = {key: process["pid"] for key, process in record(user)["daemons"].items()}
+    os.kill(daemons[name], signal.SIGKILL)
+    _, err = centre.process.communicate(timeout=60)
+    assert centre.process.returncode == 1
+    assert f"error: the {name} ended with code -9" in err.decode()
+    assert "(DAEMON_FAILED)" in err.decode()
+    assert [pid for pid in daemons.values() if alive(pid)] == []
+
+
+def test_daemons_of_a_killed_up_are_stopped_by_the_next(user: Puhui) -> None:
+    centre = Foreground(user)
+    daemons = [process["pid"] for process in record(user)["daemons"].values()]
+    centre.process.kill()
+    centre.process.communicate()
+    assert all(alive(pid) for pid in daemons)
+    started = user(*UP, "--detach")
+    assert started.code == 0, started.err
+    assert [pid for pid in daemons if alive(pid)] == []
+
+
+def test_down_touches_nothing_that_only_has_the_same_number(user: Puhui) -> None:
+    centre = Foreground(user)
+    state = Path(user.environment["PUHUI_LOCAL_STATE"], "up.json")
+    document = record(user)
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        document["supervisor"]["pid"] = bystander.pid
+        state.write_text(json.dumps({**document, "daemons": {}}))
+        assert user("down", "--json").json["stopped"] is False
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+        centre.process.terminate()
+        centre.process.communicate(timeout=60)
+
+
+def test_a_port_that_is_taken_is_explained(user: Puhui, tmp_path: Path) -> None:
+    centre = Foreground(user)
+    port = centre.address.rpartition(":")[2]
+    for detach in ([], ["--detach"]):
+        other = user(*UP, "--port", port, "--state", tmp_path / "other", *detach)
+        assert other.code == 1
+        assert "is another daemon running there?" in other.err
+        assert "the controlplane ended with code" in other.err
+    centre.process.terminate()
+    centre.process.communicate(timeout=60)
+
+
+def test_an_unknown_card_is_explained(user: Puhui) -> None:
+    ended = user("up", "--port", "0", "--runtime", "process", "--emulate", "B9000:1")
+    assert ended.code == 1
+    assert "B9000" in ended.err
+    assert "the nodedaemon ended with code" in ended.err
+    assert user("down", "--json").json["stopped"] is False
+
+
+def test_a_damaged_record_is_not_guessed_about(user: Puhui, tmp_path: Path) -> None:
+    state = Path(user.environment["PUHUI_LOCAL_STATE"])
+    state.mkdir()
+    (state / "up.json").write_text("{")
+    ended = user("down")
+    assert (ended.code, "STATE_UNREADABLE" in ended.err) == (1, True)
+    (state / "up.json").unlink()
