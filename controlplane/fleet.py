@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from controlplane.records import Reservation
 from puhui.v1 import card_pb2, fleet_service_pb2
 
-__all__ = ["Geometry", "GpuView", "Shape", "Use", "geometry_of", "gpu_views", "span"]
+__all__ = ["Geometry", "GpuKey", "GpuView", "Shape", "Use", "geometry_of", "gpu_views", "span"]
+
+
+GpuKey = tuple[str, str]
+"""(node id, GPU UUID). Emulated nodes may well have the same UUIDs."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,11 @@ class GpuView:
     """Something may be placed on it now: its node is in contact and not draining."""
 
     @functools.cached_property
+    def key(self) -> GpuKey:
+        """What tells it from every other GPU of the centre."""
+        return self.node_id, self.gpu_uuid
+
+    @functools.cached_property
     def held(self) -> int:
         """Bit mask of memory slices that are not free."""
         mask = 0
@@ -129,9 +138,9 @@ def gpu_views(
         centre: name of this centre, to tell its own slices from foreign ones.
         released: attempts whose slice a node has confirmed to be gone; a report that still shows it is old.
     """
-    held: dict[str, list[Reservation]] = {}
+    held: dict[GpuKey, list[Reservation]] = {}
     for reservation in reservations:
-        held.setdefault(reservation.gpu_uuid, []).append(reservation)
+        held.setdefault((reservation.node_id, reservation.gpu_uuid), []).append(reservation)
     views = []
     for node, usable in sorted(nodes, key=lambda pair: pair[0].inventory.name):
         reported: dict[str, list[card_pb2.Slice]] = {}
@@ -148,7 +157,7 @@ def gpu_views(
                     gpu.index,
                     gpu.emulated,
                     _geometry_of(gpu),
-                    _uses(held.get(gpu.uuid, []), reported.get(gpu.uuid, []), centre, released),
+                    _uses(held.get((node.id, gpu.uuid), []), reported.get(gpu.uuid, []), centre, released),
                     usable,
                 )
             )

@@ -188,11 +188,11 @@ def _reserved(draft: _Draft, it: h.Reserved) -> None:
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = draft.job.centre
     draft.record = replace(draft.record, ending=None, results_collected=False)
-    end = attempt.placement.start + attempt.placement.size - 1
+    start, size = attempt.placement.start, attempt.placement.size
+    where = f"memory slices {start}–{start + size - 1}" if size > 1 else f"memory slice {start}"
     draft.tell(
         "RESERVED",
-        f"{attempt.profile} reserved on GPU {attempt.gpu_index} of {it.node_name}, "
-        f"memory slices {attempt.placement.start}–{end}",
+        f"{attempt.profile} reserved on GPU {attempt.gpu_index} of {it.node_name}, {where}",
         node_id=attempt.node_id,
         node_name=it.node_name,
         gpu_uuid=attempt.gpu_uuid,

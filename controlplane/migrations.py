@@ -66,7 +66,7 @@ def m0001_first_tables(db: Database) -> None:
         ) without rowid
         """
     )
-    db.execute("create index reservations_by_gpu on reservations (gpu_uuid)")
+    db.execute("create index reservations_by_gpu on reservations (node_id, gpu_uuid)")
     db.execute(
         """
         create table nodes (

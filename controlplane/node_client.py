@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -24,6 +24,8 @@ from puhui.v1.node_service_pb2_grpc import NodeServiceStub
 __all__ = ["GrpcNodeClient", "NodeClient", "is_unreachable"]
 
 _UNREACHABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
+
+_T = TypeVar("_T")
 
 _READ_S = 10.0
 _SLICE_S = 60.0
@@ -98,6 +100,15 @@ class GrpcNodeClient:
         self._closed = True
         await self._channel.close(None)
 
+    async def _stream(self, call: grpc.aio.UnaryStreamCall[Any, _T]) -> AsyncGenerator[_T, None]:
+        with self._refusals():
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                # Whoever stops reading must not leave the node writing.
+                call.cancel()
+
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
         try:
@@ -168,8 +179,8 @@ class GrpcNodeClient:
         request = node_service_pb2.NodeServiceReadLogsRequest(
             owner=owner, offset=offset, tail_lines=tail_lines, follow=follow
         )
-        with self._refusals():
-            async for response in self._stub.ReadLogs(request):
+        async with contextlib.aclosing(self._stream(self._stub.ReadLogs(request))) as responses:
+            async for response in responses:
                 yield response.chunk
 
     async def read_artifacts(
@@ -177,15 +188,15 @@ class GrpcNodeClient:
     ) -> AsyncGenerator[node_service_pb2.NodeServiceGetArtifactsResponse, None]:
         """Yields the manifest of an attempt's artifacts, then the archive in chunks."""
         request = node_service_pb2.NodeServiceGetArtifactsRequest(owner=owner, offset=offset)
-        with self._refusals():
-            async for response in self._stub.GetArtifacts(request):
+        async with contextlib.aclosing(self._stream(self._stub.GetArtifacts(request))) as responses:
+            async for response in responses:
                 yield response
 
     async def events(self, after_cursor: int) -> AsyncGenerator[node_pb2.NodeEvent, None]:
         """Yields the node's events, live, for ever."""
         request = node_service_pb2.WatchEventsRequest(after_cursor=after_cursor)
-        with self._refusals():
-            async for response in self._stub.WatchEvents(request):
+        async with contextlib.aclosing(self._stream(self._stub.WatchEvents(request))) as responses:
+            async for response in responses:
                 yield response.event
 
 

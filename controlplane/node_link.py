@@ -68,6 +68,7 @@ class NodeLink:
         self._owner = owner
         self._contact = asyncio.Event()
         self._nudge = asyncio.Event()
+        self._moving = asyncio.Lock()
         self._news: dict[AttemptKey, set[asyncio.Event]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -93,14 +94,15 @@ class NodeLink:
 
     async def move(self, address: str) -> None:
         """Connects anew: the daemon is at `address` now, or was started again there."""
-        old, self.address = self.client, address
-        self.client = self._connect(address)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        self._contact.clear()
-        await old.close()
-        self.start()
+        async with self._moving:
+            old, self.address = self.client, address
+            self.client = self._connect(address)
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
+            self._contact.clear()
+            await old.close()
+            self.start()
 
     def nudge(self) -> None:
         """The node was heard of by other means: try again now."""

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from controlplane.fleet import Geometry, GpuView, Shape, span
+from controlplane.fleet import Geometry, GpuKey, GpuView, Shape, span
 from puhui.v1 import prediction_pb2
 
 __all__ = ["Decision", "Room", "fit", "most_slices", "room_left"]
@@ -75,13 +75,13 @@ class Room:
     """The free room of a fleet while a plan is made: what the plan takes is no longer free for the rest of it."""
 
     def __init__(self, gpus: Iterable[GpuView]) -> None:
-        self._held: dict[str, int] = {}
-        self._alike: dict[tuple[Geometry, int], dict[str, GpuView]] = {}
-        self._taken: dict[tuple[str, str], int] = {}
+        self._held: dict[GpuKey, int] = {}
+        self._alike: dict[tuple[Geometry, int], dict[GpuKey, GpuView]] = {}
+        self._taken: dict[tuple[GpuKey, str], int] = {}
         for gpu in gpus:
             if gpu.usable:
-                self._held[gpu.gpu_uuid] = gpu.held
-                self._alike.setdefault((gpu.geometry, gpu.held), {})[gpu.gpu_uuid] = gpu
+                self._held[gpu.key] = gpu.held
+                self._alike.setdefault((gpu.geometry, gpu.held), {})[gpu.key] = gpu
 
     def best(self, choices: Sequence[prediction_pb2.ProfileChoice]) -> Decision | None:
         """Returns where a slice of the first choice that fits anywhere goes; None when none fits."""
@@ -111,29 +111,29 @@ class Room:
 
     def held(self, gpu: GpuView) -> int:
         """Returns the bit mask of memory slices of a usable GPU that are not free for the rest of the plan."""
-        return self._held[gpu.gpu_uuid]
+        return self._held[gpu.key]
 
     def count(self, gpu: GpuView, shape: Shape) -> int:
         """Returns how many slices of a shape are held on a GPU, with those of the plan."""
-        return gpu.count(shape.profile) + self._taken.get((gpu.gpu_uuid, shape.profile), 0)
+        return gpu.count(shape.profile) + self._taken.get((gpu.key, shape.profile), 0)
 
     def take(self, decision: Decision) -> None:
         """Takes the room of a decision."""
-        key = (decision.gpu.gpu_uuid, decision.shape.profile)
+        key = (decision.gpu.key, decision.shape.profile)
         self._taken[key] = self._taken.get(key, 0) + 1
         self.block(decision.gpu, span(decision.start, decision.shape.size))
 
     def block(self, gpu: GpuView, mask: int) -> None:
         """Takes memory slices of a GPU."""
-        before = self._held[gpu.gpu_uuid]
+        before = self._held[gpu.key]
         if before | mask == before:
             return
         alike = self._alike[gpu.geometry, before]
-        del alike[gpu.gpu_uuid]
+        del alike[gpu.key]
         if not alike:
             del self._alike[gpu.geometry, before]
-        self._held[gpu.gpu_uuid] = before | mask
-        self._alike.setdefault((gpu.geometry, before | mask), {})[gpu.gpu_uuid] = gpu
+        self._held[gpu.key] = before | mask
+        self._alike.setdefault((gpu.geometry, before | mask), {})[gpu.key] = gpu
 
     def nearest(self, choices: Sequence[prediction_pb2.ProfileChoice]) -> tuple[GpuView, int] | None:
         """Returns the GPU and mask at which one of `choices` is likely to fit soonest.

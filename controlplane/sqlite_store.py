@@ -302,8 +302,8 @@ def _write_reservations(db: Database, job_id: str, change: Change) -> None:
     new = change.reserve
     if new is not None:
         overlap = db.execute(
-            "select job_id from reservations where gpu_uuid = ? and start < ? and start + size > ?",
-            [new.gpu_uuid, new.start + new.size, new.start],
+            "select job_id from reservations where node_id = ? and gpu_uuid = ? and start < ? and start + size > ?",
+            [new.node_id, new.gpu_uuid, new.start + new.size, new.start],
         ).fetchone()
         if overlap is not None:
             raise ShareTaken(f"{new.gpu_uuid} {new.start}:{new.size} is held by {overlap[0]}")

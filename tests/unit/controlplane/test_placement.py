@@ -102,6 +102,18 @@ def test_nothing_goes_on_a_gpu_out_of_contact() -> None:
     assert Room([view(usable=False)]).best(choice("1g.10gb")) is None
 
 
+def test_nodes_with_equal_gpu_uuids_are_told_apart() -> None:
+    room = Room([view("GPU-0", node="n-1"), view("GPU-0", node="n-2")])
+    nodes = set()
+    for _ in range(2):
+        decision = room.best(choice("7g.80gb"))
+        assert decision is not None
+        room.take(decision)
+        nodes.add(decision.gpu.node_id)
+    assert nodes == {"n-1", "n-2"}
+    assert room.best(choice("1g.10gb")) is None
+
+
 def test_room_on_an_empty_card_is_what_the_driver_says() -> None:
     for name, _, _, _, most, _, starts in H100_PROFILES:
         shape = GEOMETRY.by_profile[name]
