@@ -34,7 +34,10 @@ _MOST_BYTES = 2**20
 
 
 def _split(value: Any) -> Any:
-    return shlex.split(value) if isinstance(value, str) else value
+    words = shlex.split(value) if isinstance(value, str) else value
+    if words in ([], [""]):
+        raise ValueError("is empty; say what to run, such as python3 train.py")
+    return words
 
 
 Duration = Annotated[
@@ -50,7 +53,6 @@ Size = Annotated[
 Command = Annotated[
     list[str],
     BeforeValidator(_split),
-    Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 
@@ -225,7 +227,7 @@ def _note_lines(
 def _complaint(kind: str, place: tuple[str | int, ...], message: str) -> str:
     if kind == "extra_forbidden":
         part = _PARTS.get(str(place[0]) if len(place) > 1 else "", JobFile)
-        close = difflib.get_close_matches(str(place[-1]), part.model_fields, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(place[-1]), part.model_fields, n=1, cutoff=0.6)
         known = f"did you mean {close[0]}?" if close else "there are: " + ", ".join(part.model_fields)
         return f"is no field of a job file; {known}"
     if kind == "string_type":

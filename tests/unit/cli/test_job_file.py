@@ -1,0 +1,133 @@
+"""A job file says what it means, or is refused with the place where it does not."""
+
+from pathlib import Path
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from puhui.cli.job_file import JobFile, read_job_file
+from puhui.cli.terminal import Mistake
+from puhui.v1 import job_pb2
+
+
+def read(tmp_path: Path, text: str) -> JobFile:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return read_job_file(path)
+
+
+def refused(tmp_path: Path, text: str) -> Mistake:
+    with pytest.raises(Mistake) as caught:
+        read(tmp_path, text)
+    return caught.value
+
+
+def test_every_field_reaches_the_spec(tmp_path: Path) -> None:
+    spec = read(
+        tmp_path,
+        """
+        name: digits
+        type: session
+        command: python3 train.py --note "two words"
+        image: localhost/x:1
+        env: {BATCH: 64, RATE: 0.1, NAME: text}
+        resources:
+          profile: 2g.20gb
+          memory: 12Gi
+          cpus: 2.5
+          host_memory: 8GB
+          pids: 100
+          network: true
+        inputs:
+          - {name: images, size: 1.5GB}
+        priority: -3
+        max_duration: 1h30m
+        stop_grace: 20s
+        labels: {team: vision}
+        tenant: lab
+        idle: {after: 10m, below_percent: 5, reclaim: checkpoint}
+        peers: {here_only: true, preferred: [east], max_wait: 2m}
+        """,
+    ).spec()
+    assert spec == job_pb2.JobSpec(
+        name="digits",
+        kind=job_pb2.JOB_KIND_SESSION,
+        command=["python3", "train.py", "--note", "two words"],
+        image="localhost/x:1",
+        env={"BATCH": "64", "RATE": "0.1", "NAME": "text"},
+        resources=job_pb2.Resources(
+            profile="2g.20gb", memory_mib=12288, cpus=2.5, host_memory_mib=7630, pids=100, network=True
+        ),
+        inputs=[job_pb2.DataInput(name="images", size_bytes=1_500_000_000)],
+        priority=-3,
+        max_duration=Duration(seconds=5400),
+        stop_grace=Duration(seconds=20),
+        labels={"team": "vision"},
+        tenant="lab",
+        idle=job_pb2.IdlePolicy(
+            idle_after=Duration(seconds=600), idle_below_percent=5, reclaim_mode=job_pb2.RECLAIM_MODE_CHECKPOINT
+        ),
+        peers=job_pb2.PeerPolicy(here_only=True, preferred_peers=["east"], max_wait=Duration(seconds=120)),
+    )
+
+
+def test_what_is_not_said_is_not_set(tmp_path: Path) -> None:
+    spec = read(tmp_path, "command: [python3, train.py]").spec()
+    assert spec == job_pb2.JobSpec(
+        kind=job_pb2.JOB_KIND_BATCH, command=["python3", "train.py"], resources=job_pb2.Resources()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "command: x\nmax_durration: 10m",
+            "line 2: max_durration: is no field of a job file; did you mean max_duration?",
+        ),
+        ("command: x\nresources:\n  gpu: 1", "line 3: resources.gpu: is no field of a job file; there are: profile, "),
+        ("command: x\ninputs:\n  - name: a\n    sise: 1GB", "line 4: inputs.0.sise: is no field"),
+        ("command: x\ninputs:\n  - name: a", "line 3: inputs.0.size: Field required"),
+        ("name: a", "line 1: command: Field required"),
+        ("", "command: Field required"),
+        ("command: ''", "line 1: command: is empty; say what to run"),
+        ("command: x\nmax_duration: 600", "line 2: max_duration: 600 is no duration; write 90s"),
+        ("command: x\nresources: {memory: 24}", "line 2: resources.memory: 24 is no size; write 24GB"),
+        ("command: x\nenv: {DEBUG: yes}", "line 2: env.DEBUG: must be text; put it in quotes"),
+        ("command: x\npriority: 101", "line 2: priority: Input should be less than or equal to 100"),
+        ("command: x\ntype: daemon", "line 2: type: Input should be 'batch' or 'session'"),
+        ("command: x\nname: a\nname: b", "line 3: name: is there twice"),
+        ("- command: x", "line 1: the file: Input should be a valid dictionary"),
+        ("a: 1\nb: 2\ncommand: x", "line 1: a: is no field"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    mistake = refused(tmp_path, text)
+    assert mistake.reason == "JOB_FILE_INVALID"
+    assert said in mistake.message
+    assert mistake.metadata["file"].endswith("job.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["command: [x", "\tcommand: x", "a: &a [*a", "command: \x00", "!!python/object:os.x {}"]
+)
+def test_what_is_no_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    assert refused(tmp_path, text).reason in ("JOB_FILE_UNREADABLE", "JOB_FILE_INVALID")
+
+
+def test_a_circle_is_refused(tmp_path: Path) -> None:
+    assert refused(tmp_path, "command: &a [*a]").reason == "JOB_FILE_INVALID"
+
+
+def test_a_file_that_is_not_there_or_far_too_large(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match="cannot be read"):
+        read_job_file(tmp_path / "nothing.yaml")
+    assert refused(tmp_path, "#" * 2**21).reason == "JOB_FILE_UNREADABLE"
+
+
+def test_the_schema_forbids_what_the_reader_forbids() -> None:
+    schema = JobFile.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+    assert schema["properties"]["max_duration"]["anyOf"][0]["type"] == "string"
+    assert schema["required"] == ["command"]

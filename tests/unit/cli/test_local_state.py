@@ -1,0 +1,90 @@
+"""Which processes are ours, and which only look so."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from puhui.cli.local_state import ProcessId, Record, StateFolder, default_state
+from puhui.cli.settings import server_address
+from puhui.cli.terminal import Mistake
+from puhui.rpc.errors import Refusal
+
+
+def record(*processes: ProcessId) -> Record:
+    first, *rest = processes
+    return Record(
+        first, {f"d{n}": process for n, process in enumerate(rest)}, "127.0.0.1:1", "127.0.0.1:2", "A30-24GB:1"
+    )
+
+
+def test_a_process_is_known_by_more_than_its_number() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        ours = ProcessId.of(process.pid)
+        assert ours.runs()
+        for other in (
+            ProcessId(ours.pid, ours.start_ticks + 1, ours.boot_id),
+            ProcessId(ours.pid, ours.start_ticks, "another boot"),
+        ):
+            assert not other.runs()
+            assert other.stop(1) is False
+        assert process.poll() is None
+        assert ours.stop(10) is True
+        assert process.wait() == -15
+        assert ours.stop(10) is False
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_will_not_end_is_killed() -> None:
+    process = subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; echo; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    assert ProcessId.of(process.pid).stop(0.1) is True
+    process.communicate()
+    assert process.returncode == -9
+
+
+def test_a_record_is_kept_and_taken_away(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "deep/state")
+    folder.prepare()
+    assert folder.read() is None
+    mine = record(ProcessId.of(os.getpid()))
+    folder.write(mine)
+    assert folder.read() == mine
+    folder.clear()
+    folder.clear()
+    assert folder.read() is None
+    assert folder.stop() is None
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.prepare()
+    folder.write(record(ProcessId.of(os.getpid())))
+    with folder.locked(), pytest.raises(Refusal, match=r"127\.0\.0\.1:1") as caught, StateFolder(tmp_path).locked():
+        pass
+    assert caught.value.reason == "CENTRE_RUNNING"
+    with StateFolder(tmp_path).locked():
+        pass
+
+
+def test_the_state_of_a_user_is_below_its_home(tmp_path: Path) -> None:
+    expected = "/var/lib/puhui/local" if os.geteuid() == 0 else str(tmp_path / "puhui/local")
+    assert str(default_state({"XDG_STATE_HOME": str(tmp_path)})) == expected
+
+
+@pytest.mark.parametrize("address", ["host:1", "127.0.0.1:7070", "[::1]:7070", "unix:/run/x"])
+def test_addresses(address: str) -> None:
+    assert server_address(address, {}) == address
+
+
+@pytest.mark.parametrize("address", ["host", "host:", ":1", "http://host:1", "host:port", "a b:1", "unix:", "::1:7070"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(Mistake, match="HOST:PORT"):
+        server_address(address, {})

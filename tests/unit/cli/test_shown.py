@@ -1,0 +1,146 @@
+"""What people and scripts get to read."""
+
+import json
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from puhui.cli import words
+from puhui.cli.attached import ChunkJson
+from puhui.cli.chart import bar, memory_chart
+from puhui.cli.message_json import json_of
+from puhui.cli.story import exit_code_of, tell, tell_end
+from puhui.v1 import job_pb2, prediction_pb2, stream_pb2
+from puhui.v1.job_service_pb2 import WatchJobResponse
+from tests.unit.cli.small_centre import PREDICTION
+
+
+def test_json_has_every_field_by_its_proto_name() -> None:
+    job = job_pb2.Job(
+        id="j-1",
+        spec=job_pb2.JobSpec(env={"B": "2", "A": "1"}, resources=job_pb2.Resources(memory_mib=2**40)),
+        state=job_pb2.JOB_STATE_RUNNING,
+        create_time=Timestamp(seconds=1),
+        log_size_bytes=2**60,
+    )
+    document = json.loads(json.dumps(json_of(job)))
+    assert list(document) == [field.name for field in job.DESCRIPTOR.fields]
+    assert document["spec"]["env"] == {"A": "1", "B": "2"}
+    assert document["spec"]["resources"]["memory_mib"] == 2**40
+    assert (document["state"], document["log_size_bytes"]) == ("JOB_STATE_RUNNING", 2**60)
+    assert (document["create_time"], document["end_time"], document["exit_code"]) == (
+        "1970-01-01T00:00:01Z",
+        None,
+        None,
+    )
+    assert (document["attempts"], document["artifacts"]) == ([], None)
+
+
+def test_json_of_what_json_has_no_words_for() -> None:
+    assert json_of(Duration(seconds=5400)) == "5400s"
+    assert json_of(stream_pb2.LogChunk(data=b"\xff"))["data"] == "/w=="
+    assert json_of(prediction_pb2.MemoryPart(mib=float("nan")))["mib"] is None
+    newer = stream_pb2.LogChunk.FromString(b"\x18\x63")  # a stream that this version does not know
+    assert json_of(newer)["stream"] == 99
+
+
+@given(st.text(), st.lists(st.integers(1, 5)))
+def test_text_of_chunks_is_cut_nowhere(text: str, cuts: list[int]) -> None:
+    data, as_json, seen, start = text.encode(errors="replace"), ChunkJson(), "", 0
+    for length in [*cuts, len(data) + 1]:
+        seen += as_json.of(stream_pb2.LogChunk(data=data[start : start + length]))["text"]
+        start += length
+    assert seen == data.decode()
+
+
+@pytest.mark.parametrize(
+    ("state", "exit_code", "started", "expected"),
+    [
+        (job_pb2.JOB_STATE_SUCCEEDED, 0, True, 0),
+        (job_pb2.JOB_STATE_FAILED, 3, True, 3),
+        (job_pb2.JOB_STATE_FAILED, 0, True, 1),  # timed out, and ended well all the same
+        (job_pb2.JOB_STATE_FAILED, -1, True, 129),
+        (job_pb2.JOB_STATE_FAILED, 300, True, 255),
+        (job_pb2.JOB_STATE_FAILED, None, True, 1),
+        (job_pb2.JOB_STATE_FAILED, None, False, 125),
+        (job_pb2.JOB_STATE_CANCELLED, 143, True, 143),
+        (job_pb2.JOB_STATE_CANCELLED, None, False, 125),
+    ],
+)
+def test_the_exit_code_is_the_commands_and_never_a_false_zero(
+    state: job_pb2.JobState.ValueType, exit_code: int | None, started: bool, expected: int
+) -> None:
+    job = job_pb2.Job(state=state, exit_code=exit_code, start_time=Timestamp(seconds=1) if started else None)
+    assert exit_code_of(job) == expected
+
+
+def test_the_story_says_what_the_evidence_is() -> None:
+    job = job_pb2.Job(id="j-1", centre="here", prediction=PREDICTION)
+    job.attempts.add(number=1, profile="1g.10gb", gpu_model="NVIDIA X", emulated=True, runtime="podman")
+    job.attempts.add(number=2, profile="2g.20gb", gpu_model="NVIDIA X", gpu_index=3)
+
+    def told(reason: str, attempt: int = 1, message: str = "", **details: str) -> list[tuple[str, str]]:
+        event = job_pb2.JobEvent(reason=reason, attempt=attempt, message=message, details=details)
+        return tell(WatchJobResponse(job=job, event=event))
+
+    assert told("SUBMITTED") == [("job", "j-1 at centre here")]
+    assert told("RESERVED") == [("placed", "1g.10gb on GPU 0, X (emulated), memory slices 0")]
+    assert told("RESERVED", 2) == [("placed", "2g.20gb on GPU 3, X, memory slices 0 (attempt 2)")]
+    assert told("RESERVED", 3, "somewhere") == [("placed", "somewhere")]
+    assert told("SLICE_CREATED", slice_uuid="MIG-12345678-9") == [("cut", "MIG-12345678")]
+    assert told("CONTAINER_STARTED", container_id="abcdef0123456789") == [("started", "podman abcdef012345")]
+    assert told("RESULTS_COLLECTED", log_bytes="2048", artifact_files="1") == [
+        ("collected", "2.0 KiB of output, 1 artifact file")
+    ]
+    assert told("RESULTS_COLLECTED", message="all of it") == [("collected", "all of it")]
+    assert told("SOMETHING_NEW", message="of a later version") == [("something new", "of a later version")]
+    assert told("COMMAND_ENDED") == []
+
+
+def test_the_end_says_why_and_where_the_results_are() -> None:
+    job = job_pb2.Job(
+        id="j-1", state=job_pb2.JOB_STATE_FAILED, reason="TIMED_OUT", message="ran for 10m", exit_code=137
+    )
+    assert tell_end(job) == "failed, exit code 137 (TIMED_OUT): ran for 10m"
+    job.artifacts.file_count = 2
+    assert tell_end(job).endswith("; 2 files in /workspace/outputs: puhui pull j-1")
+    assert tell_end(job_pb2.Job(state=job_pb2.JOB_STATE_CANCELLED, reason="X")) == "cancelled, no exit code (X)"
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [(0, "0.0s"), (9.94, "9.9s"), (59, "59s"), (60, "1m"), (61, "1m1s"), (3660, "1h1m"), (90000, "1d1h")],
+)
+def test_spans(length: float, said: str) -> None:
+    assert words.span(length) == said
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**50, "1024.0 TiB")]
+)
+def test_sizes(size: float, said: str) -> None:
+    assert words.size(size) == said
+
+
+@given(st.floats(-1, 2))
+def test_bars_keep_to_their_width(share: float) -> None:
+    assert len(bar(share)) <= 40
+    assert len(bar(1)) == 40
+    assert bar(0) == ""
+
+
+def test_the_chart_marks_the_slice_that_is_chosen() -> None:
+    console = Console(width=80, color_system=None)
+    profiles = {f"{n}g.{n}0gb": 9728.0 * n for n in range(1, 8)}
+    with console.capture() as captured:
+        console.print(memory_chart(PREDICTION, profiles, "7g.70gb"))
+    lines = captured.get().splitlines()
+    assert [line.split()[0] for line in lines if line.strip()][:4] == ["p50", "p90", "p99", "needs"]
+    assert next(line for line in lines if "chosen" in line).startswith("7g.70gb")
+    with console.capture() as captured:
+        console.print(memory_chart(prediction_pb2.Prediction(), {}, ""))
+    assert "needs" in captured.get()
