@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import select
+import signal
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ API_VERSION = "4.0.0"
 """Version of the libpod API that is spoken: the oldest that has all we use, so that any Podman from 4.0 on will do."""
 
 _START_S = 30.0
+_PREDECESSOR_S = 5.0
 _LONGEST_PAUSE_S = 30.0
 
 
@@ -50,8 +54,26 @@ class PodmanService:
         Raises:
             PodmanUnusableError: it does not; the text has what it said.
         """
+        await asyncio.to_thread(self._await_predecessor)
         await self._launch()
         self._keeper = asyncio.create_task(self._keep())
+
+    def _await_predecessor(self) -> None:
+        """Waits for the service of a daemon that was killed: it is ending, and may still be making a container."""
+        for pid in _processes_with(self.url, self._account.uid):
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    signal.pidfd_send_signal(descriptor, number)
+                    if select.select([descriptor], [], [], _PREDECESSOR_S)[0]:
+                        break
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(descriptor)
 
     async def _launch(self) -> None:
         self.socket.unlink(missing_ok=True)
@@ -119,6 +141,18 @@ class PodmanService:
                 self._process.terminate()
             await self._process.wait()
         self.socket.unlink(missing_ok=True)
+
+
+def _processes_with(word: str, uid: int) -> list[int]:
+    """Returns the ids of a user's processes that have a word on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder.stat().st_uid == uid and word.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
 
 
 def _answers(url: str, socket: Path) -> bool:
