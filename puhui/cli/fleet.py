@@ -79,19 +79,17 @@ def _slices(json: Json = False, server: Server = None) -> None:
         slices = [{"node_id": node.id, "slice": json_of(one)} for node in nodes for one in node.inventory.slices]
         terminal().json({"slices": slices})
         return
-    shown = table("SLICE", "NODE", "CARD", "PROFILE", "AT", "MEMORY", "STATE", "JOB", right=("MEMORY",))
+    shown = table("SLICE", "PROFILE", "AT", "STATE", "JOB", "NODE AND CARD")
     for node in nodes:
         models = {gpu.uuid: gpu.model for gpu in node.inventory.gpus}
         for one in node.inventory.slices:
             shown.add_row(
                 short_uuid(one.uuid),
-                node.inventory.name,
-                f"{one.gpu_index}: {card_name(models.get(one.gpu_uuid, '?'), one.emulated)}",
                 one.profile,
                 placement(one.placement),
-                mib(one.memory_mib),
                 plain_enum(card_pb2.SliceState.Name(one.state), "SLICE_STATE_"),
                 one.owner.job_id or "-",
+                f"{node.inventory.name} {one.gpu_index}: {card_name(models.get(one.gpu_uuid, '?'), one.emulated)}",
             )
     if shown.row_count:
         terminal().show(shown)
