@@ -250,7 +250,7 @@ def _container_started(draft: _Draft, it: h.ContainerStarted) -> None:
     draft.job.state = JOB_STATE_RUNNING
     draft.tell(
         "CONTAINER_STARTED",
-        "the command runs",
+        f"{attempt.runtime} container {it.container.id[:12]} runs the command",
         container_id=it.container.id,
         image=it.container.image,
         runtime=attempt.runtime,

@@ -86,7 +86,8 @@ def follow(centre: Centre, node: NodeServiceStub, run: Run, screen: Screen, targ
     for event in centre.watch(run.job.id):
         run.events[event.reason] = event
         step = STEPS.get(event.reason, "")
-        screen.line(step, run.name, event.message, style="" if step else "dim")
+        if event.reason != "SUCCEEDED":  # it says what COMMAND_ENDED has said
+            screen.line(step, run.name, event.message, style="" if step else "dim")
         # Asked of the node itself while the job runs: are the card and the container really there?
         if event.reason == "CONTAINER_STARTED":
             run.slice_seen = any(

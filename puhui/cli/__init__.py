@@ -13,6 +13,9 @@ def main() -> None:
     """Runs the program `puhui`."""
     # gRPC's C core reports every lost connection on stderr; the commands say it in their own words.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # typer would colour the help in a pipe when CI variables ask for it.
+    if not sys.stdout.isatty():
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
     from puhui.cli.app import run
 
     sys.exit(run(sys.argv[1:]))

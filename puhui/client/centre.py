@@ -184,7 +184,8 @@ class Centre:
             for update in self._updates(job_id, job.last_cursor, deadline):
                 job = update.job
         except Refusal as refusal:
-            if refusal.code is not grpc.StatusCode.DEADLINE_EXCEEDED or timeout_s is None:
+            late = deadline is not None and time.monotonic() >= deadline
+            if refusal.code is not grpc.StatusCode.DEADLINE_EXCEEDED or not late:
                 raise
             raise Refusal(
                 grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -117,6 +117,18 @@ class Contact:
         # A server that stops cancels what it serves.
         return refusal.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
+    def answer(self, refusal: Refusal) -> Refusal:
+        """Returns what a caller is told when trying again would not help."""
+        if refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED and refusal.reason == "UNKNOWN":
+            return Refusal(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "CENTRE_TOO_SLOW",
+                f"{self._address} did not answer in time, so it is not known whether it did what was asked; "
+                "look, and try again",
+                address=self._address,
+            )
+        return refusal
+
     def given_up(self, refusal: Refusal) -> Refusal:
         """Returns what a caller is told who has waited long enough."""
         if refusal.reason != "UNKNOWN":
@@ -156,7 +168,7 @@ class _Wait:
         """Pauses before another try, or raises what the caller is told."""
         refusal = Refusal.of(error)
         if not self._contact.passing(refusal):
-            raise refusal from error
+            raise self._contact.answer(refusal) from error
         now = time.monotonic()
         if self._since is None:
             self._since = now

@@ -285,6 +285,7 @@ def test_no_colour_where_it_is_not_wanted(puhui: Puhui, script: Path, environmen
 def test_ci_variables_do_not_colour_a_pipe(puhui: Puhui, script: Path) -> None:
     puhui.environment |= {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "GITHUB_ACTIONS": "true"}
     for arguments in (
+        ["--help"],
         ["run", str(script)],
         ["ps", "--all"],
         ["capacity"],

@@ -52,6 +52,13 @@ def test_a_lost_answer_makes_no_second_job(centre: Centre, running: RunningCentr
     assert list(running.centre.kept) == [job.id]
 
 
+def test_a_broken_upload_begins_again(centre: Centre, running: RunningCentre, code: Path) -> None:
+    running.centre.faults["PutBundle"] = [grpc.StatusCode.UNAVAILABLE] * 2
+    bundle = centre.put_bundle(code)
+    assert list(running.centre.bundles) == [bundle.id]
+    assert running.centre.calls["PutBundle"] == 3
+
+
 def test_every_submission_is_a_job_of_its_own(centre: Centre, code: Path) -> None:
     assert centre.submit(spec(), code).id != centre.submit(spec(), code).id
     same = [centre.submit(spec(), code, request_id="mine").id for _ in range(2)]
