@@ -45,8 +45,9 @@ def main(folder: Path) -> int:
         except OSError as error:
             _tell({"error": f"{spec['command'][0]}: {error.strerror}"})
             return 0
-        _tell({"pid": process.pid})
+        # Before the daemon is told: it may want to signal the process at once.
         _write(folder / "running.json", {"pid": process.pid, "start_time": time.time()})
+        _tell({"pid": process.pid})
         _copy(process, log)
     code = process.wait()
     # As when a container's init ends: nothing of it lives on.

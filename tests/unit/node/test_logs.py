@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodedaemon.logs import LogDecoder, follow_log
@@ -25,6 +25,7 @@ def _as_conmon(writes: list[tuple[bool, bytes]]) -> bytes:
     return log
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.binary(max_size=40))), st.integers(1, 50))
 def test_any_output_comes_back_from_any_cuts(writes: list[tuple[bool, bytes]], step: int) -> None:
     log = _as_conmon(writes)
@@ -43,6 +44,7 @@ def test_any_output_comes_back_from_any_cuts(writes: list[tuple[bool, bytes]], s
         )
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_the_keeper_writes_what_the_decoder_reads(data: bytes) -> None:
     assert b"".join(chunk.data for chunk in LogDecoder().feed(keeper_lines(data, b"stdout"))) == data
