@@ -200,15 +200,20 @@ def test_a_mistake_is_2_and_says_what_to_write(
         (puhui.home / name).write_text("")
     if arguments[-1] == "x.py" and "--directory" not in arguments:
         arguments = [*arguments[:-1], "code/x.py"]
-    plain = puhui(*arguments)
-    assert plain.code == 2, plain.err
-    assert plain.err.startswith("error: ")
-    assert said in plain.err
-    assert len(plain.err.splitlines()) == 1
     ended = puhui(arguments[0], "--json", *arguments[1:])
     assert ended.code == 2
     assert (ended.error["code"], ended.error["reason"]) == ("INVALID_ARGUMENT", reason)
-    assert (plain.out, ended.out, running.centre.kept) == ("", "", {})
+    assert said in ended.error["message"]
+    assert (ended.out, running.centre.kept) == ("", {})
+
+
+def test_a_mistake_is_one_line_for_people(puhui: Puhui) -> None:
+    ended = puhui("run", "nothing.py")
+    assert ended.code == 2
+    assert ended.err == (
+        "error: nothing.py is not there; name a script, or a folder with --directory and a command in it "
+        "(SCRIPT_NOT_FOUND)\n"
+    )
 
 
 def test_code_that_is_too_large_is_not_sent(puhui: Puhui, running: RunningCentre, script: Path) -> None:
