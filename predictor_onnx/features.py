@@ -10,6 +10,9 @@ MIB: Final = float(1 << 20)
 #: Which kind of op made a tensor that autograd keeps. The catalog uses the same order.
 KINDS: Final = ("conv", "norm", "act", "matmul", "other")
 
+#: Beyond this no prediction means anything (a thousand petabytes; float32 ends not far behind).
+_ABSURD_MIB: Final = 1e12
+
 #: What memory is physically made of; MiB but for ``convolutions``, which is 1 where cuDNN is loaded.
 #: Each grows, or stays, with the batch.
 PHYSICS: Final = (
@@ -29,6 +32,12 @@ _ACCELERATED: Final = frozenset([
     "transformers", "timm", "lightning", "pytorch_lightning", "accelerate", "diffusers", "vllm",
     "sentence_transformers", "xgboost", "cudf", "cuml", "triton", "deepspeed", "ultralytics", "fastai",
     "onnxruntime", "tinygrad",
+])  # fmt: skip
+
+
+_NOT_READ: Final = frozenset([
+    "tensorflow", "keras", "jax", "flax", "cupy", "pycuda", "numba", "mxnet", "paddle", "mindspore", "vllm", "xgboost",
+    "cudf", "cuml", "triton", "ultralytics", "fastai", "onnxruntime", "tinygrad", "diffusers", "sentence_transformers",
 ])  # fmt: skip
 
 
@@ -52,6 +61,8 @@ class Workload:
     largest_mib: float = 0.0
     largest_conv_mib: float = 0.0
     activation_by_kind_mib: tuple[float, ...] = (0.0,) * len(KINDS)
+    #: Alive at the peak of a pass without gradients, beyond what the training step and convolutions count.
+    inference_mib: float = 0.0
     macs: float = 0.0
     ops: int = 0
     batch: int | None = None
@@ -62,7 +73,15 @@ class Workload:
     training: bool = False
     checkpointing: bool = False
     guesses: int = 0
+    #: Whether the code starts programs, or makes code, that could not be read.
+    starts_unknown: bool = False
+    #: Whether most sizes of the network, or of what flows through it, come from where the code does not say.
+    unsized: bool = False
     stopped_early: bool = False
+    #: Whether a whole pass through a network was walked.
+    step_seen: bool = False
+    #: Samples per step that stood in where the code does not say.
+    assumed_batch: int = 0
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -71,8 +90,19 @@ class Workload:
         return bool(self.imports & _ACCELERATED)
 
     @property
+    def frameworks(self) -> tuple[str, ...]:
+        """Imported libraries whose networks the analysis does not read."""
+        return tuple(sorted(self.imports & _NOT_READ))
+
+    @property
     def known(self) -> bool:
         """Whether a pass through a network, or work on tensors of the accelerator, was found."""
+        if (
+            self.unsized
+            or (self.stopped_early and not self.step_seen)
+            or not all(value < _ABSURD_MIB for value in self.vector())
+        ):
+            return False
         return self.ops > 0 and (self.parameters > 0 or self.data_mib > 0)
 
     @property
@@ -94,9 +124,11 @@ class Workload:
         activation = max(self.activation_mib, 1e-6)
         share = [mib / activation for mib in self.activation_by_kind_mib]
         moving = max(self.transient_mib, 1e-6)
+        by_kind = list(self.activation_by_kind_mib)
+        by_kind[KINDS.index("other")] += self.inference_mib
         physics = [float(self.largest_conv_mib > 0), self.resident_mib, self.update_mib,
                    self.transient_mib, self.largest_conv_mib,
-                   *self.activation_by_kind_mib]  # fmt: skip
+                   *by_kind]  # fmt: skip
         structure = [
             *(share if self.activation_mib > 0 else [0.0] * len(KINDS)),
             math.log1p(self.ops), math.log1p(self.parameters),

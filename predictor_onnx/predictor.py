@@ -41,8 +41,8 @@ class Predictor:
             CodeDoesNotParseError: the program is not valid Python; it names file and line.
         """
         work = analyse(code, request.argv)
-        if not work.entrypoint or (not work.uses_accelerator and not work.notes):
-            return self._without_accelerator(work) if work.entrypoint else self._unknown(work)
+        if work.entrypoint and not (work.uses_accelerator or work.notes or work.starts_unknown):
+            return self._without_accelerator(work)
         if not work.known:
             return self._unknown(work)
         return self._known(work, request, code)
@@ -64,10 +64,7 @@ class Predictor:
 
     def _unknown(self, work: Workload) -> Prediction:
         p50, p90, p99 = self._model.population
-        what = ", ".join(name.rpartition("/")[2] for name in work.unknown_models[:2])
-        cause = f"the model {what} is not in the catalog" if what else "no network was found in it"
-        if work.notes:
-            cause = work.notes[0]
+        cause = _cause(work)
         reason = (
             f"The code could not be sized ({cause}), so it is given what nine of ten measured training "
             f"runs need, {_gib(p90)}; state --memory or --profile if you know better."
@@ -84,7 +81,29 @@ class Predictor:
                           self._model.version, work.notes)  # fmt: skip
 
 
+def _cause(work: Workload) -> str:
+    """Why the code could not be sized."""
+    if work.notes:
+        return work.notes[0]
+    if work.unknown_models:
+        name = work.unknown_models[0].rpartition("/")[2]
+        return f"the model {name} is not in the catalog"
+    if work.stopped_early:
+        return "reading it took too long"
+    if work.ops and not work.unsized:
+        return "its sizes are beyond any device"
+    if work.unsized:
+        return "the sizes of its network come from where the code does not say"
+    if work.frameworks:
+        return f"networks of {', '.join(work.frameworks[:2])} are not read"
+    if work.starts_unknown:
+        return "it runs another program or code that is made while it runs"
+    return "no network was found in it"
+
+
 def _gib(mib: float) -> str:
+    if mib < 1:
+        return "less than 1 MiB"
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
@@ -98,7 +117,7 @@ def _count(number: float) -> str:
 def _sentence(work: Workload, p50: float, p90: float) -> str:
     name = work.model_name.rpartition("/")[2] or "a network"
     what = f"{name} with {_count(work.parameters)} parameters"
-    size = f"batch {work.batch}" if work.batch else "an unknown batch"
+    size = f"batch {work.batch}" if work.batch else f"an assumed batch of {work.assumed_batch}"
     precision = {"float16": "half precision", "bfloat16": "bfloat16"}.get(work.precision, "float32")
     if work.training:
         how = f"training with {work.optimizer or 'no optimizer found'} at {size} in {precision}"

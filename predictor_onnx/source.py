@@ -12,10 +12,13 @@ from typing import Final
 
 from predictor_onnx.errors import CodeDoesNotParseError
 
-#: A larger file is not read: no hand-written program comes near, and parsing costs 100 times its size.
-LARGEST_FILE_BYTES: Final = 1 << 20
-LARGEST_TOTAL_BYTES: Final = 4 << 20
-_MOST_NODES: Final = 200_000
+#: A larger file is not read: no hand-written program comes near, and parsing costs 400 times its size.
+LARGEST_FILE_BYTES: Final = 384 << 10
+LARGEST_TOTAL_BYTES: Final = 2 << 20
+#: A configuration file that is larger is data.
+LARGEST_CONFIGURATION_BYTES: Final = 64 << 10
+#: Nodes of all syntax trees together; a thousand lines have about ten thousand.
+_MOST_NODES: Final = 150_000
 _LAUNCHERS: Final = ("torchrun", "accelerate", "deepspeed", "uv", "poetry", "nohup", "time", "env",
                      "stdbuf", "launch", "run")  # fmt: skip
 
@@ -54,6 +57,7 @@ class Source:
     skipped: list[str] = field(default_factory=list)
     _trees: dict[str, ast.Module | None] = field(default_factory=dict)
     _read_bytes: int = 0
+    _nodes: int = 0
 
     def tree(self, path: str) -> ast.Module | None:
         """Syntax tree of ``path``; None when it is absent or beyond the limits.
@@ -73,6 +77,9 @@ class Source:
         if size > LARGEST_FILE_BYTES or self._read_bytes + size > LARGEST_TOTAL_BYTES:
             self.skipped.append(f"{path} is too large to analyse ({size} bytes)")
             return None
+        if self._nodes > _MOST_NODES:
+            self.skipped.append(f"{path} is not analysed, the program is too large")
+            return None
         self._read_bytes += size
         try:
             with warnings.catch_warnings():
@@ -86,7 +93,8 @@ class Source:
         except (RecursionError, MemoryError):
             self.skipped.append(f"{path} is nested too deeply to analyse")
             return None
-        if sum(1 for _ in ast.walk(tree)) > _MOST_NODES:
+        self._nodes += sum(1 for _ in ast.walk(tree))
+        if self._nodes > _MOST_NODES:
             self.skipped.append(f"{path} has too many statements to analyse")
             return None
         return tree
@@ -100,6 +108,53 @@ class Source:
                 if candidate in self.bundle.files:
                     return candidate
         return None
+
+    def imports(self, path: str) -> set[str]:
+        """Top-level names of all modules that ``path`` imports, wherever in it, and its own modules in turn.
+
+        A file that does not parse, or is beyond the limits, ends its branch.
+        """
+        found: set[str] = set()
+        todo, seen = [path], {path}
+        while todo:
+            current = todo.pop()
+            try:
+                tree = self.tree(current)
+            except CodeDoesNotParseError:
+                continue
+            folder = current.rpartition("/")[0]
+            for name in imported(tree) if tree is not None else ():
+                found.add(name.lstrip(".").partition(".")[0])
+                inner = self.module_path(name.lstrip("."), folder)
+                if inner is not None and inner not in seen:
+                    seen.add(inner)
+                    todo.append(inner)
+        return found
+
+    def package_path(self, folder: str) -> str | None:
+        """The ``__init__.py`` of a folder of the bundle."""
+        path = f"{folder}/__init__.py" if folder else "__init__.py"
+        return path if path in self.bundle.files else None
+
+    def text(self, path: str) -> str | None:
+        """Text of a small file of the bundle, such as a configuration; None when it is absent or large."""
+        path = str(PurePosixPath(clean_path(path)))
+        content = self.bundle.files.get(path)
+        if content is None or len(content) > LARGEST_CONFIGURATION_BYTES:
+            return None
+        return content if isinstance(content, str) else content.decode("utf-8", "replace")
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Every module that a file names in an import, with the dots of a relative one."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            dots, module = "." * node.level, node.module or ""
+            found |= {f"{dots}{module}", *(f"{dots}{module}.{name.name}" for name in node.names)}
+    return found
 
 
 def find_entrypoint(argv: Sequence[str], bundle: CodeBundle) -> Entrypoint | None:
@@ -115,8 +170,8 @@ def find_entrypoint(argv: Sequence[str], bundle: CodeBundle) -> Entrypoint | Non
             return found
         if word == "-c" and position + 1 < len(words) and _is_shell(words[0]):
             return _in_shell(words[position + 1], bundle)
-        if word.endswith(".sh") and _clean(word) in bundle.files:
-            text = bundle.files[_clean(word)]
+        if word.endswith(".sh") and clean_path(word) in bundle.files:
+            text = bundle.files[clean_path(word)]
             return _in_shell(text if isinstance(text, str) else text.decode("utf-8", "replace"),
                              bundle)  # fmt: skip
     return None
@@ -126,7 +181,8 @@ def _is_shell(word: str) -> bool:
     return PurePosixPath(word).name in {"sh", "bash", "dash", "zsh"}
 
 
-def _clean(word: str) -> str:
+def clean_path(word: str) -> str:
+    """A path as the bundle names it."""
     for prefix in ("/workspace/code/", "./"):
         word = word.removeprefix(prefix)
     return word
@@ -135,11 +191,11 @@ def _clean(word: str) -> str:
 def _python_file(words: list[str], position: int, bundle: CodeBundle) -> Entrypoint | None:
     word = words[position]
     rest = tuple(words[position + 1 :])
-    if _clean(word) in bundle.files and (word.endswith(".py") or position == 0):
-        text = bundle.files[_clean(word)]
+    if clean_path(word) in bundle.files and (word.endswith(".py") or position == 0):
+        text = bundle.files[clean_path(word)]
         first = (text if isinstance(text, str) else text[:200].decode("utf-8", "replace"))[:200]
         if word.endswith(".py") or "python" in first.partition("\n")[0]:
-            return Entrypoint(_clean(word), rest)
+            return Entrypoint(clean_path(word), rest)
     launched = position > 0 and words[position - 1] == "-m"
     if launched:
         stem = word.replace(".", "/")

@@ -24,6 +24,8 @@ def analyse(bundle: CodeBundle, argv: Sequence[str]) -> Workload:
     evaluator = Evaluator(source, entry.arguments)
     evaluator.run(entry)
     _run_forgotten_model(evaluator)
+    # An import inside a function that was never called counts too.
+    evaluator.imports |= source.imports(entry.path)
     return _describe(evaluator, entry.path, tuple(source.skipped))
 
 
@@ -35,7 +37,7 @@ def _run_forgotten_model(ev: Evaluator) -> None:
     if model is None:
         return
     ev.rec.guesses += 1
-    ev.steps = min(ev.steps, ev.step_budget // 2)
+    ev.budget.renew(0.5)
     ev.complete(model)
     if ev.optimizers:
         ev.rec.finish_step()
@@ -94,6 +96,7 @@ def _describe(ev: Evaluator, path: str, notes: tuple[str, ...]) -> Workload:
     transient = max(step.backward_peak - step.saved, 0.0)
     forward_only = rec.inferred.inference_peak
     transient = max(transient, forward_only - step.saved)
+    beyond = max(forward_only - max(step.saved, rec.inferred.largest_conv), 0.0)
     optimizer = ev.optimizers[-1] if ev.optimizers else None
     trained_bytes = sum(tensor.storage.nbytes for tensor in trained) if training else 0.0
     optimizer_bytes = 0.0
@@ -114,12 +117,21 @@ def _describe(ev: Evaluator, path: str, notes: tuple[str, ...]) -> Workload:
         transient_mib=transient / MIB, largest_mib=found.largest / MIB,
         largest_conv_mib=found.largest_conv / MIB,
         activation_by_kind_mib=tuple(step.kinds[kind] / MIB for kind in KINDS),
-        macs=found.macs, ops=found.ops, batch=_batch(ev), sequence=ev.hints.found.get("sequence"),
+        inference_mib=beyond / MIB, macs=found.macs, ops=found.ops,
+        batch=_batch(ev), sequence=ev.hints.found.get("sequence"),
         image=ev.hints.found.get("image"), precision=half or own,
         optimizer=optimizer.kind if optimizer is not None else "", training=training,
-        checkpointing=rec.checkpointing, guesses=rec.guesses + rec.unknown_sizes, stopped_early=ev.stopped_early,
+        checkpointing=rec.checkpointing, guesses=rec.guesses + rec.unknown_sizes,
+        unsized=_unsized(ev, weights), stopped_early=ev.stopped_early, starts_unknown=ev.starts_unknown,
         notes=notes,
+        assumed_batch=ev.hints.batch, step_seen=rec.trained is not None or rec.forward_passes > 0,
     )  # fmt: skip
+
+
+def _unsized(ev: Evaluator, weights: list[Tensor]) -> bool:
+    """Whether more than a fifth of the weights, or half of the ops, have a size that is not known."""
+    open_weights = sum(1 for tensor in weights if tensor.numel is None)
+    return 5 * open_weights > len(weights) or 2 * ev.rec.unsized_ops > ev.rec.all_ops > 0
 
 
 def _batch(ev: Evaluator) -> int | None:

@@ -75,3 +75,21 @@ def arithmetic(op: type[ast.operator], left: Value, right: Value) -> Value:
         return _BINARY[op](left, right)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         return UNKNOWN
+
+
+def walkable(*values: Value) -> bool:
+    """Whether these values can be walked in little time: a list that holds lists twice doubles with each level."""
+    budget = LONGEST
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        budget -= 1
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (list, tuple, set)):
+            budget -= len(value)
+            if budget >= 0:
+                todo += value
+        if budget < 0:
+            return False
+    return True

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from predictor_onnx.static.values import UNKNOWN, External, Function, Native, Record, Value
 
+#: More options than any program declares.
+_MOST_OPTIONS = 500
 _KINDS = {"int": int, "float": float, "str": str}
 
 
@@ -86,6 +88,8 @@ class Parser:
         kind = kind if kind is None or isinstance(kind, External) else UNKNOWN
         if isinstance(default, str) and kind is not None:
             default = convert(default, kind)
+        if len(self.options) >= _MOST_OPTIONS:
+            return UNKNOWN
         self.options.append(Option(tuple(named), dest, default, kind, constant, many))
         return UNKNOWN
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import ClassVar, Final
 
-from predictor_onnx.source import Entrypoint, Source
+from predictor_onnx.source import Entrypoint, Source, find_entrypoint
 from predictor_onnx.static import command_line, library, objects, python_builtins
-from predictor_onnx.static.expressions import BudgetExceeded
+from predictor_onnx.static.arithmetic import walkable
+from predictor_onnx.static.budget import BudgetExceeded
 from predictor_onnx.static.statements import Leave, Return, Statements
 from predictor_onnx.static.values import (
     UNKNOWN,
@@ -32,6 +33,13 @@ from predictor_onnx.static.values import (
 )
 
 _DEEPEST_CALL: Final = 28
+#: Commands that never use an accelerator.
+_HARMLESS: Final = frozenset([
+    "cat", "cp", "curl", "date", "df", "echo", "git", "hostname", "ls", "mkdir", "mv", "nproc", "nvidia-smi", "pip",
+    "rm", "sleep", "tar", "true", "uname", "unzip", "wget",
+])  # fmt: skip
+_MOST_NAMES: Final = 16
+_LONGEST_NAME: Final = 80
 
 
 class Evaluator(Statements):
@@ -48,6 +56,8 @@ class Evaluator(Statements):
         self.unknown_models: list[str] = []
         self.library = library.Library(self)
         self.stopped_early = False
+        #: Whether a program was started, or code made, that could not be read.
+        self.starts_unknown = False
         self._calls = 0
         self._self: list[Value] = []
         self._package = ""
@@ -74,6 +84,29 @@ class Evaluator(Statements):
             self.call(model, [], {})
         except (BudgetExceeded, RecursionError, Leave):
             self.stopped_early = True
+
+    def start_program(self, command: Value) -> Value:
+        """The program starts another: a Python file of the bundle is read in its turn, others are noted."""
+        words = command.split() if isinstance(command, str) else command
+        known = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        entry = find_entrypoint(words, self.source.bundle) if known else None
+        if entry is None or entry.path in self.modules:
+            quiet = known and words and words[0].rpartition("/")[2] in _HARMLESS
+            self.starts_unknown = self.starts_unknown or not quiet
+            return UNKNOWN
+        before, self.argv = self.argv, list(entry.arguments)
+        try:
+            self._run_module(entry.path, "__main__")
+        finally:
+            self.argv = before
+        self.imports |= self.source.imports(entry.path)
+        return UNKNOWN
+
+    def note_unknown_model(self, library: str, name: Value) -> None:
+        """A model is asked for by a name that the catalog does not have."""
+        known = name[:_LONGEST_NAME] if isinstance(name, str) else "?"
+        if len(self.unknown_models) < _MOST_NAMES:
+            self.unknown_models.append(f"{library}/{known}")
 
     def _run_module(self, path: str, name: str) -> Scope:
         if path in self.modules:
@@ -114,10 +147,12 @@ class Evaluator(Statements):
         module = node.module or ""
         package = self._package
         if node.level:
-            package = self.path.rpartition("/")[0]
+            package = str(_found(scope, "__file__", self.path)).rpartition("/")[0]
             for _ in range(node.level - 1):
                 package = package.rpartition("/")[0]
         path = self.source.module_path(module, package) if module else None
+        if node.level and not module:
+            path = self.source.package_path(package)
         if path is None and not node.level:
             self.imports.add(module.partition(".")[0])
         found = self._run_module(path, module).names if path is not None else None
@@ -223,6 +258,8 @@ class Evaluator(Statements):
         if isinstance(target, Function):
             if target.command and not args and not kwargs:
                 return self.run_command(target)
+            if target.configuration is not None and not args:
+                args = [target.configuration]
             return self.invoke(target, args, kwargs)
         if isinstance(target, Record) and isinstance(target.attrs.get("main"), Function):
             return self.run_command(target.attrs["main"])
@@ -238,6 +275,13 @@ class Evaluator(Statements):
             if target.path in python_builtins.FUNCTIONS:
                 return self._guarded(lambda a, k: python_builtins.FUNCTIONS[target.path](self, a, k), args, kwargs)
             return self._guarded(lambda a, k: self.library.call(target.path, a, k), args, kwargs)
+        return self._hand_out(args)
+
+    def _hand_out(self, args: list[Value]) -> Value:
+        """Something unknown is called: ``data.map(tokenize)`` will call the functions that it is given."""
+        for given in args:
+            if isinstance(given, Function) and not isinstance(given.node, ast.Lambda):
+                self.invoke(given, [], {})
         return UNKNOWN
 
     def _guarded(
@@ -272,7 +316,8 @@ class Evaluator(Statements):
                 return self.invoke(method, [model, *args], kwargs, model)
             return UNKNOWN
         if self.rec.forward_depth == 0 and not _is_loss(model):
-            first = tensor_sample([*args, *kwargs.values()])
+            given = [*args, *kwargs.values()]
+            first = tensor_sample(given) if walkable(given) else None
             if first is not None and first.shape and first.shape[0]:
                 self.rec.note_batch(first.shape[0])
         self.rec.forward_depth += 1
@@ -318,6 +363,13 @@ class Evaluator(Statements):
         **Statements.statements, ast.Import: _import, ast.ImportFrom: _import_from,
         ast.FunctionDef: _function_def, ast.AsyncFunctionDef: _function_def, ast.ClassDef: _class_def,
     }  # fmt: skip
+
+
+def _found(scope: Scope, name: str, default: Value) -> Value:
+    try:
+        return scope.find(name)
+    except KeyError:
+        return default
 
 
 def _is_loss(model: Value) -> bool:

@@ -11,8 +11,9 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from predictor_onnx.static import ops, products
-from predictor_onnx.static.arithmetic import LONGEST, PLAIN, arithmetic, small, truth
+from predictor_onnx.static import files, ops, products
+from predictor_onnx.static.arithmetic import LONGEST, PLAIN, arithmetic, small, truth, walkable
+from predictor_onnx.static.budget import Budget
 from predictor_onnx.static.context import Hints
 from predictor_onnx.static.recorder import Recorder
 from predictor_onnx.static.values import (
@@ -20,12 +21,15 @@ from predictor_onnx.static.values import (
     External,
     Function,
     Loader,
+    Record,
     Scope,
     Tensor,
     Value,
     is_module,
 )
 
+#: Items of a new list, or characters of a new text, that cost as much as one node.
+_ITEMS_PER_STEP: Final = 64
 _TENSOR_BINARY: Final[dict[type[ast.operator], str]] = {
     ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.Pow: "pow",
     ast.FloorDiv: "div", ast.Mod: "div", ast.BitAnd: "mul", ast.BitOr: "add",
@@ -34,10 +38,6 @@ _COMPARE: Final[dict[type[ast.cmpop], Callable[[Any, Any], Any]]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
-
-
-class BudgetExceeded(Exception):  # noqa: N818 - it ends the evaluation, it is no fault
-    """The evaluation has taken as many steps as it may."""
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:
@@ -52,16 +52,14 @@ def _terms(node: ast.expr) -> list[ast.expr]:
 class Expressions:
     """Evaluates expression nodes; ``Evaluator`` adds statements and calls."""
 
-    #: Nodes that one evaluation may visit.
-    step_budget: int = 250_000
     #: Items that one comprehension or iteration may yield.
     longest_iteration: int = 1024
     _deepest: int = 60
 
     def __init__(self) -> None:
-        self.rec = Recorder()
+        self.budget = Budget()
+        self.rec = Recorder(self.budget)
         self.hints = Hints()
-        self.steps = 0
         self.path = ""
         self.node: ast.AST | None = None
         self._depth = 0
@@ -83,9 +81,7 @@ class Expressions:
         """Value of an expression; UNKNOWN when it cannot be determined."""
         if node is None:
             return None
-        self.steps += 1
-        if self.steps > self.step_budget:
-            raise BudgetExceeded
+        self.budget.spend()
         method = self._methods.get(type(node))
         if method is None or self._depth > self._deepest:
             return UNKNOWN
@@ -153,7 +149,15 @@ class Expressions:
             if name == "pow" and not isinstance(left, Tensor):
                 name = "add"  # a number to the power of a tensor: a new tensor of the same shape
             return ops.OPS[name](self, [left, right], {}) if name else UNKNOWN
-        return arithmetic(op, left, right)
+        if op is ast.Div and isinstance(left, Record) and left.kind == "path":
+            return files.join(left, right)
+        return self.made(arithmetic(op, left, right))
+
+    def made(self, value: Value) -> Value:
+        """``value``, its size paid for."""
+        if isinstance(value, (str, bytes, list, tuple)):
+            self.budget.spend(len(value) // _ITEMS_PER_STEP)
+        return value
 
     def _unary(self, node: ast.UnaryOp, scope: Scope) -> Value:
         value = self.expr(node.operand, scope)
@@ -193,7 +197,7 @@ class Expressions:
         return True
 
     def _compare_one(self, op: type[ast.cmpop], left: Value, right: Value) -> Value:
-        if left is UNKNOWN or right is UNKNOWN:
+        if left is UNKNOWN or right is UNKNOWN or not walkable(left, right):
             return UNKNOWN
         if op in {ast.Is, ast.IsNot}:
             same = left is right or (isinstance(left, External) and left == right)
@@ -259,7 +263,7 @@ class Expressions:
             if not isinstance(value, (str, int, float)) or len(text) > LONGEST:
                 return UNKNOWN
             text += str(value) if small(value) else ""
-        return text
+        return self.made(text)
 
     def _lambda(self, node: ast.Lambda, scope: Scope) -> Value:
         defaults = [self.expr(default, scope) for default in node.args.defaults]

@@ -117,6 +117,8 @@ def _recurrent(gates: int) -> Forward:
         out = ctx.rec.op(shape, ctx.rec.compute_dtype(x, half=True), "matmul", [x, *weights],
                          saved=[x], save_output=True, extra_bytes=reserve, macs=macs)  # fmt: skip
         batch_first = s["batch_first"] is True
+        if not batch_first and len(x.shape) == 3 and x.shape[1]:
+            ctx.rec.note_time_major(x.shape[0], x.shape[1])
         batch = x.shape[0 if batch_first else 1] if len(x.shape) > 1 else 1
         state = tensor_of((layers * directions, batch, hidden), grad=out.grad)
         return (out, (state, state)) if gates == 4 else (out, state)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from predictor_onnx import catalog
 from predictor_onnx.static import (
     command_line,
+    files,
     layers,
     named_models,
     objects,
@@ -30,6 +31,7 @@ from predictor_onnx.static.values import (
     Record,
     Tensor,
     Value,
+    is_module,
     tensor_of,
 )
 
@@ -54,6 +56,12 @@ _WRAPPERS: Final = frozenset([
 ])  # fmt: skip
 _TRAINERS: Final = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
 _TRAINING_ARGUMENTS: Final = ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig")
+#: Calls that run another program, or code that is not in the syntax tree.
+_STARTERS: Final = frozenset([
+    "subprocess.run", "subprocess.call", "subprocess.check_call", "subprocess.check_output", "subprocess.Popen",
+    "os.system", "os.execvp", "os.execv", "os.popen", "runpy.run_path", "runpy.run_module", "exec", "eval",
+    "importlib.import_module", "__import__",
+])  # fmt: skip
 _GRAD_OFF: Final = frozenset(["no_grad", "inference_mode"])
 
 
@@ -75,6 +83,7 @@ class Library:
  "Argument": lambda n, a, k: command_line.typer_option(a, k), "option": lambda n, a, k: command_line.click_option(a, k),
  "argument": lambda n, a, k: command_line.click_option(a, k), "Typer": self._typer,
             "run": self._typer_run,
+            "main": self._hydra, "Fire": self._typer_run, "spawn": self._spawn, "pipeline": self._pipeline,
             "command": lambda n, a, k: Record("command", {}),
             "group": lambda n, a, k: Record("command", {}), "partial": self._partial, "exit": self._exit,
             **{name: (lambda n, a, k: trainers.training_arguments(ev, a, k)) for name in _TRAINING_ARGUMENTS},
@@ -108,6 +117,10 @@ class Library:
             return True
         if path == "torch.cuda.device_count":
             return 1
+        if path in _STARTERS:
+            return self.ev.start_program(args[0] if args else kwargs.get("args", UNKNOWN))
+        if path in files.CALLS:
+            return files.call(self.ev, path, args, kwargs)
         for matches, answer in (
             (name in _GRAD_OFF, lambda: Record("no_grad")),
             (name in self._special, lambda: self._special[name](path, args, kwargs)),
@@ -134,9 +147,10 @@ class Library:
         if args and isinstance(args[0], Record) and args[0].kind == "config":
             return self._from_config(name, args[0])
         if name in {"namedtuple", "SimpleNamespace", "Namespace", "EasyDict", "DictConfig"}:
-            for key, value in kwargs.items():
-                self.ev.hints.note(key, value)
-            return Record("namespace", dict(kwargs))
+            given = {**(args[0] if args and isinstance(args[0], dict) else {}), **kwargs}
+            for key, value in given.items():
+                self.ev.hints.note(str(key), value)
+            return Record("namespace", given)
         return Record("call", {"path": path}) if path.startswith("torchvision.transforms") else UNKNOWN
 
     def _functional(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
@@ -220,7 +234,7 @@ class Library:
         if isinstance(name, str):
             model = named_models.layer(library, name, settings, dtype)
         if model is None:
-            self.ev.unknown_models.append(f"{library}/{name if isinstance(name, str) else '?'}")
+            self.ev.note_unknown_model(library, name)
             return UNKNOWN
         self.ev.models.append(model)
         return model
@@ -240,6 +254,8 @@ class Library:
             return image_size(name, args, kwargs)
         if catalog.find("torchvision", name) is not None:
             return self._named("torchvision", name, kwargs)
+        if "models" in path and name.islower():
+            self.ev.note_unknown_model("torchvision", name)
         return UNKNOWN
 
     def _pretrained(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
@@ -258,7 +274,7 @@ class Library:
             made = transformer_config.entry(values, "Llama", "LM")
             model = named_models.make(f"transformers/{name}", {**made, "params": claimed}, {}, dtype)
         if model is None:
-            self.ev.unknown_models.append(f"transformers/{name}")
+            self.ev.note_unknown_model("transformers", name)
             return UNKNOWN
         self.ev.models.append(model)
         return model
@@ -279,6 +295,8 @@ class Library:
 
     def record_method(self, owner: Record, name: str) -> Value:
         """A method of a library object."""
+        if owner.kind in {"file", "path"}:
+            return files.attribute(self.ev, owner, name)
         rec = self.ev.rec
 
         def step(args: list[Value], kwargs: Kwargs) -> Value:
@@ -316,6 +334,43 @@ class Library:
         if args and isinstance(args[0], Function):
             return self.ev.run_command(args[0])
         return UNKNOWN
+
+    def _hydra(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        folder, name = argument(args, kwargs, 0, "config_path", None), argument(args, kwargs, 1, "config_name", None)
+        if not path.startswith("hydra.") or not isinstance(name, str):
+            return UNKNOWN
+        parts = [self.ev.path.rpartition("/")[0], folder or "", f"{name.removesuffix('.yaml')}.yaml"]
+        return Record("configured", {"main": files.configuration(self.ev, "/".join(p for p in parts if p))})
+
+    def _spawn(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        """``torch.multiprocessing.spawn(function, args)``: the function gets its rank first."""
+        given = argument(args, kwargs, 1, "args", ())
+        if not path.endswith("multiprocessing.spawn") or not isinstance(given, tuple):
+            return UNKNOWN
+        return self.ev.call(args[0] if args else kwargs.get("fn"), [0, *given], {})
+
+    def _pipeline(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
+        """``transformers.pipeline``: a model that is only ever called without gradients."""
+        name = argument(args, kwargs, 1, "model", UNKNOWN)
+        if not path.startswith("transformers."):
+            return UNKNOWN
+        if isinstance(name, str):
+            model = self._pretrained("transformers.AutoModel.from_pretrained", [name], kwargs)
+        else:
+            model = name
+        if not is_module(model):
+            if not isinstance(name, str):
+                task = argument(args, kwargs, 0, "task", "")
+                self.ev.note_unknown_model("transformers", f"behind pipeline {task!r}")
+            return UNKNOWN
+
+        def run(given: list[Value], named: Kwargs) -> Value:
+            self.ev.hints.note("batch_size", named.get("batch_size", kwargs.get("batch_size", 1)))
+            with self.ev.rec.without_grad():
+                self.ev.call(model, [], {})
+            return UNKNOWN
+
+        return Native("pipeline", run)
 
     def _partial(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         target, first = args[0], args[1:]

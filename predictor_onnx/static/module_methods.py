@@ -68,6 +68,7 @@ class _Methods:
 
     def weights(self, args: list[Value], kwargs: Kwargs) -> Value:
         found = parameters(self.module)
+        self.ev.budget.spend(len(found))
         if self.name == "parameters":
             return found
         return [(f"weight{i}", weight) for i, weight in enumerate(found)]
@@ -142,4 +143,5 @@ def method(ev: Evaluator, module: Value, name: str) -> Value:
     if call is None:
         return UNKNOWN
     methods = _Methods(ev, module, name)
+    ev.budget.spend(len(module.children if isinstance(module, Layer) else module.attrs))
     return Native(name, lambda args, kwargs: call(methods, args, kwargs))

@@ -22,6 +22,7 @@ from predictor_onnx.static.values import (
     Tensor,
     Value,
     is_module,
+    parameters,
     tensor_of,
 )
 
@@ -52,6 +53,8 @@ def decorate(function: Function, decorator: Value) -> None:
     if isinstance(decorator, Record) and decorator.kind == "option":
         option = decorator.attrs["option"]
         function.options[option.dest] = option
+    if isinstance(decorator, Record) and decorator.kind == "configured":
+        function.configuration = decorator.attrs["main"]
     if isinstance(decorator, Record) and decorator.kind == "command":
         function.command = True
         if "app" in decorator.attrs:
@@ -190,7 +193,9 @@ def _plain_method(ev: Evaluator, owner: Value, name: str) -> Value:
         (str, "endswith"): lambda a, k: owner.endswith(*a),
     }  # fmt: skip
     call = table.get((type(owner), name))
-    return UNKNOWN if call is None else Native(name, call)
+    if call is None:
+        return UNKNOWN
+    return Native(name, lambda args, kwargs: ev.made(call(args, kwargs)))
 
 
 def _instance_attribute(ev: Evaluator, owner: Instance, name: str) -> Value:
@@ -265,8 +270,10 @@ def build_layer(ev: Evaluator, kind: str, args: list[Value], kwargs: Kwargs) -> 
         layer: Value = Layer(kind, children=_children(ev, args))
     elif kind in layers.KINDS:
         layer = layers.build(kind, args, kwargs)
+        ev.budget.spend(8 * len(layer.params))
     else:
         layer = transformer_layers.build(kind, args, kwargs)
+        ev.budget.spend(8 * len(parameters(layer)))
     if layer is None:
         return UNKNOWN
     ev.models.append(layer)
@@ -346,6 +353,8 @@ def item(ev: Evaluator, owner: Value, key: Value) -> Value:
         owner = owner.container
     if isinstance(owner, Layer):
         return _child(owner, key)
+    if isinstance(owner, Record) and owner.kind in {"namespace", "Namespace"}:
+        return owner.attrs.get(key, UNKNOWN) if isinstance(key, str) else UNKNOWN
     return _dataset_item(ev, owner) if isinstance(owner, Record) else UNKNOWN
 
 

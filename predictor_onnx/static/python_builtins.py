@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from predictor_onnx.static.arithmetic import walkable
 from predictor_onnx.static.values import (
     UNKNOWN,
     Class,
@@ -242,6 +243,10 @@ FUNCTIONS: Final[dict[str, Function]] = {
 
 def collate(value: Value, batch: int | None) -> Value:
     """What the default collate function makes of ``batch`` samples like ``value``."""
+    return _collate(value, batch) if walkable(value) else UNKNOWN
+
+
+def _collate(value: Value, batch: int | None) -> Value:
     if isinstance(value, Tensor):
         return tensor_of((batch, *value.shape), value.dtype)
     if isinstance(value, (bool, int)):
@@ -249,7 +254,7 @@ def collate(value: Value, batch: int | None) -> Value:
     if isinstance(value, float):
         return tensor_of((batch,), "float64")
     if isinstance(value, (list, tuple)):
-        return [collate(item, batch) for item in value]
+        return [_collate(item, batch) for item in value]
     if isinstance(value, dict):
-        return {key: collate(item, batch) for key, item in value.items()}
+        return {key: _collate(item, batch) for key, item in value.items()}
     return UNKNOWN

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from predictor_onnx.features import KINDS
+from predictor_onnx.static.budget import Budget
 from predictor_onnx.static.values import DTYPE_BYTES, FLOAT_DTYPES, Tensor, tensor_of
 
 
@@ -47,6 +48,7 @@ class StepProfile:
 class Recorder:
     """Collects the ops of the current step and keeps the largest finished step."""
 
+    budget: Budget = field(default_factory=Budget)
     grad: bool = True
     autocast: str | None = None
     current: StepProfile = field(default_factory=StepProfile)
@@ -63,6 +65,9 @@ class Recorder:
     inferred_batch: int | None = None
     #: Whether some tensor had a size that could not be determined.
     unknown_sizes: bool = False
+    #: Ops, and those of them whose output had a size that could not be determined.
+    all_ops: int = 0
+    unsized_ops: int = 0
     autocast_used: str | None = None
     grad_scaler: bool = False
     checkpointing: bool = False
@@ -87,6 +92,7 @@ class Recorder:
             macs: multiply-accumulate operations.
             inplace: whether the output overwrites the first input.
         """
+        self.budget.spend(4 + (len(shape) + len(inputs)) // 16)
         grad = self.grad and any(tensor.grad for tensor in inputs)
         out = tensor_of(shape, dtype, kind=kind, grad=grad)
         if inplace and inputs:
@@ -96,6 +102,8 @@ class Recorder:
             return out  # data being prepared on the host
         step = self.current
         self.unknown_sizes = self.unknown_sizes or None in shape
+        self.all_ops += 1
+        self.unsized_ops += None in shape
         moving = sum(
             storage.nbytes
             for storage in {id(t.storage): t.storage for t in (out, *inputs)}.values()
@@ -143,6 +151,13 @@ class Recorder:
             self.trained_batch = max(self.trained_batch or 0, samples)
         else:
             self.inferred_batch = max(self.inferred_batch or 0, samples)
+
+    def note_time_major(self, steps: int | None, samples: int) -> None:
+        """A recurrent layer takes time first: the batch that was noted is the second size, not the first."""
+        if self.trained_batch == steps:
+            self.trained_batch = samples
+        if self.inferred_batch == steps:
+            self.inferred_batch = samples
 
     @property
     def batch(self) -> int | None:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar, Final
 
 from predictor_onnx.static.arithmetic import truth
-from predictor_onnx.static.expressions import BudgetExceeded, Expressions
+from predictor_onnx.static.expressions import Expressions
 from predictor_onnx.static.values import UNKNOWN, Scope, Value
 
 _MOST_WHILE: Final = 64
@@ -55,9 +55,7 @@ class Statements(Expressions):
     def block(self, body: list[ast.stmt], scope: Scope) -> None:
         """Evaluate statements in order."""
         for statement in body:
-            self.steps += 1
-            if self.steps > self.step_budget:
-                raise BudgetExceeded
+            self.budget.spend()
             method = self.statements.get(type(statement))
             if method is not None:
                 method(self, statement, scope)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Kwargs = dict[str, Value]
 
+#: Dimensions of the deepest nested list that is read as a tensor; torch itself allows 64.
+_DEEPEST_NESTING: Final = 64
 _SIZED: Final = frozenset(["randn", "rand", "zeros", "ones", "empty", "normal", "full", "standard_normal", "random"])
 _LIKE: Final = frozenset(["randn_like", "rand_like", "zeros_like", "ones_like", "empty_like", "full_like"])
 CREATORS: Final = _SIZED | frozenset(
@@ -68,7 +70,9 @@ def create(ev: Evaluator, name: str, args: list[Value], kwargs: Kwargs) -> Value
 
 
 def _first(value: Value) -> bool:
-    while isinstance(value, (list, tuple)) and value:
+    for _ in range(_DEEPEST_NESTING):
+        if not isinstance(value, (list, tuple)) or not value:
+            break
         value = value[0]
     return isinstance(value, int)
 
@@ -104,6 +108,8 @@ def _nested_shape(value: Value) -> Shape | None:
         return value.shape
     shape: list[int | None] = []
     while isinstance(value, (list, tuple)):
+        if len(shape) == _DEEPEST_NESTING:
+            return None
         shape.append(len(value))
         value = value[0] if value else None
     return None if value is UNKNOWN and not shape else tuple(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from predictor_onnx.static.operands import argument
-from predictor_onnx.static.values import UNKNOWN, Optimizer, Record, Value, is_module
+from predictor_onnx.static.values import UNKNOWN, Instance, Optimizer, Record, Value, is_module
 
 if TYPE_CHECKING:
     from predictor_onnx.static.evaluator import Evaluator
@@ -46,14 +46,16 @@ def train(ev: Evaluator, trainer: Record, args: list[Value], kwargs: Kwargs) -> 
         return None
     half = "float16" if values.get("fp16") is True else None
     half = "bfloat16" if values.get("bf16") is True else half
-    if str(values.get("precision", "")).startswith(("16", "bf16")):
-        half = "float16"
+    precision = str(values.get("precision", ""))
+    half = next((dtype for start, dtype in (("16", "float16"), ("bf16", "bfloat16")) if precision.startswith(start)),
+                half)  # fmt: skip
     if values.get("gradient_checkpointing") is True:
         ev.call(ev.attribute(model, "gradient_checkpointing_enable"), [], {})
     with ev.rec.in_autocast(half):
         batch: Value = UNKNOWN
-        if len(args) > 1:
-            batch = next(iter(ev.iterate(args[1]) or [UNKNOWN]))
+        loader = _loader(ev, model, args, kwargs)
+        if loader is not UNKNOWN:
+            batch = next(iter(ev.iterate(loader) or [UNKNOWN]))
         training_step = ev.attribute(model, "training_step")
         if training_step is not UNKNOWN:
             ev.call(ev.attribute(model, "configure_optimizers"), [], {})
@@ -64,3 +66,15 @@ def train(ev: Evaluator, trainer: Record, args: list[Value], kwargs: Kwargs) -> 
     if not ev.optimizers:
         ev.optimizers.append(Optimizer("AdamW", 2.0))
     return None
+
+
+def _loader(ev: Evaluator, model: Value, args: list[Value], kwargs: Kwargs) -> Value:
+    """The training data of ``Trainer.fit``: a loader, or what a data module or the model itself makes."""
+    given = args[1] if len(args) > 1 else kwargs.get("train_dataloaders", kwargs.get("datamodule", UNKNOWN))
+    for owner in (given, model):
+        if isinstance(owner, Instance):
+            ev.call(ev.attribute(owner, "setup"), ["fit"], {})
+            made = ev.call(ev.attribute(owner, "train_dataloader"), [], {})
+            if made is not UNKNOWN:
+                return made
+    return given

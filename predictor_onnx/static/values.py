@@ -145,6 +145,8 @@ class Function:
     #: Options that a typer or click decorator declared: parameter name -> default.
     options: dict[str, Value] = field(default_factory=dict)
     command: bool = False
+    #: What hydra hands to the function when it is called without arguments.
+    configuration: Value = None
 
 
 @dataclass(eq=False)
@@ -159,11 +161,14 @@ class Class:
 
     def mro(self) -> list[Class]:
         """This class and the bundle's own base classes, nearest first, each once."""
-        found: list[Class] = [self]
-        for base in self.bases:
-            if isinstance(base, Class):
-                found += [cls for cls in base.mro() if cls not in found]
-        return found
+        found: dict[int, Class] = {}
+        todo: list[Class] = [self]
+        while todo:
+            cls = todo.pop()
+            if id(cls) not in found:
+                found[id(cls)] = cls
+                todo += [base for base in reversed(cls.bases) if isinstance(base, Class)]
+        return list(found.values())
 
     def externals(self) -> set[str]:
         """Library classes that this class derives from, as dotted paths."""
