@@ -113,7 +113,7 @@ def copy_logs(centre: Centre, run: Run, screen: Screen) -> None:
             screen.line("", run.name, "│ " + line.decode(errors="replace"), style="green")
 
 
-def findings(runs: list[Run], runtime: int, leftover: dict[str, int]) -> dict[str, Any]:
+def findings(runs: list[Run], runtime: RuntimeKind.ValueType, leftover: dict[str, int]) -> dict[str, Any]:
     """Returns, for each step, whether it happened for every job, and the evidence."""
     last = {run.name: run.job.attempts[-1] for run in runs if run.job.attempts}
     every = {run.name: run for run in runs}

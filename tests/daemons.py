@@ -7,11 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from puhui.rpc.notify import ReadySocket
+
+
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """A directory that the containers' user can pass through. pytest's own are private, and made so again and again."""
+    with tempfile.TemporaryDirectory(prefix="puhui-test-", dir="/var/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
 
 
 @dataclass

@@ -6,7 +6,6 @@ import base64
 import json
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,12 +21,12 @@ pathlib.Path(os.environ["PUHUI_OUTPUTS"], "answer.txt").write_text("42")
 
 
 @pytest.fixture(scope="module")
-def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCentre]:
-    with running_centre(tmp_path_factory.mktemp("foreign")) as running:
+def centre() -> Iterator[RunningCentre]:
+    with running_centre() as running:
         yield running
 
 
-def curl(address: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+def curl(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge", *arguments],
         capture_output=True,
@@ -39,7 +38,7 @@ def curl(address: str, *arguments: str, check: bool = True) -> subprocess.Comple
 
 def call(address: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
     """Calls a method and returns its responses: one, or those of a stream."""
-    done = curl(address, "-d", json.dumps(request), f"http://{address}/puhui.v1.{method}")
+    done = curl("-d", json.dumps(request), f"http://{address}/puhui.v1.{method}")
     decoder, text, found = json.JSONDecoder(), done.stdout.strip(), []
     while text:
         response, end = decoder.raw_decode(text)
@@ -49,15 +48,15 @@ def call(address: str, method: str, request: dict[str, Any]) -> list[dict[str, A
 
 
 def test_both_servers_list_their_services_by_reflection(centre: RunningCentre) -> None:
-    controlplane = curl(centre.address, "--list-services", f"http://{centre.address}").stdout.split()
-    node = curl(centre.node.address, "--list-services", f"http://{centre.node.address}").stdout.split()
+    controlplane = curl("--list-services", f"http://{centre.address}").stdout.split()
+    node = curl("--list-services", f"http://{centre.node.address}").stdout.split()
     assert {"puhui.v1.JobService", "puhui.v1.FleetService", "puhui.v1.FederationService"} <= set(controlplane)
     assert {"grpc.health.v1.Health"} <= set(controlplane) & set(node)
     assert "puhui.v1.NodeService" in node
 
 
 @pytest.mark.podman
-def test_it_submits_a_job_and_reads_its_result(centre: RunningCentre, tmp_path: Path) -> None:
+def test_it_submits_a_job_and_reads_its_result(centre: RunningCentre) -> None:
     spec = {"name": "foreign", "command": ["python3", "main.py"], "resources": {"memory_mib": 6000}}
     [submitted] = call(
         centre.address,

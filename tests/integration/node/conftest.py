@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,19 +12,10 @@ import pytest
 
 from puhui.rpc.channel import open_channel
 from puhui.rpc.identity import new_id
-from tests.daemons import Daemon, daemon
+from tests.daemons import Daemon, daemon, open_folder
 from tests.integration.node.client import Node
 
 CARDS = "H100-80GB-SXM5:1,A100-80GB:1"
-
-
-@contextlib.contextmanager
-def open_folder() -> Iterator[Path]:
-    """A directory that the containers' user can pass through. pytest's own are private, and made so again and again."""
-    with tempfile.TemporaryDirectory(prefix="puhui-node-") as name:
-        folder = Path(name)
-        folder.chmod(0o711)
-        yield folder
 
 
 def podman(*arguments: str) -> str:
