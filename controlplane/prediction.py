@@ -116,7 +116,11 @@ def _message(answer: predictor_onnx.Prediction, note: str) -> prediction_pb2.Pre
         memory=prediction_pb2.MemoryQuantiles(p50_mib=answer.p50_mib, p90_mib=answer.p90_mib, p99_mib=answer.p99_mib),
         required_mib=math.ceil(predictor_onnx.required_mib(answer)),
         parts=[prediction_pb2.MemoryPart(category=category, mib=mib) for category, mib in answer.breakdown_mib.items()],
-        facts=[prediction_pb2.CodeFact(name=name, value=str(value)) for name, value in answer.features.items()],
+        facts=[
+            prediction_pb2.CodeFact(name=name, value=str(value))
+            for name, value in answer.features.items()
+            if value or isinstance(value, bool)  # what was not found is no fact
+        ],
         reason=note + answer.reason,
         model_version=answer.model_version,
     )

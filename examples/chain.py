@@ -24,6 +24,7 @@ import grpc
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from puhui.client import Centre, Refusal
 from puhui.local import local_centre
@@ -71,12 +72,14 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._started = time.monotonic()
+        self._lock = threading.Lock()
 
     def line(self, step: str, name: str, text: str, style: str = "") -> None:
         """Prints one line: seconds since the start, step, job, text."""
         at = time.monotonic() - self._started
-        self._console.print(f"{at:6.1f}s  [bold cyan]{step:<3}[/] [bold]{name:<8}[/] ", end="")
-        self._console.print(text, style=style, markup=False, highlight=False)
+        head = Text.assemble(f"{at:6.1f}s  ", (f"{step:<3}", "bold cyan"), (f" {name:<8} ", "bold"))
+        with self._lock:  # the jobs have a thread each
+            self._console.print(head.append(text, style=style))
 
 
 def follow(centre: Centre, node: NodeServiceStub, run: Run, screen: Screen, target: Path) -> None:

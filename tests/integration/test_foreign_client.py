@@ -82,7 +82,6 @@ def test_it_submits_a_job_and_reads_its_result(centre: RunningCentre) -> None:
 
 def test_a_refusal_carries_its_reason(centre: RunningCentre) -> None:
     done = curl(
-        centre.address,
         "-d",
         '{"jobId": "j-nowhere"}',
         f"http://{centre.address}/puhui.v1.JobService/GetJob",
