@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,17 +28,26 @@ STRUCTURE: Final = (
 )  # fmt: skip
 FEATURES: Final = PHYSICS + STRUCTURE
 
-_ACCELERATED: Final = frozenset([
-    "torch", "tensorflow", "jax", "flax", "keras", "cupy", "pycuda", "numba", "mxnet", "paddle", "mindspore",
-    "transformers", "timm", "lightning", "pytorch_lightning", "accelerate", "diffusers", "vllm",
-    "sentence_transformers", "xgboost", "cudf", "cuml", "triton", "deepspeed", "ultralytics", "fastai",
-    "onnxruntime", "tinygrad",
+#: Libraries that never use an accelerator by themselves.
+_PROCESSOR_ONLY: Final = frozenset([
+    "numpy", "scipy", "pandas", "sklearn", "matplotlib", "seaborn", "plotly", "PIL", "imageio", "skimage", "yaml",
+    "toml", "tqdm", "rich", "typer", "click", "fire", "absl", "hydra", "omegaconf", "pydantic", "attr", "attrs",
+    "requests",
+    "httpx", "aiohttp", "boto3", "fsspec", "pyarrow", "polars", "h5py", "joblib", "networkx", "sympy", "nltk",
+    "statsmodels", "psutil", "dotenv", "docopt", "colorama", "tabulate", "loguru", "structlog", "packaging", "dateutil",
+    "pytz", "bs4", "lxml", "openpyxl", "regex", "jinja2", "markdown", "setuptools", "pytest", "IPython", "wandb",
+    "tensorboard", "mlflow", "grpc", "google", "sqlalchemy", "redis", "pymongo", "flask", "fastapi", "uvicorn",
+    "starlette", "zmq", "msgpack", "orjson", "ujson", "xxhash", "zstandard", "lz4", "typing_extensions",
 ])  # fmt: skip
-
-
 _NOT_READ: Final = frozenset([
     "tensorflow", "keras", "jax", "flax", "cupy", "pycuda", "numba", "mxnet", "paddle", "mindspore", "vllm", "xgboost",
     "cudf", "cuml", "triton", "ultralytics", "fastai", "onnxruntime", "tinygrad", "diffusers", "sentence_transformers",
+])  # fmt: skip
+
+
+_READ: Final = frozenset([
+    "torch", "torchvision", "timm", "transformers", "accelerate", "lightning", "pytorch_lightning", "datasets",
+    "evaluate", "tokenizers", "safetensors", "huggingface_hub", "peft", "torchaudio", "torchtext", "torchmetrics",
 ])  # fmt: skip
 
 
@@ -86,13 +96,14 @@ class Workload:
 
     @property
     def uses_accelerator(self) -> bool:
-        """Whether the code imports anything that could use a GPU."""
-        return bool(self.imports & _ACCELERATED)
+        """Whether the code imports anything that could use a GPU: any library not known to leave it alone."""
+        return bool(self.imports - _PROCESSOR_ONLY - sys.stdlib_module_names)
 
     @property
     def frameworks(self) -> tuple[str, ...]:
-        """Imported libraries whose networks the analysis does not read."""
-        return tuple(sorted(self.imports & _NOT_READ))
+        """Imported libraries that may hold networks which the analysis does not read, the well-known first."""
+        unread = self.imports - _PROCESSOR_ONLY - sys.stdlib_module_names - _READ
+        return tuple(sorted(unread, key=lambda name: (name not in _NOT_READ, name)))
 
     @property
     def known(self) -> bool:

@@ -74,7 +74,7 @@ class Predictor:
 
     def _without_accelerator(self, work: Workload) -> Prediction:
         reason = (
-            "The code imports no library that uses a GPU (no torch, tensorflow or jax), so it needs no "
+            "The code imports no library that uses a GPU, so it needs no "
             "device memory and the smallest slice is enough."
         )
         return Prediction(0.0, 0.0, 0.0, Tier.NO_ACCELERATOR_USE, reason, {}, _drivers(work),
@@ -95,7 +95,7 @@ def _cause(work: Workload) -> str:
     if work.unsized:
         return "the sizes of its network come from where the code does not say"
     if work.frameworks:
-        return f"networks of {', '.join(work.frameworks[:2])} are not read"
+        return f"what it does with {' and '.join(work.frameworks[:2])} is not read"
     if work.starts_unknown:
         return "it runs another program or code that is made while it runs"
     return "no network was found in it"

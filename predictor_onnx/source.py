@@ -124,7 +124,8 @@ class Source:
                 continue
             folder = current.rpartition("/")[0]
             for name in imported(tree) if tree is not None else ():
-                found.add(name.lstrip(".").partition(".")[0])
+                if not name.startswith("."):
+                    found.add(name.partition(".")[0])
                 inner = self.module_path(name.lstrip("."), folder)
                 if inner is not None and inner not in seen:
                     seen.add(inner)

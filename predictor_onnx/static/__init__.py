@@ -6,6 +6,7 @@ and a type without contents, and whatever cannot be known is ``UNKNOWN``. ``expr
 the language, ``python_builtins`` its builtin functions, ``library`` the calls into torch, timm, transformers and
 their like, ``command_line`` argparse, typer and click. A network is built of ``layers`` and ``named_models``; when
 it is called, ``ops`` compute shapes and tell the ``recorder`` what is allocated and what autograd keeps. A
-training loop is walked once, because every turn needs the same memory. Steps, call depth, loops and the size of
-every value are bounded, so no program can make the reading long or large.
+training loop is walked once, because every turn needs the same memory. ``files`` reads the bundle's configurations.
+Call depth, loops and the size of every value are bounded and all work is paid from one ``budget`` of steps and time,
+so no program can make the reading long or large.
 """

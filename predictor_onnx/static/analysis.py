@@ -26,6 +26,8 @@ def analyse(bundle: CodeBundle, argv: Sequence[str]) -> Workload:
     _run_forgotten_model(evaluator)
     # An import inside a function that was never called counts too.
     evaluator.imports |= source.imports(entry.path)
+    folder = entry.path.rpartition("/")[0]
+    evaluator.imports = {name for name in evaluator.imports if name and source.module_path(name, folder) is None}
     return _describe(evaluator, entry.path, tuple(source.skipped))
 
 

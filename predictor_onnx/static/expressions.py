@@ -28,8 +28,9 @@ from predictor_onnx.static.values import (
     is_module,
 )
 
-#: Items of a new list, or characters of a new text, that cost as much as one node.
-_ITEMS_PER_STEP: Final = 64
+#: Items of a new list, and characters of a new text, that cost as much as one node.
+_ITEMS_PER_STEP: Final = 8
+_CHARACTERS_PER_STEP: Final = 64
 _TENSOR_BINARY: Final[dict[type[ast.operator], str]] = {
     ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "div", ast.Pow: "pow",
     ast.FloorDiv: "div", ast.Mod: "div", ast.BitAnd: "mul", ast.BitOr: "add",
@@ -155,7 +156,9 @@ class Expressions:
 
     def made(self, value: Value) -> Value:
         """``value``, its size paid for."""
-        if isinstance(value, (str, bytes, list, tuple)):
+        if isinstance(value, (str, bytes)):
+            self.budget.spend(len(value) // _CHARACTERS_PER_STEP)
+        elif isinstance(value, (list, tuple, dict)):
             self.budget.spend(len(value) // _ITEMS_PER_STEP)
         return value
 
@@ -350,8 +353,10 @@ class Expressions:
         """Items of an iterable, at most ``longest_iteration``; None when it is not known."""
         limit = self.longest_iteration
         if isinstance(value, (list, tuple, range, str)):
+            self.made(value[:limit])
             return list(value[:limit])
         if isinstance(value, dict):
+            self.made(value)
             return list(value)[:limit]
         if isinstance(value, Loader):
             return [self.item(value, 0)]

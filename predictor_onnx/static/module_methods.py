@@ -86,7 +86,9 @@ class _Methods:
         return None
 
     def members(self, args: list[Value], kwargs: Kwargs) -> Value:
-        return inside(self.module)
+        found = inside(self.module)
+        self.ev.budget.spend(len(found))
+        return found
 
     def extend(self, args: list[Value], kwargs: Kwargs) -> Value:
         target = self.module.container if isinstance(self.module, Instance) else self.module

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from predictor_onnx.static.context import Context
 from predictor_onnx.static.shapes import Shape
-from predictor_onnx.static.values import DTYPE_BYTES, External, Tensor, Value
+from predictor_onnx.static.values import DTYPE_BYTES, MOST_DIMENSIONS, External, Tensor, Value
 
 Kwargs = dict[str, Value]
 Op = Callable[[Context, list[Value], Kwargs], Value]
@@ -27,4 +27,4 @@ def dtype_of(value: Value, default: str = "float32") -> str:
 
 def alias(tensor: Tensor, shape: Shape, *, contiguous: bool = True) -> Tensor:
     """Another view of the same storage."""
-    return Tensor(shape, tensor.dtype, tensor.storage, tensor.grad, contiguous, tensor.on_gpu)
+    return Tensor(shape[:MOST_DIMENSIONS], tensor.dtype, tensor.storage, tensor.grad, contiguous, tensor.on_gpu)

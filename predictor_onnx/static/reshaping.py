@@ -93,6 +93,7 @@ def _split(ctx: Context, args: list[Value], kwargs: Kwargs) -> Value:
     elif isinstance(each, int) and each > 0 and x.shape and x.shape[dim] is not None:
         count = min(-(-int(x.shape[dim] or 0) // each), 256)
         parts = [each] * count
+        ctx.rec.budget.spend(count)
     else:
         return UNKNOWN
     return tuple(alias(x, (*x.shape[:dim], part, *x.shape[dim + 1 :]), contiguous=False)
@@ -106,6 +107,7 @@ def _chunk(ctx: Context, args: list[Value], kwargs: Kwargs) -> Value:
         return UNKNOWN
     size = x.shape[dim]
     part = None if size is None else -(-size // count)
+    ctx.rec.budget.spend(count)
     one = (*x.shape[:dim], part, *x.shape[dim + 1 :])
     return tuple(alias(x, one, contiguous=False) for _ in range(count))
 
@@ -116,6 +118,7 @@ def _unbind(ctx: Context, args: list[Value], kwargs: Kwargs) -> Value:
     count = x.shape[dim] if x.shape else None
     if count is None or count > 256:
         return UNKNOWN
+    ctx.rec.budget.spend(count)
     rest = (*x.shape[:dim], *x.shape[dim + 1 :])
     return tuple(alias(x, rest, contiguous=False) for _ in range(count))
 

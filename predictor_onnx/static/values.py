@@ -24,6 +24,10 @@ FLOAT_DTYPES: Final = frozenset({"float64", "double", "float32", "float", "float
                                  "bfloat16"})  # fmt: skip
 
 
+#: Torch refuses tensors of more dimensions.
+MOST_DIMENSIONS: Final = 64
+
+
 class Unknown:
     """A value that the static evaluation could not determine."""
 
@@ -89,6 +93,7 @@ def tensor_of(
     grad: bool = False, parameter: bool = False,
 ) -> Tensor:  # fmt: skip
     """A tensor with a storage of its own; unknown sizes count as one."""
+    shape = shape[:MOST_DIMENSIONS]
     total = 1.0
     for size in shape:
         total *= max(0, 1 if size is None else size)

@@ -158,6 +158,22 @@ def _weighted_quantile(values: Array, weight: Array, level: float) -> float:
     return float(values[order][min(int(np.searchsorted(share, level)), len(values) - 1)])
 
 
+def family_quantile(values: Array, families: list[str], level: float) -> float:
+    """The quantile of a family never seen: every family weighs the same, however many rows it has.
+
+    With K families the level is raised by (K + 1) / K, because the next family is one of K + 1 that could be the
+    worst (Dunn, Wasserman and Ramdas, "Distribution-free prediction sets for two-layer hierarchical models", JASA
+    2023, their pooled estimate). Where that would pass 1 no finite answer has the guarantee, and the plain
+    quantile is given.
+    """
+    counts: dict[str, int] = {}
+    for family in families:
+        counts[family] = counts.get(family, 0) + 1
+    weight = np.array([1.0 / counts[family] for family in families])
+    raised = level * (len(counts) + 1) / len(counts)
+    return _weighted_quantile(values, weight, raised if raised < 1 else level)
+
+
 def fit(x: Array, y: Array, weight: Array, families: list[str], seed: int) -> Fitted:
     """Fit all parts; quantiles are calibrated on families that their predictor had not seen."""
     folds = folds_of(families, seed)
@@ -175,7 +191,10 @@ def fit(x: Array, y: Array, weight: Array, families: list[str], seed: int) -> Fi
             inside, outside = folds != fold, folds == fold
             head = _head(shape[inside], residual[inside], weight[inside], level, seed)
             unseen[outside] = head.predict(shape[outside])
-        shifts.append(_weighted_quantile(residual - unseen, weight, level))
+        left = residual - unseen
+        # The median answers for rows like the training rows; the upper quantiles promise for new families.
+        shifts.append(_weighted_quantile(left, weight, level) if level <= 0.5
+                      else family_quantile(left, families, level))  # fmt: skip
         heads.append(_head(shape, residual, weight, level, seed))
     physics = fit_physics(x, y, weight)
     trees = fit_correction(physics, x, y, weight, seed)
