@@ -218,6 +218,8 @@ class ProcessRuntime:
 
     def describe(self) -> Runtime:  # noqa: D102
         notice = "commands run as plain processes, without isolation, on emulated cards only"
+        if self._user.uid == 0:
+            notice += ", and AS ROOT, because no other user can reach this Python"
         return Runtime(
             kind=RuntimeKind.RUNTIME_KIND_PROCESS,
             user=self._user.name,
