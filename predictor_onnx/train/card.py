@@ -162,8 +162,8 @@ _WEAKNESSES: Final = """\
   less than that of the same model at a smaller batch. The data do not say why; a run that ran out of memory and was
   measured afterwards would look like this, and most of these rows need more than the card by this model's own
   reckoning, which is no independent proof.
-- The filter misses some such rows: a model whose memory barely rises at the end passes it (dm_nfnet_f3 is one), so
-  the filtered error holds a few of them too.
+- The filter may miss such rows: a model whose memory barely rises at the end passes it (dm_nfnet_f3 is one), so
+  the filtered error may hold a few of them too.
 - One GPU model, one software stack, one optimizer, float32. Half precision, checkpointing, other optimizers and
   inference rest on physics alone (bytes per element), which no measured row checks.
 - The context learnt here (1.4–1.8 GiB) includes whatever else that machine kept on its card; a current PyTorch alone
