@@ -235,6 +235,7 @@ class NodeInventory(_message.Message):
     HOST_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     BOOT_ID_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    DAEMON_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, unique in the centre."""
     host_cpus: _builtins.int
@@ -245,6 +246,8 @@ class NodeInventory(_message.Message):
     """Changes whenever the host boots."""
     revision: _builtins.int
     """Changes whenever gpus or slices change; only grows while the daemon runs."""
+    daemon_id: _builtins.str
+    """Made once, with the daemon's state directory; tells two daemons with one name apart."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[_card_pb2.Gpu]:
         """Its GPUs, by index."""
@@ -273,10 +276,11 @@ class NodeInventory(_message.Message):
         host_memory_mib: _builtins.int = ...,
         boot_id: _builtins.str = ...,
         revision: _builtins.int = ...,
+        daemon_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["runtime", b"runtime", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "gpus", b"gpus", "host_cpus", b"host_cpus", "host_memory_mib", b"host_memory_mib", "name", b"name", "revision", b"revision", "runtime", b"runtime", "slices", b"slices", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "daemon_id", b"daemon_id", "gpus", b"gpus", "host_cpus", b"host_cpus", "host_memory_mib", b"host_memory_mib", "name", b"name", "revision", b"revision", "runtime", b"runtime", "slices", b"slices", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
