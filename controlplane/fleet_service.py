@@ -11,9 +11,9 @@ from controlplane.capacity import gpu_capacity, profile_capacity
 from controlplane.nodes import Nodes
 from controlplane.pages import Pages, page_size
 from controlplane.scheduler import Scheduler
+from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal, unimplemented
 from puhui.rpc.moment import duration, now, timestamp
-from puhui.rpc.server import require_private_address
 from puhui.v1 import fleet_service_pb2 as wire
 from puhui.v1.fleet_service_pb2_grpc import FleetServiceServicer
 

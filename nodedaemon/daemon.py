@@ -37,10 +37,11 @@ from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.service import NodeService
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
+from puhui.rpc.address import require_private_address
 from puhui.rpc.identity import new_id
 from puhui.rpc.moment import now
 from puhui.rpc.notify import notify_ready, notify_stopping
-from puhui.rpc.server import RpcServer, require_private_address
+from puhui.rpc.server import RpcServer
 from puhui.v1.node_service_pb2_grpc import add_NodeServiceServicer_to_server
 
 __all__ = ["CannotServeError", "Settings", "serve"]

@@ -120,8 +120,8 @@ class PodmanAccount:
             self._write(
                 "storage.conf",
                 # Without a driver named here, vfs is taken, which copies the image for every container.
-                f'[storage]\ndriver = "overlay"\ngraphroot = "{self.home}/storage"\n'
-                f'runroot = "{self.runtime_dir}/storage"\n',
+                # Rootless Podman 4 does not look at graphroot, and puts runroot below XDG_RUNTIME_DIR by itself.
+                f'[storage]\ndriver = "overlay"\ngraphroot = "{self.store}"\nrootless_storage_path = "{self.store}"\n',
             )
             self._write(
                 "containers.conf",
@@ -129,6 +129,11 @@ class PodmanAccount:
             )
         except OSError as error:
             raise PodmanUnusableError(f"the Podman home of {self.name} cannot be prepared: {error}") from error
+
+    @property
+    def store(self) -> Path:
+        """Where the images and layers of Puhui's containers are, and nobody else's."""
+        return self.home / "storage"
 
     def _own(self, folder: Path) -> None:
         """Makes a directory that belongs to the user alone, and refuses one that somebody else put there."""

@@ -6,6 +6,9 @@ import json
 
 import grpc
 
+from puhui.rpc.address import require_private_address
+from puhui.rpc.errors import Refusal
+
 __all__ = ["MAX_MESSAGE_BYTES", "open_blocking_channel", "open_channel"]
 
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -53,10 +56,27 @@ _OPTIONS: list[tuple[str, int | str]] = [
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """Opens an asyncio channel to "host:port" or "unix:/path"."""
+    """Opens an asyncio channel to "host:port" or "unix:/path".
+
+    Raises:
+        Refusal: FAILED_PRECONDITION with PLAINTEXT_REFUSED: others could read what is said.
+    """
+    _require_private(address)
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
 
 def open_blocking_channel(address: str) -> grpc.Channel:
-    """Opens a channel to "host:port" or "unix:/path" for a program without an event loop."""
+    """Opens a channel to "host:port" or "unix:/path" for a program without an event loop.
+
+    Raises:
+        Refusal: as `open_channel` does.
+    """
+    _require_private(address)
     return grpc.insecure_channel(address, options=_OPTIONS)
+
+
+def _require_private(address: str) -> None:
+    try:
+        require_private_address(address)
+    except ValueError as error:
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "PLAINTEXT_REFUSED", str(error), address=address) from error

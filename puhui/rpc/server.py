@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -15,10 +14,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
+from puhui.rpc.address import require_private_address
 from puhui.rpc.channel import MAX_MESSAGE_BYTES
 from puhui.rpc.errors import Refusal
 
-__all__ = ["RpcServer", "require_private_address"]
+__all__ = ["RpcServer"]
 
 _log = structlog.get_logger(__name__)
 
@@ -34,29 +34,6 @@ _OPTIONS = [
     # Two daemons on one port would share its calls at random; the second must fail instead.
     ("grpc.so_reuseport", 0),
 ]
-
-
-def require_private_address(address: str) -> None:
-    """Refuses an address at which plaintext could be read by others.
-
-    Args:
-        address: "host:port" or "unix:/path".
-
-    Raises:
-        ValueError: it is neither loopback nor a unix socket.
-    """
-    if address.startswith("unix:"):
-        return
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        private = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        private = False
-    if not private:
-        raise ValueError(
-            f"{address}: this version serves plaintext, and does so on loopback or a unix socket only; "
-            "use 127.0.0.1:PORT, and an SSH tunnel to reach it from elsewhere"
-        )
 
 
 class RpcServer:

@@ -9,8 +9,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from puhui.rpc.address import require_private_address
 from puhui.rpc.channel import open_channel
-from puhui.rpc.server import RpcServer, require_private_address
+from puhui.rpc.server import RpcServer
 from puhui.v1.job_service_pb2 import GetJobRequest, WatchJobRequest
 from puhui.v1.job_service_pb2_grpc import JobServiceStub, add_JobServiceServicer_to_server
 from tests.unit.rpc.echo import echo_in, serving
