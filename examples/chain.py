@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import tempfile
 import threading
@@ -64,6 +66,7 @@ class Run:
     slice_seen: bool = False
     container_seen: bool = False
     artifacts: list[str] = field(default_factory=list)
+    problem: str = ""
 
 
 class Screen:
@@ -82,38 +85,51 @@ class Screen:
             self._console.print(head.append(text, style=style))
 
 
-def follow(centre: Centre, node: NodeServiceStub, run: Run, screen: Screen, target: Path) -> None:
+class Follower(threading.Thread):
     """Follows one job to its end: events, output, and at last its artifacts."""
-    logs = threading.Thread(target=copy_logs, args=(centre, run, screen), daemon=True)
-    logs.start()
-    for event in centre.watch(run.job.id):
-        run.events[event.reason] = event
-        step = STEPS.get(event.reason, "")
-        if event.reason != "SUCCEEDED":  # it says what COMMAND_ENDED has said
-            screen.line(step, run.name, event.message, style="" if step else "dim")
-        # Asked of the node itself while the job runs: are the card and the container really there?
-        if event.reason == "CONTAINER_STARTED":
-            run.slice_seen = any(
-                piece.owner.job_id == run.job.id for piece in node.ListSlices(ListSlicesRequest()).slices
-            )
-            run.container_seen = any(
-                container.owner.job_id == run.job.id
-                for container in node.ListContainers(ListContainersRequest()).containers
-            )
-    logs.join()
-    run.job = centre.get(run.job.id)
-    if run.job.artifacts.file_count:
-        centre.pull(run.job.id, target / run.name)
-        run.artifacts = sorted(path.name for path in (target / run.name).rglob("*") if path.is_file())
+
+    def __init__(self, centre: Centre, node: NodeServiceStub, run: Run, screen: Screen, target: Path) -> None:
+        super().__init__(daemon=True)
+        self._centre, self._node, self._run, self._screen, self._target = centre, node, run, screen, target
+
+    def run(self) -> None:
+        """Runs in its own thread. What goes wrong ends up in `Run.problem`."""
+        try:
+            self._follow(self._run)
+        except (Refusal, grpc.RpcError, ValueError) as error:  # gRPC's answer on a closed channel is a ValueError
+            self._run.problem = str(error)
+
+    def _follow(self, run: Run) -> None:
+        logs = threading.Thread(target=copy_logs, args=(self._centre, run, self._screen), daemon=True)
+        logs.start()
+        for event in self._centre.watch(run.job.id):
+            run.events[event.reason] = event
+            step = STEPS.get(event.reason, "")
+            if event.reason != "SUCCEEDED":  # it says what COMMAND_ENDED has said
+                self._screen.line(step, run.name, event.message, style="" if step else "dim")
+            # Asked of the node itself while the job runs: are the card and the container really there?
+            if event.reason == "CONTAINER_STARTED":
+                slices = self._node.ListSlices(ListSlicesRequest()).slices
+                run.slice_seen = any(piece.owner.job_id == run.job.id for piece in slices)
+                containers = self._node.ListContainers(ListContainersRequest()).containers
+                run.container_seen = any(container.owner.job_id == run.job.id for container in containers)
+        logs.join()
+        run.job = self._centre.get(run.job.id)
+        if run.job.artifacts.file_count:
+            self._centre.pull(run.job.id, self._target / run.name)
+            run.artifacts = sorted(path.name for path in (self._target / run.name).rglob("*") if path.is_file())
 
 
 def copy_logs(centre: Centre, run: Run, screen: Screen) -> None:
     """Prints a job's output, line by line, as it is written."""
     rest = b""
-    for chunk in centre.logs(run.job.id, follow=True):
-        *lines, rest = (rest + chunk.data).split(b"\n")
-        for line in lines:
-            screen.line("", run.name, "│ " + line.decode(errors="replace"), style="green")
+    try:
+        for chunk in centre.logs(run.job.id, follow=True):
+            *lines, rest = (rest + chunk.data).split(b"\n")
+            for line in lines:
+                screen.line("", run.name, "│ " + line.decode(errors="replace"), style="green")
+    except (Refusal, grpc.RpcError, ValueError) as error:
+        run.problem = str(error)
 
 
 def findings(runs: list[Run], runtime: RuntimeKind.ValueType, leftover: dict[str, int]) -> dict[str, Any]:
@@ -196,11 +212,14 @@ def table(runs: list[Run]) -> Table:
 
 def main() -> int:
     """Runs the chain. Returns 0 when every step happened and nothing is left over."""
-    parser = argparse.ArgumentParser(description="Runs the whole chain on three pieces of model code.")
+    parser = argparse.ArgumentParser("demo", description="Runs the whole chain on three pieces of model code.")
     parser.add_argument("--runtime", choices=["podman", "process"], default="podman")
     parser.add_argument("--python", default="python3", help="interpreter, in the container or (process) on this host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened here")
     options = parser.parse_args()
+    if options.json and not os.access(options.json.absolute().parent, os.W_OK):
+        parser.error(f"{options.json} cannot be written")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False, soft_wrap=True)
     screen = Screen(console)
     console.print(f"A centre with [bold]emulated[/] cards: {CARDS}. No GPU is used.")
@@ -223,9 +242,7 @@ def main() -> int:
                 Run(name, centre.submit(JobSpec(name=name, command=[options.python, *command]), HERE / name))
                 for name, command in EXAMPLES.items()
             ]
-            followers = [
-                threading.Thread(target=follow, args=(centre, node, run, screen, Path(pulled))) for run in runs
-            ]
+            followers = [Follower(centre, node, run, screen, Path(pulled)) for run in runs]
             for follower in followers:
                 follower.start()
             for follower in followers:
@@ -238,6 +255,9 @@ def main() -> int:
             node_channel.close()
     except (Refusal, RuntimeError, grpc.RpcError) as error:
         sys.exit(f"the chain broke: {error}")
+    except KeyboardInterrupt:
+        console.print("stopped; the jobs were cancelled, and nothing is left over")
+        return 130
 
     steps = findings(runs, runtime.kind, leftover)
     console.print(table(runs))
@@ -250,7 +270,7 @@ def main() -> int:
                 "name": run.name,
                 "job_id": run.job.id,
                 "succeeded": run.job.state == JOB_STATE_SUCCEEDED,
-                "exit_code": run.job.exit_code,
+                "exit_code": run.job.exit_code if run.job.HasField("exit_code") else None,
                 "profile": run.job.attempts[-1].profile if run.job.attempts else "",
                 "artifacts": run.artifacts,
             }
@@ -258,6 +278,9 @@ def main() -> int:
         ]
         document = {"steps": steps, "jobs": jobs, "leftover": leftover, "emulated": True}
         options.json.write_text(json.dumps(document, indent=2) + "\n")
+    for run in runs:
+        if run.problem:
+            console.print(f"[bold red]{run.name}: {run.problem}[/]")
     missed = [name for name, step in steps.items() if not step["ok"]]
     if missed:
         console.print(f"[bold red]not every step happened: {', '.join(missed)}[/]")

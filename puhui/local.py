@@ -7,6 +7,7 @@
         ...
 
 It is what `puhui up` runs, with emulated cards, on a free port and with a state directory that is removed in the end.
+Jobs that have not ended by then are cancelled, since nobody could find them again.
 """
 
 from __future__ import annotations
@@ -20,12 +21,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from puhui.client import Centre, Refusal
 from puhui.rpc.notify import ReadySocket
+from puhui.v1 import job_pb2
+from puhui.v1.job_service_pb2 import JobFilter
 
 __all__ = ["local_centre"]
 
 _START_S = 60.0
 _STOP_S = 60.0
+_END_S = 30.0
+_ACTIVE = (
+    job_pb2.JOB_STATE_QUEUED,
+    job_pb2.JOB_STATE_STARTING,
+    job_pb2.JOB_STATE_RUNNING,
+    job_pb2.JOB_STATE_STOPPING,
+)
 
 
 @contextlib.contextmanager
@@ -54,16 +65,32 @@ def local_centre(emulate: str, runtime: str = "auto", state: Path | None = None)
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                # Ctrl-C is for the block; the centre is stopped when the block has ended.
+                start_new_session=True,
             )
             try:
                 try:
                     address = ready.wait(up.pid, _START_S)
                 except (ChildProcessError, TimeoutError) as error:
                     raise RuntimeError(f"the centre did not start ({error}):\n{log.read_text()}") from error
-                yield address
+                try:
+                    yield address
+                finally:
+                    if state is None:
+                        _end_jobs(address)
             finally:
                 up.terminate()
                 up.wait(_STOP_S)
     finally:
         if state is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_jobs(address: str) -> None:
+    """Cancels what has not ended and waits until it has, so that no container outlives the centre."""
+    with contextlib.suppress(Refusal), Centre(address) as centre:
+        jobs = list(centre.jobs(JobFilter(states=_ACTIVE)))
+        for job in jobs:
+            centre.cancel(job.id, "the centre of its own is stopped")
+        for job in jobs:
+            centre.wait(job.id, timeout_s=_END_S)
