@@ -50,24 +50,24 @@ def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> N
 @pytest.mark.podman
 @pytest.mark.timeout(120)
 def test_ctrl_c_leaves_nothing_behind() -> None:
-    chain = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(CHAIN)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # Ctrl-C on a terminal goes to the whole group
-    )
-    assert chain.stdout is not None
-    started, said = set[str](), ""
-    for line in chain.stdout:
-        said += line
-        if found := re.search(r"podman container ([0-9a-f]{12}) runs", line):
-            started.add(found[1])
-        if len(started) == 3:
-            os.killpg(chain.pid, signal.SIGINT)
-            break
-    said += chain.stdout.read()
-    assert chain.wait(60) == 130, said
+    ) as chain:
+        assert chain.stdout is not None
+        started, said = set[str](), ""
+        for line in chain.stdout:
+            said += line
+            if found := re.search(r"podman container ([0-9a-f]{12}) runs", line):
+                started.add(found[1])
+            if len(started) == 3:
+                os.killpg(chain.pid, signal.SIGINT)
+                break
+        said += chain.stdout.read()
+    assert chain.returncode == 130, said
     assert "Traceback" not in said
     assert said.rstrip().endswith("nothing is left over")
     assert not {container[:12] for container in containers()} & started
