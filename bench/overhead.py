@@ -94,8 +94,8 @@ def main() -> None:
         versions={"podman": runtime.version, "oci_runtime": runtime.oci_runtime, "driver": "emulated"},
         notes=[
             "Cards are emulated with zero driver latency.",
-            "The baseline is the Podman command line, which starts a process for each of its four steps; the node daemon "
-            "asks one Podman service instead. That is why a job can take less time than its baseline.",
+            "The baseline is the Podman command line, which starts a process for each of its four steps; the node "
+            "daemon asks one Podman service instead. That is why a job can take less time than its baseline.",
         ],
     ).show(options.json)
 

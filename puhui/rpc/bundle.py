@@ -269,6 +269,7 @@ class _Guard(io.RawIOBase):
             raise Refusal(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "BUNDLE_RATIO",
-                f"the bundle unpacks to more than {limits.ratio} times its size, as a decompression bomb does; leave out files that are nearly all the same byte",
+                f"the bundle unpacks to more than {limits.ratio} times its size, as a decompression bomb does; "
+                "leave out files that are nearly all the same byte",
             )
         return data

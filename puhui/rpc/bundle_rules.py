@@ -212,7 +212,7 @@ def too_large(what: str, size: int, limit: int) -> Refusal:
     return Refusal(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "BUNDLE_TOO_LARGE",
-        f"the {what} is larger than {limit / 2**20:.4g} MiB; leave out what the code does not need, and data that it can fetch or make itself",
+        f"the {what} is larger than {limit / 2**20:.4g} MiB; leave out what the code does not need",
         size_bytes=str(size),
         limit_bytes=str(limit),
     )
@@ -235,7 +235,7 @@ def _too_many(what: str) -> Refusal:
     return Refusal(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "BUNDLE_TOO_MANY_FILES",
-        f"the bundle has more than {what}; leave out what the code does not need, and data that it can fetch or make itself",
+        f"the bundle has more than {what}; leave out what the code does not need",
     )
 
 

@@ -113,7 +113,7 @@ async def receive(parts: AsyncIterator[UploadPart], folder: Path, most_bytes: in
         raise Refusal(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "BUNDLE_TOO_LARGE",
-            f"the archive is larger than {most_bytes // 2**20} MiB; leave out what the code does not need, and data that it can fetch or make itself",
+            f"the archive is larger than {most_bytes // 2**20} MiB; leave out what the code does not need",
             size_bytes=str(header.size_bytes),
             limit_bytes=str(most_bytes),
         )

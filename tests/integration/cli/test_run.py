@@ -221,7 +221,7 @@ def test_code_that_is_too_large_is_not_sent(puhui: Puhui, running: RunningCentre
         file.truncate(2**40)
     ended = puhui("run", script)
     assert ended.code == 125
-    assert "declare it as an input (BUNDLE_TOO_LARGE)" in ended.err
+    assert "what the code does not need (BUNDLE_TOO_LARGE)" in ended.err
     assert running.centre.calls["PutBundle"] == 0
 
 

@@ -228,7 +228,7 @@ def test_a_job_without_artifacts_leaves_an_empty_folder(
 def test_code_that_is_too_large_never_leaves(centre: Centre, running: RunningCentre, code: Path) -> None:
     with (code / "weights.bin").open("wb") as file:
         file.truncate(5 * 2**30)
-    with pytest.raises(Refusal, match="declare it as an input") as caught:
+    with pytest.raises(Refusal, match="leave out what the code does not need") as caught:
         centre.submit(spec(), code)
     assert caught.value.reason == "BUNDLE_TOO_LARGE"
     assert running.centre.calls["PutBundle"] == 0

@@ -261,7 +261,7 @@ def test_a_link_out_of_the_tree_is_named_before_anything_is_sent(tree: Path, tar
 def test_survey_stops_at_the_limits(tree: Path) -> None:
     with (tree / "weights.bin").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(Refusal, match="declare it as an input") as caught:
+    with pytest.raises(Refusal, match="leave out what the code does not need") as caught:
         survey(tree, BundleLimits())
     assert caught.value.reason == "BUNDLE_TOO_LARGE"
 
