@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import pwd
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,11 +22,13 @@ from nodedaemon.driver import Driver, DriverError
 from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
+from nodedaemon.host import has_real_gpu
 from nodedaemon.inventory import Inventory, Revision
 from nodedaemon.journal import Journal
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_runtime import PodmanRuntime
-from nodedaemon.process_runtime import ProcessRuntime, ProcessUser
+from nodedaemon.process_runtime import ProcessRuntime
+from nodedaemon.process_user import ProcessesRefusedError, ProcessUser, find_process_user, require_no_real_gpu
 from nodedaemon.recovery import Recovery
 from nodedaemon.registration import Registration
 from nodedaemon.results import Results
@@ -70,6 +69,7 @@ class Settings:
     runtime: str
     podman_user: str
     image: str
+    allow_root_processes: bool = False
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -143,8 +143,11 @@ def _require_sound(settings: Settings) -> None:
         raise CannotServeError(str(error)) from error
     if settings.runtime not in ("auto", "podman", "process"):
         raise CannotServeError(f"--runtime {settings.runtime}: use auto, podman or process")
-    if settings.runtime == "process" and settings.emulate is None:
-        raise CannotServeError("--runtime process isolates nothing and is refused on real GPUs: use --runtime podman")
+    if settings.runtime == "process":
+        try:
+            require_no_real_gpu(emulated=settings.emulate is not None, real_gpu=has_real_gpu())
+        except ProcessesRefusedError as error:
+            raise CannotServeError(str(error)) from error
 
 
 def _open_driver(settings: Settings) -> tuple[Driver, CardDevices]:
@@ -176,7 +179,11 @@ async def _open_runtime(settings: Settings, node_id: str, emulated: bool) -> tup
                 raise CannotServeError(str(error)) from error
             why = str(error)
             _log.warning("no rootless containers on this host; commands run as plain processes", why=why)
-    user = _process_user(settings.podman_user, settings.state)
+    try:
+        require_no_real_gpu(emulated=emulated, real_gpu=has_real_gpu())
+        user = find_process_user(settings.podman_user, settings.state, allow_root=settings.allow_root_processes)
+    except ProcessesRefusedError as error:
+        raise CannotServeError(f"{error} (no containers: {why})" if why else str(error)) from error
     return ProcessRuntime(settings.state / "processes", user, why), user
 
 
@@ -185,33 +192,6 @@ def _open_state(state: Path, account: PodmanAccount) -> None:
     if os.geteuid() == 0:
         os.chown(state, 0, account.gid)
         state.chmod(0o710)
-
-
-def _process_user(name: str, state: Path) -> ProcessUser:
-    """Returns whom plain processes run as: the unprivileged user if it exists and can run Python here."""
-    if os.geteuid() != 0:
-        return ProcessUser(str(os.geteuid()), os.geteuid(), os.getegid())
-    try:
-        entry = pwd.getpwnam(name)
-        os.chown(state, 0, entry.pw_gid)
-        state.chmod(0o710)
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "import os, sys; sys.exit(not os.access(sys.argv[1], os.X_OK))",
-                str(state.resolve()),
-            ],
-            user=entry.pw_uid,
-            group=entry.pw_gid,
-            extra_groups=[],
-            cwd="/",
-            check=True,
-            capture_output=True,
-        )
-    except (KeyError, OSError, subprocess.CalledProcessError):
-        return ProcessUser("root", 0, 0)
-    return ProcessUser(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
 
 @contextlib.asynccontextmanager

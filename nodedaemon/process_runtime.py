@@ -14,29 +14,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from nodedaemon.process_user import ProcessUser
 from nodedaemon.runtime import ContainerExit, ContainerPhase, ContainerSpec, ContainerStatus
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
 
-__all__ = ["ProcessRuntime", "ProcessUser"]
+__all__ = ["ProcessRuntime"]
 
 _LOST = 137
-
-
-@dataclass(frozen=True)
-class ProcessUser:
-    """Whom the processes run as."""
-
-    name: str
-    uid: int
-    gid: int
 
 
 class ProcessRuntime:
@@ -218,13 +209,10 @@ class ProcessRuntime:
 
     def describe(self) -> Runtime:  # noqa: D102
         notice = "commands run as plain processes, without isolation, on emulated cards only"
+        notices = [f"{notice}: {self._why}" if self._why else notice]
         if self._user.uid == 0:
-            notice += ", and AS ROOT, because no other user can reach this Python"
-        return Runtime(
-            kind=RuntimeKind.RUNTIME_KIND_PROCESS,
-            user=self._user.name,
-            notices=[f"{notice}: {self._why}" if self._why else notice],
-        )
+            notices.append("submitted code runs AS ROOT, because --allow-root-processes was given; for tests only")
+        return Runtime(kind=RuntimeKind.RUNTIME_KIND_PROCESS, user=self._user.name, notices=notices)
 
     async def close(self) -> None:  # noqa: D102
         for process_id in list(self._watched):

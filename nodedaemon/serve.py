@@ -54,6 +54,14 @@ def serve(
     image: Annotated[
         str, typer.Option(envvar="PUHUI_NODE_IMAGE", help="Image of containers that ask for none.")
     ] = "localhost/puhui/base:latest",
+    allow_root_processes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-root-processes",
+            envvar="PUHUI_NODE_ALLOW_ROOT_PROCESSES",
+            help="DANGEROUS, for tests only: let the process runtime run submitted code as root.",
+        ),
+    ] = False,
     log_level: Annotated[
         str, typer.Option(envvar="PUHUI_NODE_LOG_LEVEL", help="debug, info, warning or error.")
     ] = "info",
@@ -73,6 +81,7 @@ def serve(
         runtime=runtime,
         podman_user=podman_user,
         image=image,
+        allow_root_processes=allow_root_processes,
     )
     try:
         asyncio.run(_serve(settings))

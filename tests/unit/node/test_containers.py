@@ -22,7 +22,8 @@ from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.journal import ContainerStage, Journal
 from nodedaemon.owner import Owner
-from nodedaemon.process_runtime import ProcessRuntime, ProcessUser
+from nodedaemon.process_runtime import ProcessRuntime
+from nodedaemon.process_user import ProcessUser
 from nodedaemon.recovery import Recovery
 from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerSpec, ContainerStatus

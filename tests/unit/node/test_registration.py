@@ -15,7 +15,8 @@ from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.inventory import Inventory, Revision
 from nodedaemon.journal import Journal
-from nodedaemon.process_runtime import ProcessRuntime, ProcessUser
+from nodedaemon.process_runtime import ProcessRuntime
+from nodedaemon.process_user import ProcessUser
 from nodedaemon.registration import Registration
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal
