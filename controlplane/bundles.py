@@ -7,11 +7,13 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 
+from controlplane.lasting import Lasting
 from controlplane.records import BundleRecord
 from controlplane.results import sync_folder
 from controlplane.store import Store
@@ -37,9 +39,11 @@ class InlineBundle:
 class Bundles:
     """The bundles of a centre."""
 
-    def __init__(self, folder: Path, store: Store, limits: BundleLimits | None = None) -> None:
+    def __init__(self, folder: Path, store: Store, lasting: Lasting, limits: BundleLimits | None = None) -> None:
         self._folder = folder
         self._store = store
+        self._lasting = lasting
+        self._placing = Counter[str]()
         self.limits = limits or BundleLimits()
         folder.mkdir(parents=True, exist_ok=True)
         # What an upload left when the process was killed.
@@ -59,9 +63,12 @@ class Bundles:
                 return known, True
             await upload.finish()
             record = await self._checked(upload.bundle_id, upload.path)
-            async with self.placed(record.id, upload.path):
-                await self._store.put_bundle(record)
+            await self._lasting.do(self._keep(record, upload.path))
             return record, False
+
+    async def _keep(self, record: BundleRecord, upload: Path) -> None:
+        async with self.placed(record.id, upload):
+            await self._store.put_bundle(record)
 
     async def write_inline(self, archive: bytes) -> InlineBundle:
         """Writes a packed bundle into a temporary file, which goes with `drop_inline`, and checks it.
@@ -94,6 +101,8 @@ class Bundles:
     async def placed(self, bundle_id: str, upload: Path) -> AsyncIterator[None]:
         """Gives a checked archive its name, and takes it away again if the block, which stores it, fails.
 
+        To be cancelled is not to fail: the block may be stored all the same. Use it inside `Lasting.do`.
+
         Raises:
             OSError: the disk is full.
         """
@@ -102,13 +111,21 @@ class Bundles:
             yield
             return
         upload.replace(place)
+        self._placing[bundle_id] += 1
+        failed = False
         try:
-            sync_folder(self._folder)
+            await asyncio.to_thread(sync_folder, self._folder)
             yield
-        except BaseException:
-            if await self._store.bundle(bundle_id) is None:
-                place.unlink(missing_ok=True)
+        except Exception:
+            failed = True
             raise
+        finally:
+            self._placing[bundle_id] -= 1
+            # Another upload of the same bundle may be about to store it.
+            if not self._placing[bundle_id]:
+                del self._placing[bundle_id]
+                if failed and await self._store.bundle(bundle_id) is None:
+                    place.unlink(missing_ok=True)
 
     def path(self, bundle_id: str) -> Path:
         """Returns where a bundle is, or would be."""

@@ -20,6 +20,7 @@ from controlplane.fleet_service import FleetService
 from controlplane.idempotency import KEPT_S
 from controlplane.job_service import JobService
 from controlplane.jobs import PLACED_STATES
+from controlplane.lasting import Lasting
 from controlplane.log_reader import LogReader
 from controlplane.node_client import GrpcNodeClient, NodeClient
 from controlplane.nodes import Nodes
@@ -72,6 +73,7 @@ class Centre:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._tasks: list[asyncio.Task[None]] = []
+        self._lasting = Lasting()
 
     @classmethod
     async def start(
@@ -99,7 +101,7 @@ class Centre:
         centre._feed = feed = Feed()
         centre._store = store = await SqliteStore.open(settings.state / "puhui.db", feed)
         centre._prediction = prediction or OnnxPrediction(settings.prediction_budget_s)
-        bundles = Bundles(settings.state / "bundles", store)
+        bundles = Bundles(settings.state / "bundles", store, centre._lasting)
         results = Results(settings.state / "results")
         reservations = Reservations(lambda: centre._scheduler.wake())
         centre._nodes = nodes = Nodes(
@@ -118,10 +120,22 @@ class Centre:
         centre._reservations = reservations
         await centre._take_up()
         pages = Pages(await store.centre_id())
-        submission = Submission(settings.centre, store, bundles, nodes, centre._prediction)
+        submission = Submission(
+            settings.centre, store, bundles, nodes, centre._prediction, centre._lasting, scheduler.add
+        )
         logs = LogReader(settings.centre, store, feed, nodes, results)
         job_service = JobService(
-            store, feed, bundles, results, nodes, scheduler, centre._attempts, submission, logs, pages
+            store,
+            feed,
+            bundles,
+            results,
+            nodes,
+            scheduler,
+            centre._attempts,
+            submission,
+            logs,
+            pages,
+            centre._lasting,
         )
         centre._server = server = RpcServer(settings.listen)
         server.add("puhui.v1.JobService", add_JobServiceServicer_to_server, job_service)
@@ -176,12 +190,16 @@ class Centre:
 
     async def _forget(self) -> None:
         while True:
-            await self._store.forget_requests(now() - KEPT_S)
+            try:
+                await self._store.forget_requests(now() - KEPT_S)
+            except Exception as error:  # noqa: BLE001 - old request ids do no harm; a full disk may have room again
+                _log.error("old request ids are not forgotten yet", exc_info=error)
             await asyncio.sleep(_FORGET_EVERY_S)
 
     async def stop(self) -> None:
         """Stops serving. Containers run on; the next start goes on where this one was."""
         await self._server.stop(_STOP_GRACE_S)
+        await self._lasting.finish()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

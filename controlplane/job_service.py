@@ -12,6 +12,7 @@ from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import FINAL_STATES, PLACED_STATES, transition
+from controlplane.lasting import Lasting
 from controlplane.log_reader import LogReader, attempt_number, require_job
 from controlplane.nodes import Nodes
 from controlplane.pages import Pages, page_size
@@ -49,6 +50,7 @@ class JobService(JobServiceServicer):
         submission: Submission,
         logs: LogReader,
         pages: Pages,
+        lasting: Lasting,
     ) -> None:
         self._store = store
         self._feed = feed
@@ -60,6 +62,7 @@ class JobService(JobServiceServicer):
         self._submission = submission
         self._logs = logs
         self._pages = pages
+        self._lasting = lasting
 
     async def PutBundle(  # noqa: N802 - named by the contract
         self, request_iterator: AsyncIterator[wire.PutBundleRequest], context: _Context
@@ -70,10 +73,7 @@ class JobService(JobServiceServicer):
 
     async def SubmitJob(self, request: wire.SubmitJobRequest, context: _Context) -> wire.SubmitJobResponse:  # noqa: N802
         """Accepts a job."""
-        record, new = await self._submission.submit(request)
-        if new:
-            self._scheduler.add(record)
-        return wire.SubmitJobResponse(job=self._shown(record))
+        return wire.SubmitJobResponse(job=self._shown(await self._submission.submit(request)))
 
     async def PredictJob(self, request: wire.PredictJobRequest, context: _Context) -> wire.PredictJobResponse:  # noqa: N802
         """Says what slice some code would get."""
@@ -145,16 +145,18 @@ class JobService(JobServiceServicer):
         await earlier_answer(self._store, noted)
         await require_job(self._store, request.job_id)
         try:
-            record = await self._store.change_job(
-                request.job_id, lambda record, _: _cancelled(record, request.message[:1000], noted)
-            )
+            record = await self._lasting.do(self._cancel(request.job_id, request.message[:1000], noted))
         except RequestReused as error:
             raise reused(request.request_id) from error
+        return wire.CancelJobResponse(job=self._shown(record))
+
+    async def _cancel(self, job_id: str, message: str, noted: Request | None) -> JobRecord:
+        record = await self._store.change_job(job_id, lambda record, _: _cancelled(record, message, noted))
         if record.state in FINAL_STATES:
             self._scheduler.remove(record.id)
         else:
             self._attempts.cancel(record.id)
-        return wire.CancelJobResponse(job=self._shown(record))
+        return record
 
     async def ReadLogs(  # noqa: N802
         self, request: wire.ReadLogsRequest, context: _Context

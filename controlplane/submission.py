@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from controlplane.bundles import Bundles
 from controlplane.entrypoint import find_entrypoint, require_parsable
 from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import transition
+from controlplane.lasting import Lasting
 from controlplane.nodes import Nodes
 from controlplane.prediction import Code, Prediction
-from controlplane.records import BundleRecord, JobRecord
+from controlplane.records import BundleRecord, JobRecord, Request
 from controlplane.sizing import size
 from controlplane.spec import require_offered, require_valid
 from controlplane.store import RequestReused, Store
@@ -44,17 +45,38 @@ class Need:
 
 
 class Submission:
-    """Accepts jobs for one centre."""
+    """Accepts jobs for one centre.
 
-    def __init__(self, centre: str, store: Store, bundles: Bundles, nodes: Nodes, prediction: Prediction) -> None:
+    Args:
+        centre: its name.
+        store: where jobs are stored.
+        bundles: where their code is.
+        nodes: whose GPUs decide what sizes there are.
+        prediction: says what code needs.
+        lasting: carries through what was begun for a client that has gone.
+        accepted: told of every new job once it is stored.
+    """
+
+    def __init__(
+        self,
+        centre: str,
+        store: Store,
+        bundles: Bundles,
+        nodes: Nodes,
+        prediction: Prediction,
+        lasting: Lasting,
+        accepted: Callable[[JobRecord], None],
+    ) -> None:
         self._centre = centre
         self._store = store
         self._bundles = bundles
         self._nodes = nodes
         self._prediction = prediction
+        self._lasting = lasting
+        self._accepted = accepted
 
-    async def submit(self, request: job_service_pb2.SubmitJobRequest) -> tuple[JobRecord, bool]:
-        """Accepts a job. Returns it, and whether it is new.
+    async def submit(self, request: job_service_pb2.SubmitJobRequest) -> JobRecord:
+        """Accepts a job, or finds the one that the same request made before.
 
         Raises:
             Refusal: it cannot be accepted; nothing was stored.
@@ -63,7 +85,7 @@ class Submission:
         noted = request_of("SubmitJob", request, request.request_id)
         earlier = await earlier_answer(self._store, noted)
         if earlier is not None:
-            return earlier, False
+            return earlier
         spec = _with_defaults(request.spec)
         async with self._need(spec, request) as need:
             at = now()
@@ -78,11 +100,18 @@ class Submission:
             record, submitted = transition(JobRecord(job), happenings.Submitted(), at)
             record, predicted = transition(record, happenings.Predicted(need.prediction, need.sizing), at)
             try:
-                async with self._bundles.placed(need.bundle.id, need.archive):
-                    stored = await self._store.add_job(record, (submitted, predicted), noted, need.bundle)
+                return await self._lasting.do(self._keep(need, record, (submitted, predicted), noted))
             except RequestReused as error:
                 raise reused(request.request_id) from error
-        return stored, stored.id == job.id
+
+    async def _keep(
+        self, need: Need, record: JobRecord, events: tuple[job_pb2.JobEvent, ...], noted: Request | None
+    ) -> JobRecord:
+        async with self._bundles.placed(need.bundle.id, need.archive):
+            stored = await self._store.add_job(record, events, noted, need.bundle)
+        if stored.id == record.id:
+            self._accepted(stored)
+        return stored
 
     async def predict(self, request: job_service_pb2.PredictJobRequest) -> Need:
         """Returns what would be needed. Stores nothing.
