@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import grpc
 
 from controlplane.capacity import gpu_capacity, profile_capacity
 from controlplane.nodes import Nodes
-from controlplane.pages import Pages, page_size
+from controlplane.pages import Page, Pages, page_size
 from controlplane.scheduler import Scheduler
 from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal, unimplemented
@@ -58,12 +59,12 @@ class FleetService(FleetServiceServicer):
     async def ListNodes(self, request: wire.ListNodesRequest, context: _Context) -> wire.ListNodesResponse:  # noqa: N802
         """Returns a page of nodes."""
         after = self._pages.after(b"nodes", request.page_token) if request.page_token else ""
-        size = page_size(request.page_size)
+        room = Page(page_size(request.page_size))
         rest = [node for node in self._nodes.all() if node.inventory.name > after]
-        page = rest[:size]
+        page = list(itertools.takewhile(room.takes, rest))
         return wire.ListNodesResponse(
             nodes=page,
-            next_page_token=self._pages.token(b"nodes", page[-1].inventory.name) if len(rest) > size else "",
+            next_page_token=self._pages.token(b"nodes", page[-1].inventory.name) if len(rest) > len(page) else "",
         )
 
     async def GetCapacity(self, request: wire.GetCapacityRequest, context: _Context) -> wire.GetCapacityResponse:  # noqa: N802

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ from controlplane.jobs import FINAL_STATES, PLACED_STATES, transition
 from controlplane.lasting import Lasting
 from controlplane.log_reader import LogReader, attempt_number, require_job
 from controlplane.nodes import Nodes
-from controlplane.pages import Pages, page_size
+from controlplane.pages import Page, Pages, page_size
 from controlplane.placement import Room
 from controlplane.records import BundleRecord, Change, JobQuery, JobRecord, Request
 from controlplane.results import Results
@@ -31,6 +32,9 @@ from puhui.v1 import job_service_pb2 as wire
 from puhui.v1.job_service_pb2_grpc import JobServiceServicer
 
 __all__ = ["JobService"]
+
+# Jobs may be large; a page of them is not read from the store as a whole.
+_READ_AT_ONCE = 50
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -97,7 +101,6 @@ class JobService(JobServiceServicer):
         """Returns a page of jobs."""
         of = b"jobs\0" + request.filter.SerializeToString(deterministic=True)
         before = int(self._pages.after(of, request.page_token)) if request.page_token else None
-        size = page_size(request.page_size)
         wanted = request.filter
         query = JobQuery(
             states=tuple(state for state in wanted.states if state),
@@ -106,15 +109,26 @@ class JobService(JobServiceServicer):
             labels=dict(wanted.labels),
             created_since=moment(wanted.created_since) if wanted.HasField("created_since") else 0.0,
             before_sequence=before,
-            limit=size + 1,
+            limit=_READ_AT_ONCE,
         )
-        found = await self._store.jobs(query)
-        more = len(found) > size
-        page = found[:size]
+        page, more = await self._page(query, Page(page_size(request.page_size)))
         return wire.ListJobsResponse(
             jobs=[self._shown(record) for record in page],
             next_page_token=self._pages.token(of, str(page[-1].sequence)) if more else "",
         )
+
+    async def _page(self, query: JobQuery, page: Page) -> tuple[list[JobRecord], bool]:
+        """Returns the jobs of a page, and whether there are more."""
+        taken: list[JobRecord] = []
+        while True:
+            found = await self._store.jobs(query)
+            for record in found:
+                if not page.takes(record.job):
+                    return taken, True
+                taken.append(record)
+            if len(found) < query.limit:
+                return taken, False
+            query = replace(query, before_sequence=found[-1].sequence)
 
     async def WatchJob(  # noqa: N802
         self, request: wire.WatchJobRequest, context: _Context

@@ -8,19 +8,44 @@ import hashlib
 import hmac
 
 import grpc
+from google.protobuf.message import Message
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["Pages", "page_size"]
+__all__ = ["Page", "Pages", "page_size"]
 
 _DEFAULT_SIZE = 50
 _MOST_SIZE = 500
+# Half of what a message may be.
+_MOST_BYTES = 4 * 2**20
 _SEAL_BYTES = 12
 
 
 def page_size(asked: int) -> int:
     """Returns how many entries a page has that was asked for with `asked` (0: as many as usual)."""
     return min(asked or _DEFAULT_SIZE, _MOST_SIZE)
+
+
+class Page:
+    """A page that is being filled: it is full by number of entries, or by their size in bytes.
+
+    Args:
+        size: number of entries.
+        most_bytes: their size together; a single entry may be larger.
+    """
+
+    def __init__(self, size: int, most_bytes: int = _MOST_BYTES) -> None:
+        self._entries = size
+        self._bytes = most_bytes
+        self._empty = True
+
+    def takes(self, entry: Message) -> bool:
+        """Returns whether there is room for one more entry, and takes the room."""
+        self._entries -= 1
+        self._bytes -= entry.ByteSize()
+        fits = self._entries >= 0 and (self._bytes >= 0 or self._empty)
+        self._empty = False
+        return fits
 
 
 class Pages:

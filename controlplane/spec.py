@@ -24,6 +24,7 @@ _OWN_ENV = ("PUHUI_", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _MOST_COMMAND_BYTES = 128 * 2**10
 _MOST_ENV_BYTES = 128 * 2**10
 _MOST_LABELS = 64
+_MOST_INPUTS = 256
 _MOST_DURATION_S = 366 * 86400.0
 _MOST_GRACE_S = 3600.0
 _MOST_PRIORITY = 100
@@ -56,7 +57,9 @@ def _identity(spec: job_pb2.JobSpec) -> None:
 def _command(spec: job_pb2.JobSpec) -> None:
     _require(spec.command and spec.command[0], "command", 'is needed: what to run, such as ["python", "train.py"]')
     _require(
-        sum(len(word.encode()) for word in spec.command) <= _MOST_COMMAND_BYTES, "command", "is at most 128 KiB long"
+        sum(len(word.encode()) + 1 for word in spec.command) <= _MOST_COMMAND_BYTES,
+        "command",
+        "is at most 128 KiB long",
     )
     _require(not any("\0" in word for word in spec.command), "command", "holds a NUL character")
 
@@ -86,12 +89,15 @@ def _texts(spec: job_pb2.JobSpec) -> None:
         _require(_ENV.fullmatch(key), f"env.{key[:64]}", "is no name of an environment variable")
         _require("\0" not in value, f"env.{key[:64]}", "holds a NUL character")
         _require(not key.startswith(_OWN_ENV), f"env.{key[:64]}", "is set by Puhui itself; leave it out")
-    size = sum(len(key) + len(value.encode()) for key, value in spec.env.items())
+    size = sum(len(key) + len(value.encode()) + 2 for key, value in spec.env.items())
     _require(size <= _MOST_ENV_BYTES, "env", "is at most 128 KiB together")
     _require(len(spec.labels) <= _MOST_LABELS, "labels", "are at most 64")
     for key, value in spec.labels.items():
         _require(_LABEL.fullmatch(key), f"labels.{key[:64]}", "has a key that is no label")
         _require(len(value) <= 256, f"labels.{key[:64]}", "is at most 256 characters")
+    _require(
+        len(spec.inputs) <= _MOST_INPUTS, "inputs", "are at most 256; give one for each data set, not for each file"
+    )
     for number, data in enumerate(spec.inputs):
         _require(len(data.name) <= 256, f"inputs[{number}].name", "is at most 256 characters")
         _require(data.size_bytes <= 2**60, f"inputs[{number}].size_bytes", "is a size in bytes")

@@ -176,6 +176,7 @@ class Submission:
 def _with_defaults(spec: job_pb2.JobSpec) -> job_pb2.JobSpec:
     full = job_pb2.JobSpec()
     full.CopyFrom(spec)
+    full.DiscardUnknownFields()  # nobody has looked at those
     full.kind = full.kind or job_pb2.JOB_KIND_BATCH
     full.tenant = full.tenant or _DEFAULT_TENANT
     return full

@@ -321,3 +321,20 @@ async def test_a_full_database(tmp_path: Path) -> None:
         assert await centre.unchanged() == before
         await writer.write(lambda db: db.execute("pragma max_page_count = 100000").fetchone())
         await centre.jobs.SubmitJob(submission())
+
+
+async def test_a_list_of_large_jobs_comes_in_more_pages(tmp_path: Path) -> None:
+    async with running(tmp_path, join=False) as centre:
+        large: dict[str, Any] = {"command": ["python3", "x.py", "x" * 110_000], "env": {"X": "y" * 110_000}}
+        made = [(await centre.jobs.SubmitJob(submission(**large))).job.id for _ in range(45)]
+        seen, request = list[str](), wire.ListJobsRequest(page_size=500)
+        while True:
+            page = await centre.jobs.ListJobs(request)
+            assert page.ByteSize() <= 4.5 * 2**20
+            seen += [job.id for job in page.jobs]
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                break
+        assert seen == made[::-1]
+        few = await centre.jobs.ListJobs(wire.ListJobsRequest(page_size=3))
+        assert [job.id for job in few.jobs] == made[:-4:-1]

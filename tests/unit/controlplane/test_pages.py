@@ -3,8 +3,9 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from controlplane.pages import Pages, page_size
+from controlplane.pages import Page, Pages, page_size
 from puhui.rpc.errors import Refusal
+from puhui.v1 import job_pb2
 
 
 def test_a_token_leads_on_from_where_it_was_made() -> None:
@@ -33,3 +34,13 @@ def refuse(pages: Pages, of: bytes, token: str) -> None:
 
 def test_page_sizes_have_a_default_and_a_limit() -> None:
     assert [page_size(asked) for asked in (0, 1, 500, 501)] == [50, 1, 500, 500]
+
+
+def test_a_page_ends_by_number_or_by_bytes_and_always_takes_one() -> None:
+    def taken(page: Page, sizes: list[int]) -> int:
+        entries = [job_pb2.Job(message="x" * size) for size in sizes]
+        return next((number for number, entry in enumerate(entries) if not page.takes(entry)), len(entries))
+
+    assert taken(Page(2), [1, 1, 1]) == 2
+    assert taken(Page(9, most_bytes=250), [100, 100, 100]) == 2
+    assert taken(Page(9, most_bytes=250), [1000, 1]) == 1

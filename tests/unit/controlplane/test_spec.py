@@ -41,6 +41,8 @@ def test_a_full_spec_is_taken() -> None:
         ({"command": [""]}, "command"),
         ({"command": ["a\0"]}, "command"),
         ({"command": ["x" * 200_000]}, "command"),
+        ({"command": ["x", *[""] * 200_000]}, "command"),
+        ({"inputs": [job_pb2.DataInput(name="x")] * 257}, "inputs"),
         ({"name": "Upper"}, "name"),
         ({"name": "x" * 64}, "name"),
         ({"kind": 77}, "kind"),
