@@ -14,7 +14,10 @@ import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["Entrypoint", "find_entrypoint", "require_parsable"]
+__all__ = ["LARGEST_PARSED_BYTES", "Entrypoint", "find_entrypoint", "require_parsable"]
+
+LARGEST_PARSED_BYTES = 384 * 2**10
+"""A larger file is not parsed, as the predictor does not: parsing takes 700 times its size in memory."""
 
 _PYTHON = re.compile(r"(.*/)?(python|pypy)[0-9.]*")
 _SHELL = re.compile(r"(.*/)?(ba|da|z|k)?sh")
@@ -107,7 +110,11 @@ def _missing(path: str, paths: Collection[str]) -> Refusal:
 
 
 def require_parsable(path: str, source: bytes) -> None:
-    """Refuses Python code that does not parse.
+    """Refuses Python code that does not parse. It takes a second and 250 MiB at worst.
+
+    Args:
+        path: its path in the bundle.
+        source: its content, at most LARGEST_PARSED_BYTES long.
 
     Raises:
         Refusal: INVALID_ARGUMENT with CODE_UNPARSABLE.

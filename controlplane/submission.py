@@ -12,11 +12,12 @@ import grpc
 
 from controlplane import happenings
 from controlplane.bundles import Bundles
-from controlplane.entrypoint import find_entrypoint, require_parsable
+from controlplane.entrypoint import find_entrypoint
 from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import transition
 from controlplane.lasting import Lasting
 from controlplane.nodes import Nodes
+from controlplane.parsing import Parsing
 from controlplane.prediction import Code, Prediction
 from controlplane.records import BundleRecord, JobRecord, Request
 from controlplane.sizing import size
@@ -74,6 +75,7 @@ class Submission:
         self._prediction = prediction
         self._lasting = lasting
         self._accepted = accepted
+        self._parsing = Parsing(lasting)
 
     async def submit(self, request: job_service_pb2.SubmitJobRequest) -> JobRecord:
         """Accepts a job, or finds the one that the same request made before.
@@ -135,10 +137,10 @@ class Submission:
         async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
             sources = await self._bundles.sources(path)
-            if entrypoint is not None and entrypoint.python and entrypoint.path in sources:
-                await asyncio.to_thread(require_parsable, entrypoint.path, sources[entrypoint.path])
+            unparsed = await self._parsing.require(entrypoint, bundle.sizes, sources)
             code = Code(sources, bundle.sizes, spec.command, sum(data.size_bytes for data in spec.inputs))
             prediction = await self._prediction.of(code)
+            prediction.reason = unparsed + prediction.reason
             yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries))
 
     @contextlib.asynccontextmanager
@@ -166,7 +168,7 @@ class Submission:
                 "inline code is at most 1 MiB; upload it with PutBundle instead",
                 size_bytes=str(total),
             )
-        inline = await self._bundles.write_inline(pack_files(files))
+        inline = await self._bundles.write_inline(await asyncio.to_thread(pack_files, files))
         try:
             yield inline.record, inline.path
         finally:

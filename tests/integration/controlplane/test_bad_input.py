@@ -15,6 +15,7 @@ from typing import Any, cast
 import grpc
 import pytest
 
+from controlplane.entrypoint import LARGEST_PARSED_BYTES
 from puhui.rpc.bundle import pack_files
 from puhui.v1 import federation_service_pb2, fleet_service_pb2, job_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
@@ -338,3 +339,17 @@ async def test_a_list_of_large_jobs_comes_in_more_pages(tmp_path: Path) -> None:
         assert seen == made[::-1]
         few = await centre.jobs.ListJobs(wire.ListJobsRequest(page_size=3))
         assert [job.id for job in few.jobs] == made[:-4:-1]
+
+
+async def test_a_program_too_large_to_parse_is_accepted_and_the_prediction_says_so(centre: RunningCentre) -> None:
+    longest = "a=1\n" * (LARGEST_PARSED_BYTES // 4)
+    for code, said in ((longest, ""), (longest + "(((\n", "x.py has 393220 bytes and was not parsed")):
+        request = wire.PredictJobRequest(
+            spec=job_pb2.JobSpec(command=["python3", "x.py"]), inline=wire.InlineCode(files={"x.py": code})
+        )
+        assert (await centre.jobs.PredictJob(request)).prediction.reason.startswith(said)
+    async with refused(INVALID, "CODE_UNPARSABLE"):
+        await centre.jobs.SubmitJob(submission({"x.py": longest[:-4] + "(((\n"}))
+    job = (await centre.jobs.SubmitJob(submission({"x.py": longest + "(((\n"}))).job
+    assert "was not parsed" in job.prediction.reason
+    await centre.ended(job.id)
