@@ -204,8 +204,15 @@ class ProcessRuntime:
             yield await self._exits.get()
 
     async def make_removable(self, folder: Path) -> None:  # noqa: D102
-        for path, _, _ in os.walk(folder):
-            Path(path).chmod(0o700)
+        done = await asyncio.to_thread(
+            subprocess.run, ["chmod", "-R", "u+rwX", "--", str(folder)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Refusal(
+                grpc.StatusCode.INTERNAL,
+                "WORKSPACE_STUCK",
+                f"what the process left in {folder} cannot be made readable: {done.stderr.strip()[-300:]}",
+            )
 
     def describe(self) -> Runtime:  # noqa: D102
         notice = "commands run as plain processes, without isolation, on emulated cards only"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from nodedaemon.artifacts import pack_artifacts, read_manifest
 from nodedaemon.bundles import StoredBundle, evictions
 from nodedaemon.commands import Found, candidates
 from nodedaemon.container_request import container_name, environment
@@ -121,19 +119,3 @@ def test_without_a_slice_every_card_is_hidden() -> None:
     env = environment(Owner("centre", "j-1", 2), [], emulated=False)
     assert (env["CUDA_VISIBLE_DEVICES"], env["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
     assert "PUHUI_EMULATED" not in env
-
-
-def test_the_same_outputs_pack_to_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        outputs = tmp_path / name
-        (outputs / "deep").mkdir(parents=True)
-        for path in ("b", "deep/c", "a"):
-            (outputs / path).write_text(path)
-            os.utime(outputs / path, (1, 1))
-        os.utime(outputs / "deep", (1, 1))
-        pack_artifacts(outputs, tmp_path / f"{name}.tar.gz")
-    assert (tmp_path / "one.tar.gz").read_bytes() == (tmp_path / "two.tar.gz").read_bytes()
-    manifest = read_manifest(tmp_path / "one.tar.gz")
-    assert manifest is not None
-    assert [file.path for file in manifest.files] == ["a", "b", "deep/c"]
-    assert read_manifest(tmp_path / "three.tar.gz") is None
