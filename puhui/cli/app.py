@@ -33,6 +33,13 @@ def _without_command(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
+def _misunderstood(error: typer.TyperException) -> Mistake:
+    context = getattr(error, "ctx", None)
+    said = error.format_message().strip().rstrip(".")
+    see = f"see `{context.command_path if context is not None else 'puhui'} --help`"
+    return Mistake("USAGE", f"{said} {see.capitalize()}" if said.endswith("?") else f"{said}; {see}")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code of the program."""
     try:
@@ -46,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     except typer.TyperException as error:
         # The command line was not understood, so nobody has seen to this flag yet.
         terminal().as_json = terminal().as_json or "--json" in arguments
-        terminal().fail(Mistake("USAGE", f"{error.format_message()}; see `puhui --help`"))
+        terminal().fail(_misunderstood(error))
         return error.exit_code
     except UnreadError:
         return _NOBODY_READS

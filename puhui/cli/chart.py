@@ -31,7 +31,7 @@ def memory_chart(prediction: Prediction, profiles: Mapping[str, float], chosen: 
         ("p99", prediction.memory.p99_mib, "cyan"),
         ("needs", float(prediction.required_mib), "yellow"),
     ]
-    slices = _near(profiles, float(prediction.required_mib), chosen)
+    slices = sorted(profiles.items(), key=lambda item: (item[1], item[0]))
     longest = max([size for _, size, _ in needs] + [size for _, size in slices] + [1.0])
     need_rows, slice_rows = _grid(), _grid()
     for name, size, colour in needs:
@@ -48,14 +48,6 @@ def bar(share: float) -> str:
     """Returns a bar of a share (0 to 1) of the chart's width, to an eighth of a character."""
     eighths = round(min(max(share, 0.0), 1.0) * _WIDTH * 8)
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-
-
-def _near(profiles: Mapping[str, float], required_mib: float, chosen: str) -> list[tuple[str, float]]:
-    """Returns the profiles worth comparing: of all that are enough, the smallest few, so that bars stay long."""
-    ordered = sorted(profiles.items(), key=lambda item: (item[1], item[0]))
-    enough = [item for item in ordered if item[1] >= required_mib]
-    shown = [item for item in ordered if item[1] < required_mib][-3:] + enough[:4]
-    return shown + [item for item in enough[4:] if item[0] == chosen]
 
 
 def _grid() -> Table:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,10 @@ _MOST_BYTES = 2**20
 
 
 def _split(value: Any) -> Any:
-    words = shlex.split(value) if isinstance(value, str) else value
+    try:
+        words = shlex.split(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("has a quotation mark that is not closed") from None
     if words in ([], [""]):
         raise ValueError("is empty; say what to run, such as python3 train.py")
     return words
@@ -158,6 +162,21 @@ class JobFile(_Part):
         return spec
 
 
+_EXPECTED = {
+    "missing": "is missing",
+    "model_type": "must be fields, each `name: value`",
+    "model_attributes_type": "must be fields, each `name: value`",
+    "dict_type": "must be fields, each `name: value`",
+    "list_type": "must be a list, such as [a, b]",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+}
+
 _PARTS: dict[str, type[BaseModel]] = {
     "": JobFile,
     "resources": ResourcesPart,
@@ -180,8 +199,12 @@ def read_job_file(path: Path) -> JobFile:
             raise Mistake("JOB_FILE_UNREADABLE", f"{path} is larger than 1 MiB; it is no job file", file=str(path))
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         document = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise Mistake("JOB_FILE_UNREADABLE", f"{path} cannot be read as YAML: {error}", file=str(path)) from error
+    except FileNotFoundError as error:
+        raise Mistake("JOB_FILE_UNREADABLE", f"{path}: there is no such file", file=str(path)) from error
+    except OSError as error:
+        raise Mistake("JOB_FILE_UNREADABLE", f"{path} cannot be read: {error.strerror}", file=str(path)) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Mistake("JOB_FILE_UNREADABLE", f"{path}: {_not_yaml(error)}", file=str(path)) from error
     lines: dict[tuple[str | int, ...], int] = {}
     twice: list[tuple[tuple[str | int, ...], int]] = []
     if root is not None:
@@ -197,7 +220,13 @@ def read_job_file(path: Path) -> JobFile:
             place = item["loc"]
             # A field that is missing has no line of its own; that of its surroundings is close.
             line = next((lines[place[:depth]] for depth in range(len(place), -1, -1) if place[:depth] in lines), 1)
-            wrong.append((line, ".".join(map(str, place)) or "the file", _complaint(item["type"], place, item["msg"])))
+            wrong.append(
+                (
+                    line,
+                    ".".join(map(str, place)) or "the file",
+                    _complaint(item["type"], place, item["msg"], item.get("ctx", {})),
+                )
+            )
         raise _invalid(path, wrong) from error
 
 
@@ -224,7 +253,16 @@ def _note_lines(
             _note_lines(value, (*place, index), lines, twice)
 
 
-def _complaint(kind: str, place: tuple[str | int, ...], message: str) -> str:
+def _not_yaml(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        problem = (error.problem or "").replace("'<stream end>'", "the end of the file")
+        return f"line {error.problem_mark.line + 1}: this is no YAML: {problem}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return "this is no YAML: it holds a character that is no text"
+    return "this is no YAML"
+
+
+def _complaint(kind: str, place: tuple[str | int, ...], message: str, context: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         part = _PARTS.get(str(place[0]) if len(place) > 1 else "", JobFile)
         close = difflib.get_close_matches(str(place[-1]), part.model_fields, n=1, cutoff=0.6)
@@ -232,7 +270,16 @@ def _complaint(kind: str, place: tuple[str | int, ...], message: str) -> str:
         return f"is no field of a job file; {known}"
     if kind == "string_type":
         return 'must be text; put it in quotes, such as "yes"'
-    return message.removeprefix("Value error, ")
+    if kind == "literal_error":
+        return "must be " + str(context["expected"]).removeprefix("'', ").replace("'", "")
+    if kind in ("greater_than_equal", "less_than_equal"):
+        least = kind == "greater_than_equal"
+        return f"must be at {'least' if least else 'most'} {context['ge' if least else 'le']:g}"
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind == "list_type" and place == ("command",):
+        return "must be text, such as python3 train.py, or a list of words"
+    return _EXPECTED.get(kind, "is not what belongs here; `puhui schema` says what does")
 
 
 def _invalid(path: Path, wrong: list[tuple[int, str, str]]) -> Mistake:

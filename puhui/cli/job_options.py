@@ -17,7 +17,15 @@ from puhui.cli.terminal import Mistake, terminal
 from puhui.rpc.moment import duration
 from puhui.v1 import job_pb2
 
-__all__ = ["JobOptions", "Request", "json_flag", "server_option", "takes_job_options"]
+__all__ = [
+    "JobOptions",
+    "Request",
+    "job_argument",
+    "json_flag",
+    "json_lines_flag",
+    "server_option",
+    "takes_job_options",
+]
 
 T = TypeVar("T")
 
@@ -27,7 +35,17 @@ def _set_json(value: bool) -> bool:
     return value
 
 
+def _set_job(value: str) -> str:
+    if not value.strip():
+        raise Mistake("USAGE", "give a job id, as `puhui ps` shows it")
+    return value
+
+
+job_argument = typer.Argument(metavar="JOB", help="Job id, as `puhui ps` shows it.", callback=_set_job)
 json_flag = typer.Option("--json", help="Answer with JSON.", is_eager=True, callback=_set_json)
+json_lines_flag = typer.Option(
+    "--json", help="Answer with JSON: one object per line.", is_eager=True, callback=_set_json
+)
 server_option = typer.Option(
     "--server",
     metavar="HOST:PORT",
@@ -67,15 +85,29 @@ class JobOptions:
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Device memory, such as 12GB; wins over the prediction.")
     ] = None
+    cpus: Annotated[float | None, typer.Option(min=0, help="Host CPUs; 0 is no limit.")] = None
+    host_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory, such as 8GB.")] = None
+    network: Annotated[
+        bool | None, typer.Option("--network/--no-network", help="Whether the container gets a network; default: no.")
+    ] = None
     name: Annotated[str | None, typer.Option(help="A name for people.")] = None
     image: Annotated[str | None, typer.Option(help="Container image.")] = None
     env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Environment; may be repeated.")] = None
     input: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=SIZE", help="Data that the code will read; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SIZE",
+            help="Size of data that the code will read, for the prediction alone: the data itself is not brought in. "
+            "May be repeated.",
+        ),
     ] = None
     max_duration: Annotated[str | None, typer.Option(metavar="TIME", help="End the command after, say, 10m.")] = None
+    stop_grace: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time between SIGTERM and SIGKILL, such as 20s.")
+    ] = None
     priority: Annotated[int | None, typer.Option(min=-100, max=100, help="Higher goes first; 0 is normal.")] = None
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label; may be repeated.")] = None
+    tenant: Annotated[str | None, typer.Option(help="Name of the tenant; else default.")] = None
 
     def request(self) -> Request:
         """Returns the request that these options make.
@@ -98,16 +130,22 @@ class JobOptions:
         return Request(spec, _uploadable(directory))
 
     def _apply(self, spec: job_pb2.JobSpec) -> None:
-        for option, field in (("name", "name"), ("image", "image"), ("priority", "priority")):
+        for option in ("name", "image", "priority", "tenant"):
             value = getattr(self, option)
             if value is not None:
-                setattr(spec, field, value)
-        if self.profile is not None:
-            spec.resources.profile = self.profile
+                setattr(spec, option, value)
+        for option in ("profile", "cpus", "network"):
+            value = getattr(self, option)
+            if value is not None:
+                setattr(spec.resources, option, value)
+        if self.host_memory is not None:
+            spec.resources.host_memory_mib = to_mib(_parsed("--host-memory", parse_size, self.host_memory))
         if self.memory is not None:
             spec.resources.memory_mib = to_mib(_parsed("--memory", parse_size, self.memory))
         if self.max_duration is not None:
             spec.max_duration.CopyFrom(duration(_parsed("--max-duration", parse_duration, self.max_duration)))
+        if self.stop_grace is not None:
+            spec.stop_grace.CopyFrom(duration(_parsed("--stop-grace", parse_duration, self.stop_grace)))
         for pair in self.env or ():
             key, value = _pair("--env", pair)
             spec.env[key] = value

@@ -9,15 +9,29 @@ from typing import Annotated
 
 import grpc
 import typer
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment, Segments
+from rich.table import Table
 from rich.text import Text
 
 from puhui.cli.connection import connect
-from puhui.cli.job_options import json_flag, server_option
+from puhui.cli.job_options import job_argument, json_flag, server_option
 from puhui.cli.message_json import json_of
 from puhui.cli.quantities import parse_duration
 from puhui.cli.story import exit_code_of, tell_end
 from puhui.cli.terminal import Mistake, table, terminal
-from puhui.cli.words import age, card_name, job_state, placement, prediction_line, short_uuid, size, span
+from puhui.cli.words import (
+    age,
+    card_name,
+    job_state,
+    memory_slices,
+    overruled_line,
+    prediction_line,
+    readable,
+    short_uuid,
+    size,
+    span,
+)
 from puhui.client import Refusal
 from puhui.client.centre import FINAL_STATES
 from puhui.rpc.moment import moment, now, timestamp
@@ -35,7 +49,7 @@ _COLOURS = {
 }
 _STATES = {job_state(number): number for number in job_pb2.JobState.values() if number}
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `puhui ps` shows it.")]
+JobId = Annotated[str, job_argument]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -97,7 +111,26 @@ def _show_table(jobs: list[job_pb2.Job]) -> None:
     shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", max(left, 4)
     for job, (job_id, name, state, *rest) in zip(jobs, rows, strict=True):
         shown.add_row(job_id, name, Text(state, style=_COLOURS.get(job.state, "")), *rest)
-    terminal().show(shown)
+    terminal().show(_WithRemarks(shown, ["", *map(_why_it_waits, jobs)]))
+
+
+def _why_it_waits(job: job_pb2.Job) -> str:
+    return " ".join(readable(job.message).split()) if job.state == job_pb2.JOB_STATE_QUEUED else ""
+
+
+class _WithRemarks:
+    """A table of one line per row, with a remark below each row that has one."""
+
+    def __init__(self, shown: Table, remarks: list[str]) -> None:
+        self._shown = shown
+        self._remarks = remarks
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._shown, options, pad=False)
+        for line, remark in zip(lines, self._remarks, strict=True):
+            yield Segments([*line, Segment.line()])
+            if remark:
+                yield Text(f"  {remark}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
@@ -121,7 +154,8 @@ def _ran(job: job_pb2.Job, now_s: float) -> str:
     if not job.HasField("start_time"):
         return "-"
     end_s = moment(job.end_time) if job.HasField("end_time") else now_s
-    return span(max(end_s - moment(job.start_time), 0))
+    # The start is by the node's clock; a job never ran longer than it has been there.
+    return span(max(min(end_s - moment(job.start_time), now_s - moment(job.create_time)), 0))
 
 
 def _get(
@@ -156,9 +190,11 @@ def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
         ("ran", _ran(job, now_s)),
     ]
     if job.prediction.tier:
-        facts.append(("predicted", prediction_line(job.prediction)))
+        facts.append(
+            ("predicted", overruled_line(job.prediction, job.sizing.origin) or prediction_line(job.prediction))
+        )
     if job.sizing.reason:
-        facts.append(("slice", job.sizing.reason))
+        facts.append(("slice", readable(job.sizing.reason)))
     for attempt in job.attempts:
         code = f", exit code {attempt.exit_code}" if attempt.HasField("exit_code") else ""
         released = ", released" if attempt.HasField("release_time") else ""
@@ -166,7 +202,7 @@ def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
             (
                 f"attempt {attempt.number}",
                 f"{attempt.profile} {short_uuid(attempt.slice_uuid)} on GPU {attempt.gpu_index}, "
-                f"{card_name(attempt.gpu_model, attempt.emulated)}, memory slices {placement(attempt.placement)}, "
+                f"{card_name(attempt.gpu_model, attempt.emulated)}, {memory_slices(attempt.placement)}, "
                 f"node {attempt.node_id}, {attempt.runtime} {attempt.container_id[:12]}{code}{released}",
             )
         )

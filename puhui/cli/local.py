@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json as json_text
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import grpc
 import typer
@@ -16,10 +18,11 @@ import typer
 import puhui
 from puhui.cli.fleet import cards_of, runtime_of
 from puhui.cli.job_options import json_flag
-from puhui.cli.local_centre import LocalCentre, LocalOptions, last_lines
-from puhui.cli.local_state import StateFolder, default_state
+from puhui.cli.local_centre import LocalCentre, LocalOptions
+from puhui.cli.local_state import StateFolder, default_state, local_command
 from puhui.cli.message_json import json_of
 from puhui.cli.terminal import Mistake, terminal
+from puhui.cli.words import count
 from puhui.client import DEFAULT_ADDRESS, Centre, Refusal
 from puhui.rpc.notify import ReadySocket, notify_ready, notify_stopping
 from puhui.v1 import fleet_service_pb2, job_pb2
@@ -28,6 +31,8 @@ from puhui.v1.job_service_pb2 import JobFilter
 __all__ = ["add_commands"]
 
 _RUNTIMES = ("auto", "podman", "process")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_CARDS = re.compile(r"\s*[\w.-]+(\s*:\s*\d+)?(\s*,\s*[\w.-]+(\s*:\s*\d+)?)*\s*", re.ASCII)
 _JOIN_S = 20.0
 _DETACH_S = 130.0
 
@@ -66,6 +71,10 @@ def _up(
     """
     if runtime not in _RUNTIMES:
         raise Mistake("USAGE", f"--runtime {runtime}: there are " + ", ".join(_RUNTIMES))
+    if log_level not in _LOG_LEVELS:
+        raise Mistake("USAGE", f"--log-level {log_level}: there are " + ", ".join(_LOG_LEVELS))
+    if not _CARDS.fullmatch(emulate):
+        raise Mistake("USAGE", f"--emulate {emulate!r}: write MODEL:COUNT,..., such as H100-80GB-SXM5:2,A100-80GB:1")
     folder = StateFolder((state or default_state()).absolute())
     folder.prepare()
     options = LocalOptions(emulate, port, runtime, image, podman_user, log_level)
@@ -86,29 +95,17 @@ def _serve(folder: StateFolder, options: LocalOptions) -> None:
             centre.start()
             _announce(folder, centre.address, detached=False)
             notify_ready(centre.address)
-            failure = centre.wait()
+            raise centre.wait()
         except KeyboardInterrupt:
             notify_stopping()
-            _note_running(centre.address)
-            return
-        except Refusal as refusal:
-            failure = refusal
+            _note_running(_running_jobs(centre.address), folder)
         finally:
             centre.stop()
-            terminal().note("stopped")
-    _fail(failure)
+        terminal().note("stopped")
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _fail(failure: Refusal) -> NoReturn:
-    tail = failure.metadata.get("tail")
-    if tail and not terminal().as_json:
-        terminal().note(tail)
-        failure.metadata.pop("tail")
-    raise failure
 
 
 def _start_in_background(folder: StateFolder, options: LocalOptions) -> None:
@@ -116,9 +113,12 @@ def _start_in_background(folder: StateFolder, options: LocalOptions) -> None:
     if record is not None and record.supervisor.runs():
         raise folder.running_already()
     log = folder.logs / "up.log"
-    command = [sys.executable, "-m", "puhui.cli", "up", "--state", str(folder.path), *options.arguments()]
+    # With --json it writes why it failed in a form that can be read back.
+    command = [sys.executable, "-m", "puhui.cli", "up", "--json", "--state", str(folder.path), *options.arguments()]
     with ReadySocket() as ready:
-        with log.open("wb") as output:
+        # Another `puhui up` may be starting now; what it writes must stay.
+        with log.open("ab") as output:
+            begin = output.tell()
             process = subprocess.Popen(
                 command,
                 env={**os.environ, "NOTIFY_SOCKET": ready.path},
@@ -134,18 +134,23 @@ def _start_in_background(folder: StateFolder, options: LocalOptions) -> None:
             process.wait()
             if isinstance(error, KeyboardInterrupt):
                 raise
-            raise _failed_to_start(log) from error
+            raise _failed_to_start(log, begin) from error
     # It outlives this process, which must not complain about a child that it has not waited for.
     process.returncode = 0
     _announce(folder, address, detached=True)
 
 
-def _failed_to_start(log: Path) -> Refusal:
-    terminal().note(last_lines(log))
+def _failed_to_start(log: Path, begin: int) -> Refusal:
+    """Returns why the `puhui up` in the background failed, which it wrote into its log from byte `begin` on."""
+    for line in reversed(log.read_bytes()[begin:].decode(errors="replace").splitlines()):
+        if line.startswith('{"error": '):
+            error = json_text.loads(line)["error"]
+            code = grpc.StatusCode[error["code"]]
+            return Refusal(code, error["reason"], error["message"], **error["metadata"])
     return Refusal(
         grpc.StatusCode.UNAVAILABLE,
         "CENTRE_NOT_STARTED",
-        f"the local centre did not start; the lines above say why, and {log.parent} has the daemons' logs",
+        f"the local centre did not start within {_DETACH_S:g} s, or was killed; {log} and the logs beside it say more",
         log=str(log),
     )
 
@@ -175,9 +180,9 @@ def _announce(folder: StateFolder, address: str, *, detached: bool) -> None:
         ("state", str(folder.path)),
         ("logs", str(folder.logs)),
         ("try", f"{server}puhui run train.py"),
-        ("stop", "puhui down" if detached else "Ctrl-C"),
+        ("stop", local_command("down", folder.path) if detached else "Ctrl-C"),
     ):
-        screen.show(f"{label:<11} {text}")
+        screen.text(f"{label:<11} {text}\n")
     for notice in node.inventory.runtime.notices if node is not None else ():
         screen.note(notice, "note")
 
@@ -194,17 +199,24 @@ def _joined(address: str) -> fleet_service_pb2.Node | None:
     return None
 
 
-def _note_running(address: str) -> None:
+def _running_jobs(address: str) -> list[str]:
+    """Returns the ids of the jobs that run; none when the centre does not answer."""
     if not address:
-        return
+        return []
     active = JobFilter(states=[job_pb2.JOB_STATE_STARTING, job_pb2.JOB_STATE_RUNNING])
     try:
         with Centre(address) as centre:
-            running = [job.id for job in centre.jobs(active)]
+            return [job.id for job in centre.jobs(active)]
     except Refusal:
-        return  # it is stopping for a reason of its own
-    if running:
-        terminal().note(f"{', '.join(running)} run on; the next `puhui up` on this state takes them back", "jobs")
+        return []  # it is stopping for a reason of its own
+
+
+def _note_running(running: list[str], folder: StateFolder) -> None:
+    if not running:
+        return
+    verb = "runs" if len(running) == 1 else "run"
+    again, them = local_command("up", folder.path), "it" if len(running) == 1 else "them"
+    terminal().note(f"{count(len(running), 'job')} {verb} on: {', '.join(running)}; `{again}` takes {them} up again")
 
 
 def _down(
@@ -213,10 +225,21 @@ def _down(
 ) -> None:
     """Stop the centre that `puhui up` started."""
     folder = StateFolder((state or default_state()).absolute())
+    if state is not None and not folder.path.is_dir():
+        raise Refusal(
+            grpc.StatusCode.NOT_FOUND,
+            "STATE_NOT_FOUND",
+            f"{folder.path}: there is no such folder; name the --state that `puhui up` had",
+            state=str(folder.path),
+        )
+    before = folder.read()
+    running = _running_jobs(before.address) if before is not None and before.supervisor.runs() else []
     record = folder.stop()
     if terminal().as_json:
-        terminal().json({"stopped": record is not None, "address": record.address if record else None})
+        stopped = {"stopped": record is not None, "address": record.address if record else None}
+        terminal().json({**stopped, "running_jobs": running if record is not None else []})
     elif record is None:
         terminal().note(f"no local centre runs with its state in {folder.path}")
     else:
         terminal().note(f"the centre at {record.address} has stopped; its state stays in {folder.path}")
+        _note_running(running, folder)

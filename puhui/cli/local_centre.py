@@ -12,15 +12,15 @@ from pathlib import Path
 
 import grpc
 
+from puhui.cli.daemon_log import exit_words, reason_in
 from puhui.cli.local_state import ProcessId, Record, StateFolder
 from puhui.rpc.errors import Refusal
 from puhui.rpc.notify import ReadySocket
 
-__all__ = ["LocalCentre", "LocalOptions", "last_lines"]
+__all__ = ["LocalCentre", "LocalOptions"]
 
 _START_S = 60.0
 _STOP_S = 20.0
-_SHOWN_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LocalCentre:
         """Starts the daemons, one after the other, and waits until each is ready.
 
         Raises:
-            Refusal: UNAVAILABLE with DAEMON_FAILED, with the last lines of its log.
+            Refusal: UNAVAILABLE with DAEMON_FAILED, with the reason that its log gives.
         """
         options, token = self._options, self._folder.path / "join-token"
         self.address = self._start(
@@ -81,7 +81,7 @@ class LocalCentre:
         try:
             ended = select.select(list(descriptors), [], [])[0]
             name = descriptors[ended[0]]
-            return self._failed(name, f"ended with code {self._processes[name].wait()}")
+            return self._failed(name, exit_words(self._processes[name].wait()))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -124,7 +124,7 @@ class LocalCentre:
             try:
                 return ready.wait(process.pid, _START_S)
             except ChildProcessError as error:
-                raise self._failed(name, f"ended with code {process.wait()} before it was ready") from error
+                raise self._failed(name, f"{exit_words(process.wait())} before it was ready") from error
             except TimeoutError as error:
                 raise self._failed(name, f"was not ready within {_START_S:g} s") from error
             finally:
@@ -144,19 +144,11 @@ class LocalCentre:
 
     def _failed(self, name: str, what: str) -> Refusal:
         log = self.log_of(name)
+        reason = reason_in(log)
         return Refusal(
             grpc.StatusCode.UNAVAILABLE,
             "DAEMON_FAILED",
-            f"the {name} {what}; the end of its log is above, all of it in {log}",
+            f"the {name} {what}{': ' if reason else ''}{reason}; its log is {log}",
             daemon=name,
             log=str(log),
-            tail=last_lines(log),
         )
-
-
-def last_lines(log: Path) -> str:
-    """Returns the last lines of a log."""
-    try:
-        return "\n".join(log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
-    except OSError as error:
-        return f"({log} cannot be read: {error.strerror})"

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["ProcessId", "Record", "StateFolder", "default_state"]
+__all__ = ["ProcessId", "Record", "StateFolder", "default_state", "local_command"]
 
 
 def default_state(environment: Mapping[str, str] = os.environ) -> Path:
@@ -26,6 +27,11 @@ def default_state(environment: Mapping[str, str] = os.environ) -> Path:
         return Path("/var/lib/puhui/local")
     base = environment.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
     return Path(base, "puhui", "local")
+
+
+def local_command(verb: str, folder: Path) -> str:
+    """Returns the command that does something ("up", "down") to the centre with this state, and to no other."""
+    return f"puhui {verb}" if folder == default_state() else shlex.join(["puhui", verb, "--state", str(folder)])
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,16 @@ class StateFolder:
     def running_already(self) -> Refusal:
         """Returns the refusal of a second `puhui up` on the same state."""
         record = self.read()
-        where = f" at {record.address}" if record is not None else ""
+        # The record of an `up` that was killed says nothing about the one that runs now.
+        address = record.address if record is not None and record.supervisor.runs() else ""
+        what = f"runs already at {address}" if address else "is being started by another `puhui up`"
         return Refusal(
             grpc.StatusCode.ALREADY_EXISTS,
             "CENTRE_RUNNING",
-            f"a local centre runs already{where}, with its state in {self.path}; "
-            "use it, stop it with `puhui down`, or start another one with --state and --port",
+            f"a local centre {what}, with its state in {self.path}; "
+            f"use it, stop it with `{local_command('down', self.path)}`, or start another one with --state and --port",
             state=str(self.path),
-            address=record.address if record is not None else "",
+            address=address,
         )
 
     def read(self) -> Record | None:

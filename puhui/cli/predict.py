@@ -8,15 +8,14 @@ import typer
 
 from puhui.cli.chart import memory_chart
 from puhui.cli.connection import connect
+from puhui.cli.facts import facts_line
 from puhui.cli.job_options import JobOptions, json_flag, server_option, takes_job_options
 from puhui.cli.progress import transfer_bar
 from puhui.cli.run import note_code
 from puhui.cli.terminal import terminal
-from puhui.cli.words import prediction_line
+from puhui.cli.words import overruled_line, prediction_line, readable
 
 __all__ = ["add_commands"]
-
-_SAY_NOTHING = frozenset({"", "0", "0.0", "False", "None"})
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -46,12 +45,13 @@ def _predict(
         }
     prediction = answer.prediction
     if prediction.tier:
-        terminal().show(f"predicted  {prediction_line(prediction)}")
-        facts = ", ".join(f"{fact.name} {fact.value}" for fact in prediction.facts if fact.value not in _SAY_NOTHING)
+        said = overruled_line(prediction, answer.sizing.origin) or prediction_line(prediction)
+        terminal().show(f"predicted  {said}")
+        facts = facts_line(prediction.facts)
         if facts:
             terminal().show(f"from       {facts}")
         terminal().show("")
         terminal().show(memory_chart(prediction, profiles, chosen.profile if chosen else ""))
         terminal().show("")
-    terminal().show(f"slice      {answer.sizing.reason}")
-    terminal().show(f"now        {answer.message}")
+    terminal().show(f"slice      {readable(answer.sizing.reason)}")
+    terminal().show(f"now        {readable(answer.message)}")

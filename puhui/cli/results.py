@@ -9,7 +9,7 @@ import typer
 
 from puhui.cli.attached import ChunkJson
 from puhui.cli.connection import connect
-from puhui.cli.job_options import json_flag, server_option
+from puhui.cli.job_options import job_argument, json_flag, json_lines_flag, server_option
 from puhui.cli.message_json import json_of
 from puhui.cli.progress import transfer_bar
 from puhui.cli.terminal import terminal
@@ -18,7 +18,7 @@ from puhui.v1.stream_pb2 import LOG_STREAM_STDERR
 
 __all__ = ["add_commands"]
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Job id, as `puhui ps` shows it.")]
+JobId = Annotated[str, job_argument]
 Attempt = Annotated[int, typer.Option(min=0, help="Which attempt; 0 is the newest.")]
 
 
@@ -33,7 +33,7 @@ def _logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay until the command has ended.")] = False,
     tail: Annotated[int, typer.Option(min=0, help="Begin at most this many lines before the end; 0 is all.")] = 0,
     attempt: Attempt = 0,
-    json: Annotated[bool, json_flag] = False,
+    json: Annotated[bool, json_lines_flag] = False,
     server: Annotated[str | None, server_option] = None,
 ) -> None:
     """Show the output of a job: its stdout on stdout, its stderr on stderr."""
@@ -55,7 +55,7 @@ def _pull(
     json: Annotated[bool, json_flag] = False,
     server: Annotated[str | None, server_option] = None,
 ) -> None:
-    """Fetch what a job left in /workspace/outputs."""
+    """Fetch what a job left in /workspace/outputs ($PUHUI_OUTPUTS)."""
     with connect(server) as centre, transfer_bar("fetching") as progress:
         pulled = centre.pull(job_id, output or Path(job_id), attempt=attempt, progress=progress)
     if terminal().as_json:

@@ -8,11 +8,11 @@ import typer
 
 from puhui.cli.attached import follow
 from puhui.cli.connection import connect
-from puhui.cli.job_options import JobOptions, Request, json_flag, server_option, takes_job_options
+from puhui.cli.job_options import JobOptions, Request, json_flag, json_lines_flag, server_option, takes_job_options
 from puhui.cli.progress import transfer_bar
 from puhui.cli.story import exit_code_of
 from puhui.cli.terminal import Mistake, terminal
-from puhui.cli.words import count, size
+from puhui.cli.words import count, readable, size
 from puhui.client import Centre, Refusal
 from puhui.rpc.bundle import BundleLimits, survey
 from puhui.v1 import job_pb2
@@ -34,19 +34,24 @@ def add_commands(app: typer.Typer) -> None:
 def _run(
     options: JobOptions,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Do not stay: print the job's id and end.")] = False,
-    json: Annotated[bool, json_flag] = False,
+    json: Annotated[bool, json_lines_flag] = False,
     server: Annotated[str | None, server_option] = None,
 ) -> None:
     """Run a script on a virtual card and stay with it: its output, and its exit code.
+
+    The code's folder, which is the working directory, is read-only. What the script writes to /workspace/outputs
+    ($PUHUI_OUTPUTS) comes back with `puhui pull`.
 
     Ctrl-C leaves the job running. The exit code is the script's own; 125 when it never started.
     """
     with connect(server) as centre:
         job_id = ""
         try:
-            job_id = upload(centre, options).id
+            job = upload(centre, options)
+            job_id = job.id
+            _note_unplaceable(centre, job)
             if detach:
-                _print_id(centre.get(job_id))
+                _print_id(job)
                 return
             code = exit_code_of(follow(centre, job_id))
         except KeyboardInterrupt:
@@ -74,9 +79,15 @@ def _submit(
     json: Annotated[bool, json_flag] = False,
     server: Annotated[str | None, server_option] = None,
 ) -> None:
-    """Submit a script and print the job's id."""
+    """Submit a script and print the job's id.
+
+    What the script writes to /workspace/outputs ($PUHUI_OUTPUTS) comes back with `puhui pull`; the code's folder is
+    read-only.
+    """
     with connect(server) as centre:
-        _print_id(upload(centre, options))
+        job = upload(centre, options)
+        _note_unplaceable(centre, job)
+        _print_id(job)
 
 
 def upload(centre: Centre, options: JobOptions) -> job_pb2.Job:
@@ -90,6 +101,16 @@ def upload(centre: Centre, options: JobOptions) -> job_pb2.Job:
     note_code(request, options)
     with transfer_bar("uploading") as progress:
         return centre.submit(request.spec, request.directory, progress=progress)
+
+
+def _note_unplaceable(centre: Centre, job: job_pb2.Job) -> None:
+    """Says so when no card of the centre is large enough for a job."""
+    if job.sizing.reason and not job.sizing.choices and centre.capacity().profiles:
+        terminal().note(
+            f"{job.id} cannot start until a larger card joins this centre ({readable(job.sizing.reason)}); "
+            f"`puhui cancel {job.id}` ends it",
+            "note",
+        )
 
 
 def note_code(request: Request, options: JobOptions) -> None:

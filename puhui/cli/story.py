@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from puhui.cli.words import card_name, placement, prediction_line, short_uuid, size
+from puhui.cli.terminal import LABEL_WIDTH
+from puhui.cli.words import card_name, memory_slices, overruled_line, prediction_line, readable, short_uuid, size
 from puhui.client.centre import FINAL_STATES
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
@@ -22,7 +23,10 @@ def tell(update: WatchJobResponse) -> list[tuple[str, str]]:
     if teller is not None:
         return teller(update.job, update.event)
     event = update.event
-    return [(event.reason.lower().replace("_", " "), event.message)]
+    words = event.reason.lower().replace("_", " ")
+    if event.state == job_pb2.JOB_STATE_STOPPING:
+        return [("stopping", words)]  # why, `tell_end` says
+    return [(words, event.message)] if len(words) <= LABEL_WIDTH else [("event", f"{words}: {event.message}")]
 
 
 def tell_end(job: job_pb2.Job) -> str:
@@ -31,8 +35,12 @@ def tell_end(job: job_pb2.Job) -> str:
     if job.state == job_pb2.JOB_STATE_SUCCEEDED:
         return f"succeeded, {code}{_left(job)}"
     word = "cancelled" if job.state == job_pb2.JOB_STATE_CANCELLED else "failed"
+    if job.reason == "EXIT_CODE" and job.HasField("exit_code"):
+        by_signal = f" (signal {job.exit_code - 128})" if 128 < job.exit_code < 193 else ""
+        return f"{word}, {code}{by_signal}; its log says more{_left(job)}"
+    reason = "" if job.reason == word.upper() else f" ({job.reason})"
     why = f": {job.message}" if job.message else ""
-    return f"{word}, {code} ({job.reason}){why}{_left(job)}"
+    return f"{word}, {code}{reason}{why}{_left(job)}"
 
 
 def exit_code_of(job: job_pb2.Job) -> int:
@@ -62,11 +70,12 @@ def _submitted(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str
 def _predicted(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]]:
     lines = []
     if job.prediction.tier:
-        lines.append(("predicted", prediction_line(job.prediction)))
+        overruled = overruled_line(job.prediction, job.sizing.origin)
+        lines.append(("predicted", overruled or prediction_line(job.prediction)))
     elif event.message:
         lines.append(("predicted", event.message))
     if job.sizing.reason:
-        lines.append(("slice", job.sizing.reason))
+        lines.append(("slice", readable(job.sizing.reason)))
     return lines
 
 
@@ -75,7 +84,7 @@ def _reserved(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str]
     if attempt is None:
         return [("placed", event.message)]
     card = card_name(attempt.gpu_model, attempt.emulated)
-    where = f"{attempt.profile} on GPU {attempt.gpu_index}, {card}, memory slices {placement(attempt.placement)}"
+    where = f"{attempt.profile} on GPU {attempt.gpu_index}, {card}, {memory_slices(attempt.placement)}"
     return [("placed", where + (f" (attempt {attempt.number})" if attempt.number > 1 else ""))]
 
 
@@ -107,12 +116,15 @@ def _collected(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str
 _TELLERS: dict[str, Callable[[job_pb2.Job, job_pb2.JobEvent], list[tuple[str, str]]]] = {
     "SUBMITTED": _submitted,
     "PREDICTED": _predicted,
-    "WAITING_FOR_SLICE": lambda job, event: [("waiting", event.message)],
+    "WAITING_FOR_SLICE": lambda job, event: [("waiting", readable(event.message))],
     "RESERVED": _reserved,
     "SLICE_CREATED": _cut,
     "CONTAINER_STARTED": _started,
     "RESULTS_COLLECTED": _collected,
     "CONTAINER_REMOVED": lambda job, event: [("removed", event.message)],
     "SLICE_DESTROYED": lambda job, event: [("destroyed", event.message)],
+    "RESULTS_DELAYED": lambda job, event: [("delayed", event.message)],
+    "CANCEL_REQUESTED": lambda job, event: [("cancelling", event.message)],
+    "ADOPTED": lambda job, event: [("adopted", event.message)],
     "COMMAND_ENDED": lambda job, event: [],
 }

@@ -19,9 +19,11 @@ from rich.table import Table
 from puhui.cli.message_json import json_of
 from puhui.rpc.errors import Refusal
 
-__all__ = ["Mistake", "Terminal", "UnreadError", "table", "terminal"]
+__all__ = ["LABEL_WIDTH", "Mistake", "Terminal", "UnreadError", "table", "terminal"]
 
 _PLAIN_WIDTH = 80
+LABEL_WIDTH = 10
+"""Width of the column of labels, in characters."""
 
 
 class Mistake(Refusal):
@@ -76,7 +78,7 @@ class Terminal:
         """Writes a remark that is not part of the answer, to stderr."""
         with self._lock:
             if label:
-                self.err.print(f"{label:<10} ", style="bold cyan", end="")
+                self.err.print(f"{label:<{LABEL_WIDTH}} ", style="bold cyan", end="")
             self.err.print(text, soft_wrap=True)
 
     def write(self, data: bytes, *, to_stderr: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from puhui.rpc.moment import moment
@@ -12,14 +14,19 @@ __all__ = [
     "card_name",
     "count",
     "job_state",
+    "memory_slices",
     "mib",
+    "overruled_line",
     "placement",
     "plain_enum",
     "prediction_line",
+    "readable",
     "short_uuid",
     "size",
     "span",
 ]
+
+_MANY_MIB = re.compile(r"\b(\d{6,}) MiB\b")
 
 
 def card_name(model: str, emulated: bool) -> str:
@@ -41,6 +48,11 @@ def mib(size_mib: float) -> str:
     return size(size_mib * 2**20)
 
 
+def readable(text: str) -> str:
+    """Returns a centre's sentence with its large amounts of memory in units that people can read."""
+    return _MANY_MIB.sub(lambda match: mib(int(match[1])), text)
+
+
 def count(number: int, singular: str, plural: str = "") -> str:
     """Returns a number with its noun."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
@@ -48,13 +60,13 @@ def count(number: int, singular: str, plural: str = "") -> str:
 
 def span(length_s: float) -> str:
     """Returns a length of time, readable."""
-    if length_s < 10:
+    if length_s < 9.95:
         return f"{length_s:.1f}s"
     for unit, seconds, smaller, smaller_s in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if length_s >= seconds:
             whole, rest = divmod(int(length_s), seconds)
             return f"{whole}{unit}{rest // smaller_s}{smaller}" if rest // smaller_s else f"{whole}{unit}"
-    return f"{length_s:.0f}s"
+    return f"{int(max(length_s, 10))}s"
 
 
 def age(since: Timestamp, now_s: float) -> str:
@@ -75,12 +87,31 @@ def job_state(state: job_pb2.JobState.ValueType) -> str:
 def placement(place: card_pb2.Placement) -> str:
     """Returns which memory slices of a GPU a slice sits on."""
     last = place.start + max(place.size, 1) - 1
-    return str(place.start) if last == place.start else f"{place.start}-{last}"
+    return str(place.start) if last == place.start else f"{place.start}–{last}"
+
+
+def memory_slices(place: card_pb2.Placement) -> str:
+    """Returns which memory slices a slice sits on, with the noun."""
+    return f"memory slice{'s' if place.size > 1 else ''} {placement(place)}"
 
 
 def short_uuid(uuid: str) -> str:
     """Returns enough of a UUID to tell it from others on a screen."""
     return uuid[:12]
+
+
+def overruled_line(prediction: prediction_pb2.Prediction, origin: prediction_pb2.SizingOrigin.ValueType) -> str:
+    """Returns what is left to say of a prediction when the user has named a size; "" when the user has not."""
+    if origin not in (prediction_pb2.SIZING_ORIGIN_PROFILE, prediction_pb2.SIZING_ORIGIN_MEMORY):
+        return ""
+    asked = "profile" if origin == prediction_pb2.SIZING_ORIGIN_PROFILE else "memory"
+    if prediction.tier == prediction_pb2.PREDICTION_TIER_NO_ACCELERATOR:
+        said = "no use of a GPU was found"
+    elif prediction.tier == prediction_pb2.PREDICTION_TIER_UNKNOWN:
+        said = "the code could not be sized"
+    else:
+        said = mib(prediction.required_mib)
+    return f"{said}; the {asked} that you asked for wins"
 
 
 def prediction_line(prediction: prediction_pb2.Prediction) -> str:

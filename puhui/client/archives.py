@@ -49,6 +49,8 @@ class PackedCode:
         Raises:
             OSError: the archive cannot be read.
         """
+        if progress is not None:
+            progress(0, self.header.size_bytes)
         yield PutBundleRequest(header=self.header)
         sent = 0
         for chunk in read_chunks(self.path):
@@ -102,8 +104,7 @@ class ArtifactArchive:
         """Prepares to receive.
 
         Raises:
-            Refusal: FAILED_PRECONDITION with TARGET_NOT_EMPTY.
-            OSError: the parent folder cannot be written.
+            Refusal: FAILED_PRECONDITION with TARGET_NOT_EMPTY or TARGET_NOT_WRITABLE.
         """
         self._target = target.absolute()
         if self._target.exists() and (not self._target.is_dir() or any(self._target.iterdir())):
@@ -113,8 +114,17 @@ class ArtifactArchive:
                 f"{target} is there already, and nothing in it is overwritten; name a new folder with -o",
                 path=str(target),
             )
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self._target.name}-", dir=self._target.parent))
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self._target.name}-", dir=self._target.parent))
+        except OSError as error:
+            # The name that was asked for says more than that of the folder beside it.
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "TARGET_NOT_WRITABLE",
+                f"{target} cannot be written ({error.strerror}); name another folder with -o",
+                path=str(target),
+            ) from error
         self._path = self._folder / "artifacts.tar.gz"
         self._file: IO[bytes] = self._path.open("wb")
         self._manifest: ArtifactManifest | None = None

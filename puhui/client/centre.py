@@ -257,9 +257,9 @@ class Centre:
             progress: is told bytes received and bytes in all.
 
         Raises:
-            Refusal: FAILED_PRECONDITION with TARGET_NOT_EMPTY; DATA_LOSS with ARTIFACTS_DIGEST; there is no such
-                job, it has not ended, or the centre cannot be reached for too long.
-            OSError: the folder cannot be written.
+            Refusal: FAILED_PRECONDITION with TARGET_NOT_EMPTY or TARGET_NOT_WRITABLE; DATA_LOSS with
+                ARTIFACTS_DIGEST; there is no such job, it has not ended, or the centre cannot be reached for too long.
+            OSError: the disk is full.
         """
         with ArtifactArchive(target) as archive:
             request = job_service_pb2.GetArtifactsRequest(job_id=job_id, attempt=attempt)

@@ -61,6 +61,9 @@ class Puhui:
             key: value for key, value in os.environ.items() if not key.startswith(("PUHUI_", "XDG_", "PYTEST_"))
         }
         environment |= {"HOME": str(home), "LC_ALL": "C.UTF-8"}
+        # A local centre of the tests runs its jobs as processes, even as root.
+        allowed = os.environ.get("PUHUI_NODE_ALLOW_ROOT_PROCESSES")
+        environment |= {"PUHUI_NODE_ALLOW_ROOT_PROCESSES": allowed} if allowed else {}
         environment.pop("NO_COLOR", None)
         if server:
             environment["PUHUI_SERVER"] = server

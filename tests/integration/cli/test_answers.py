@@ -24,6 +24,7 @@ def test_ps_lists_what_has_not_ended(puhui: Puhui, script: Path) -> None:
     assert puhui("wait", done).code == 3
     listed = puhui("ps")
     assert waiting in listed.out
+    assert "  waiting for slice\n" in listed.out
     assert done not in listed.out
     everything = puhui("ps", "--all")
     assert "1g.10gb (emulated)" in everything.out
@@ -121,6 +122,15 @@ def test_pull_puts_artifacts_into_a_new_folder(puhui: Puhui, script: Path) -> No
     document = puhui("pull", job_id, "-o", "elsewhere/out", "--json").json
     assert document["folder"] == str(puhui.folder / "elsewhere/out")
     assert [file["size_bytes"] for file in document["manifest"]["files"]] == [7, 2]
+
+
+def test_pull_to_where_nothing_can_be_written_names_it(puhui: Puhui, script: Path) -> None:
+    job_id = submitted(puhui, script)
+    puhui("wait", job_id)
+    ended = puhui("pull", job_id, "-o", "/proc/x")
+    assert ended.code == 1
+    assert ended.err.startswith("error: /proc/x cannot be written (")
+    assert ended.err.endswith("; name another folder with -o (TARGET_NOT_WRITABLE)\n")
 
 
 def test_pull_of_a_job_that_goes_on(puhui: Puhui, script: Path) -> None:

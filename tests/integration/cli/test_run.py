@@ -40,7 +40,7 @@ def test_the_output_is_the_jobs_own_and_remarks_stay_out_of_it(
         f"job        {job.id} at centre small",
         "8.9 GiB (p50 5.1 GiB, p90 6.0 GiB, p99 8.6 GiB; tier static)",
         "slice      1g.10gb is the smallest profile",
-        "placed     1g.10gb on GPU 0, H100 80GB HBM3 (emulated), memory slices 0",
+        "placed     1g.10gb on GPU 0, H100 80GB HBM3 (emulated), memory slice 0",
         "started    process (no isolation) c1",
         "ended      succeeded, exit code 0",
         "--name=x stands behind the script",
@@ -52,7 +52,7 @@ def test_the_output_is_the_jobs_own_and_remarks_stay_out_of_it(
 @pytest.mark.parametrize(
     ("labels", "code", "said"),
     [
-        (["exit=3"], 3, "failed, exit code 3 (EXIT_CODE)"),
+        (["exit=3"], 3, "failed, exit code 3; its log says more"),
         (["exit=255"], 255, "exit code 255"),
         (["exit=-1"], 129, "exit code -1"),
         (["course=never-starts"], 125, "failed, no exit code (IMAGE_NOT_FOUND)"),
@@ -67,7 +67,8 @@ def test_options_become_the_spec(puhui: Puhui, running: RunningCentre, script: P
     ended = puhui(
         *("run", "--profile", "2g.20gb", "--memory", "12G", "--name", "mine", "--image", "localhost/x:1"),
         *("--env", "A=b=c", "--env", "EMPTY=", "--input", "images=1.5GB", "--max-duration", "1h30m"),
-        *("--priority", "-5", "--label", "team=vision", script),
+        *("--priority", "-5", "--label", "team=vision", "--cpus", "1.5", "--host-memory", "8Gi", "--network"),
+        *("--stop-grace", "20s", "--tenant", "lab", script),
     )
     assert ended.code == 0, ended.err
     spec = only_job(running).spec
@@ -75,6 +76,8 @@ def test_options_become_the_spec(puhui: Puhui, running: RunningCentre, script: P
     assert (spec.name, spec.image, spec.priority) == ("mine", "localhost/x:1", -5)
     assert dict(spec.env) == {"A": "b=c", "EMPTY": ""}
     assert [(item.name, item.size_bytes) for item in spec.inputs] == [("images", 1_500_000_000)]
+    assert (spec.resources.cpus, spec.resources.host_memory_mib, spec.resources.network) == (1.5, 8192, True)
+    assert (spec.stop_grace.seconds, spec.tenant) == (20, "lab")
     assert (spec.max_duration.seconds, dict(spec.labels)) == (5400, {"team": "vision"})
 
 
@@ -178,7 +181,7 @@ def test_a_refused_job_is_125(puhui: Puhui, running: RunningCentre, script: Path
         (["run", "--max-duration", "ten", "x.py"], "USAGE", "write 90s"),
         (["run", "--env", "A", "x.py"], "USAGE", "KEY=VALUE"),
         (["run", "--priority", "1000", "x.py"], "USAGE", "100"),
-        (["run", "--prof", "x", "x.py"], "USAGE", "No such option"),
+        (["run", "--prof", "x", "x.py"], "USAGE", "`puhui run --help`"),
         (["run", "home.py"], "DIRECTORY_TOO_WIDE", "folder of its own"),
         (["run", "--directory", "code", "home.py"], "SCRIPT_OUTSIDE", "would not be uploaded"),
         (["run", "--directory", "none", "x.py"], "DIRECTORY_NOT_FOUND", "no folder"),
@@ -187,7 +190,8 @@ def test_a_refused_job_is_125(puhui: Puhui, running: RunningCentre, script: Path
         (["ps", "--since", "yesterday"], "USAGE", "--since"),
         (["ps", "--label", "a"], "USAGE", "KEY=VALUE"),
         (["wait", "j-1", "--timeout", "x"], "USAGE", "--timeout"),
-        (["get"], "USAGE", "JOB"),
+        (["get"], "USAGE", "Missing argument 'JOB'; see `puhui get --help`"),
+        (["logs", ""], "USAGE", "give a job id"),
         (["nonsense"], "USAGE", "nonsense"),
         (["up", "--runtime", "docker"], "USAGE", "podman"),
     ],

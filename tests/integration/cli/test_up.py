@@ -81,7 +81,7 @@ def test_a_centre_comes_up_runs_code_and_goes_down(user: Puhui, tmp_path: Path) 
 
     pids = [process["pid"] for process in [record(user)["supervisor"], *record(user)["daemons"].values()]]
     down = user("down", "--json")
-    assert down.json == {"stopped": True, "address": answer["address"]}
+    assert down.json == {"stopped": True, "address": answer["address"], "running_jobs": []}
     assert [pid for pid in pids if alive(pid)] == []
     assert user("down", "--json").json["stopped"] is False
 
@@ -115,7 +115,7 @@ def test_a_daemon_that_dies_takes_the_rest_with_it_and_is_named(user: Puhui, nam
     os.kill(daemons[name], signal.SIGKILL)
     _, err = centre.process.communicate(timeout=60)
     assert centre.process.returncode == 1
-    assert f"error: the {name} ended with code -9" in err.decode()
+    assert f"error: the {name} was killed by signal 9" in err.decode()
     assert "(DAEMON_FAILED)" in err.decode()
     assert [pid for pid in daemons.values() if alive(pid)] == []
 
@@ -164,8 +164,44 @@ def test_an_unknown_card_is_explained(user: Puhui) -> None:
     ended = user("up", "--port", "0", "--runtime", "process", "--emulate", "B9000:1")
     assert ended.code == 1
     assert "B9000" in ended.err
-    assert "the nodedaemon ended with code" in ended.err
+    assert ended.err.startswith("error: the nodedaemon ended with code 1 before it was ready: No card model")
+    assert (ended.err.count("\n"), "nodedaemon.log" in ended.err) == (1, True)
+    behind = user("up", "--port", "0", "--runtime", "process", "--emulate", "B9000:1", "--detach")
+    assert (behind.code, behind.err) == (1, ended.err)
     assert user("down", "--json").json["stopped"] is False
+
+
+@pytest.mark.parametrize("flag", ["--log-level=loud", "--emulate=H100-80GB-SXM5:two", "--emulate="])
+def test_a_mistake_starts_nothing(user: Puhui, flag: str) -> None:
+    ended = user("up", "--port", "0", flag)
+    assert (ended.code, ended.err.count("\n"), "USAGE" in ended.err) == (2, 1, True)
+    assert not Path(user.environment["PUHUI_LOCAL_STATE"]).exists()
+
+
+def test_down_of_a_state_that_is_not_there(user: Puhui, tmp_path: Path) -> None:
+    ended = user("down", "--state", tmp_path / "none")
+    assert (ended.code, "there is no such folder" in ended.err) == (1, True)
+
+
+def test_down_says_which_jobs_run_on(user: Puhui, tmp_path: Path) -> None:
+    started = user(*UP, "--detach")
+    assert started.code == 0, started.err
+    state = user.environment["PUHUI_LOCAL_STATE"]
+    assert f"stop        puhui down --state {state}\n" in started.out
+    user.environment["PUHUI_SERVER"] = record(user)["address"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/stay.py").write_text("import sys\nprint('on')\nwhile True:\n    __import__('time').sleep(60)\n")
+    job_id = user("submit", "--memory", "8GB", tmp_path / "code/stay.py").out.strip()
+    logs = user.start("logs", "-f", job_id)
+    assert logs.stdout is not None
+    assert logs.stdout.read(3) == b"on\n"
+    logs.terminate()
+    logs.communicate(timeout=60)
+    down = user("down")
+    assert f"1 job runs on: {job_id}; `puhui up --state {state}` takes it up again" in down.err
+    user.environment["PUHUI_SERVER"] = user(*UP, "--detach", "--json").json["address"]
+    assert user("cancel", job_id).code == 0
+    user("wait", job_id)
 
 
 def test_a_damaged_record_is_not_guessed_about(user: Puhui, tmp_path: Path) -> None:

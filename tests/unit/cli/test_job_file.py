@@ -87,17 +87,24 @@ def test_what_is_not_said_is_not_set(tmp_path: Path) -> None:
         ),
         ("command: x\nresources:\n  gpu: 1", "line 3: resources.gpu: is no field of a job file; there are: profile, "),
         ("command: x\ninputs:\n  - name: a\n    sise: 1GB", "line 4: inputs.0.sise: is no field"),
-        ("command: x\ninputs:\n  - name: a", "line 3: inputs.0.size: Field required"),
-        ("name: a", "line 1: command: Field required"),
-        ("", "command: Field required"),
+        ("command: x\ninputs:\n  - name: a", "line 3: inputs.0.size: is missing"),
+        ("name: a", "line 1: command: is missing"),
+        ("", "command: is missing"),
         ("command: ''", "line 1: command: is empty; say what to run"),
         ("command: x\nmax_duration: 600", "line 2: max_duration: 600 is no duration; write 90s"),
         ("command: x\nresources: {memory: 24}", "line 2: resources.memory: 24 is no size; write 24GB"),
         ("command: x\nenv: {DEBUG: yes}", "line 2: env.DEBUG: must be text; put it in quotes"),
-        ("command: x\npriority: 101", "line 2: priority: Input should be less than or equal to 100"),
-        ("command: x\ntype: daemon", "line 2: type: Input should be 'batch' or 'session'"),
+        ("command: x\npriority: 101", "line 2: priority: must be at most 100"),
+        ("command: x\ntype: daemon", "line 2: type: must be batch or session"),
         ("command: x\nname: a\nname: b", "line 3: name: is there twice"),
-        ("- command: x", "line 1: the file: Input should be a valid dictionary"),
+        ("- command: x", "line 1: the file: must be fields, each `name: value`"),
+        ("command: x\nresources: 12GB", "line 2: resources: must be fields, each `name: value`"),
+        ("command: x\nresources: {network: maybe}", "line 2: resources.network: must be true or false"),
+        ("command: x\nresources: {cpus: two}", "line 2: resources.cpus: must be a number"),
+        ("command: x\npriority: 1.5", "line 2: priority: must be a whole number"),
+        ("command: 5", "line 1: command: must be text"),
+        ("command: 'a \"b'", "line 1: command: has a quotation mark that is not closed"),
+        ("command: x\nidle: {reclaim: now}", "line 2: idle.reclaim: must be detach, checkpoint, stop or never"),
         ("a: 1\nb: 2\ncommand: x", "line 1: a: is no field"),
     ],
 )
@@ -115,12 +122,19 @@ def test_what_is_no_yaml_is_refused(tmp_path: Path, text: str) -> None:
     assert refused(tmp_path, text).reason in ("JOB_FILE_UNREADABLE", "JOB_FILE_INVALID")
 
 
+def test_where_it_is_no_yaml_is_said_in_one_line(tmp_path: Path) -> None:
+    said = refused(tmp_path, "name: x\ncommand: [x").message
+    assert said.endswith("job.yaml: line 2: this is no YAML: expected ',' or ']', but got the end of the file")
+    with pytest.raises(Mistake, match="cannot be read: Is a directory"):
+        read_job_file(tmp_path)
+
+
 def test_a_circle_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, "command: &a [*a]").reason == "JOB_FILE_INVALID"
 
 
 def test_a_file_that_is_not_there_or_far_too_large(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="cannot be read"):
+    with pytest.raises(Mistake, match=r"nothing\.yaml: there is no such file$"):
         read_job_file(tmp_path / "nothing.yaml")
     assert refused(tmp_path, "#" * 2**21).reason == "JOB_FILE_UNREADABLE"
 

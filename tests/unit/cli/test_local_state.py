@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from puhui.cli.local_state import ProcessId, Record, StateFolder, default_state
+from puhui.cli.daemon_log import exit_words, reason_in
+from puhui.cli.local_state import ProcessId, Record, StateFolder, default_state, local_command
 from puhui.cli.settings import server_address
 from puhui.cli.terminal import Mistake
 from puhui.rpc.errors import Refusal
@@ -72,6 +73,46 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert caught.value.reason == "CENTRE_RUNNING"
     with StateFolder(tmp_path).locked():
         pass
+
+
+def test_a_second_up_while_the_first_is_starting(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.prepare()
+    with folder.locked(), pytest.raises(Refusal, match="is being started by another `puhui up`") as caught:
+        StateFolder(tmp_path).locked().__enter__()
+    assert f"`puhui down --state {tmp_path}`" in caught.value.message
+    assert caught.value.metadata["address"] == ""
+
+
+def test_a_command_names_the_state_unless_it_is_the_default() -> None:
+    assert local_command("down", default_state()) == "puhui down"
+    assert local_command("down", Path("/a b")) == "puhui down --state '/a b'"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", ""),
+        ('{"event": "serves", "level": "info"}\n', ""),
+        ('{"event": "it broke", "level": "error", "error": "disk full"}\n', "it broke: disk full"),
+        ("noise\npuhui-nodedaemon: No card model is called 'B9'.\n", "No card model is called 'B9'"),
+        ("Traceback\n  File x\nsqlite3.OperationalError: disk I/O error\n", "disk I/O error"),
+        (
+            "Usage: x\n╭─ Error ─╮\n│ Invalid value for --log-level: 'x' is │\n│ no level │\n╰─╯\n",
+            "--log-level: 'x' is no level",
+        ),
+    ],
+)
+def test_the_reason_is_found_in_a_log(tmp_path: Path, text: str, reason: str) -> None:
+    log = tmp_path / "x.log"
+    log.write_text(text)
+    assert reason_in(log) == reason
+    assert reason_in(tmp_path / "none.log") == ""
+
+
+def test_the_end_of_a_process_in_words() -> None:
+    assert exit_words(-9) == "was killed by signal 9"
+    assert exit_words(1) == "ended with code 1"
 
 
 def test_the_state_of_a_user_is_below_its_home(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from rich.console import Console
 from puhui.cli import words
 from puhui.cli.attached import ChunkJson
 from puhui.cli.chart import bar, memory_chart
+from puhui.cli.facts import facts_line, number
 from puhui.cli.message_json import json_of
 from puhui.cli.story import exit_code_of, tell, tell_end
-from puhui.v1 import job_pb2, prediction_pb2, stream_pb2
+from puhui.v1 import card_pb2, job_pb2, prediction_pb2, stream_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
 from tests.unit.cli.small_centre import PREDICTION
 
@@ -81,15 +82,17 @@ def test_the_exit_code_is_the_commands_and_never_a_false_zero(
 def test_the_story_says_what_the_evidence_is() -> None:
     job = job_pb2.Job(id="j-1", centre="here", prediction=PREDICTION)
     job.attempts.add(number=1, profile="1g.10gb", gpu_model="NVIDIA X", emulated=True, runtime="podman")
-    job.attempts.add(number=2, profile="2g.20gb", gpu_model="NVIDIA X", gpu_index=3)
+    job.attempts.add(number=2, profile="2g.20gb", gpu_model="NVIDIA X", gpu_index=3).placement.CopyFrom(
+        card_pb2.Placement(start=4, size=2)
+    )
 
     def told(reason: str, attempt: int = 1, message: str = "", **details: str) -> list[tuple[str, str]]:
         event = job_pb2.JobEvent(reason=reason, attempt=attempt, message=message, details=details)
         return tell(WatchJobResponse(job=job, event=event))
 
     assert told("SUBMITTED") == [("job", "j-1 at centre here")]
-    assert told("RESERVED") == [("placed", "1g.10gb on GPU 0, X (emulated), memory slices 0")]
-    assert told("RESERVED", 2) == [("placed", "2g.20gb on GPU 3, X, memory slices 0 (attempt 2)")]
+    assert told("RESERVED") == [("placed", "1g.10gb on GPU 0, X (emulated), memory slice 0")]
+    assert told("RESERVED", 2) == [("placed", "2g.20gb on GPU 3, X, memory slices 4–5 (attempt 2)")]
     assert told("RESERVED", 3, "somewhere") == [("placed", "somewhere")]
     assert told("SLICE_CREATED", slice_uuid="MIG-12345678-9") == [("cut", "MIG-12345678")]
     assert told("CONTAINER_STARTED", container_id="abcdef0123456789") == [("started", "podman abcdef012345")]
@@ -97,8 +100,32 @@ def test_the_story_says_what_the_evidence_is() -> None:
         ("collected", "2.0 KiB of output, 1 artifact file")
     ]
     assert told("RESULTS_COLLECTED", message="all of it") == [("collected", "all of it")]
-    assert told("SOMETHING_NEW", message="of a later version") == [("something new", "of a later version")]
+    assert told("NEW_THING", message="of a later version") == [("new thing", "of a later version")]
+    assert told("SOMETHING_WITH_A_LONG_NAME", message="x") == [("event", "something with a long name: x")]
     assert told("COMMAND_ENDED") == []
+
+
+def test_why_a_job_cannot_start_is_said_once() -> None:
+    event = job_pb2.JobEvent(
+        reason="IMAGE_NOT_FOUND", state=job_pb2.JOB_STATE_STOPPING, message="it cannot start: no image x"
+    )
+    assert tell(WatchJobResponse(job=job_pb2.Job(), event=event)) == [("stopping", "image not found")]
+    job = job_pb2.Job(state=job_pb2.JOB_STATE_FAILED, reason=event.reason, message=event.message)
+    assert tell_end(job) == "failed, no exit code (IMAGE_NOT_FOUND): it cannot start: no image x"
+
+
+def test_the_users_word_wins_over_the_prediction() -> None:
+    job = job_pb2.Job(prediction=PREDICTION)
+    event = job_pb2.JobEvent(reason="PREDICTED")
+    job.sizing.origin = prediction_pb2.SIZING_ORIGIN_MEMORY
+    assert tell(WatchJobResponse(job=job, event=event)) == [
+        ("predicted", "8.9 GiB; the memory that you asked for wins")
+    ]
+    job.prediction.tier = prediction_pb2.PREDICTION_TIER_NO_ACCELERATOR
+    job.sizing.origin = prediction_pb2.SIZING_ORIGIN_PROFILE
+    assert tell(WatchJobResponse(job=job, event=event)) == [
+        ("predicted", "no use of a GPU was found; the profile that you asked for wins")
+    ]
 
 
 def test_the_end_says_why_and_where_the_results_are() -> None:
@@ -107,6 +134,8 @@ def test_the_end_says_why_and_where_the_results_are() -> None:
     )
     assert tell_end(job) == "failed, exit code 137 (TIMED_OUT): ran for 10m"
     job.artifacts.file_count = 2
+    killed = job_pb2.Job(state=job_pb2.JOB_STATE_FAILED, reason="EXIT_CODE", message="it ended", exit_code=137)
+    assert tell_end(killed) == "failed, exit code 137 (signal 9); its log says more"
     assert tell_end(job).endswith("; 2 files in /workspace/outputs: puhui pull j-1")
     assert tell_end(job_pb2.Job(state=job_pb2.JOB_STATE_CANCELLED, reason="X")) == "cancelled, no exit code (X)"
 
@@ -144,3 +173,35 @@ def test_the_chart_marks_the_slice_that_is_chosen() -> None:
     with console.capture() as captured:
         console.print(memory_chart(prediction_pb2.Prediction(), {}, ""))
     assert "needs" in captured.get()
+
+
+def test_facts_have_units_and_leave_out_what_is_not() -> None:
+    facts = {
+        "model": "resnet50",
+        "parameters": "25557032",
+        "batch": "64",
+        "image": "0",
+        "training": "True",
+        "gradient_checkpointing": "False",
+        "beyond_training": "True",
+        "activation_bytes": str(round(10.2 * 2**30)),
+        "macs_per_step": "1046000000000",
+        "new_fact": "7",
+    }
+    assert facts_line(prediction_pb2.CodeFact(name=name, value=value) for name, value in facts.items()) == (
+        "model resnet50, 25.6 M parameters, batch 64, training, activations 10.2 GiB, 1.0 T MAC per step, new fact 7"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (999, "999"), (1000, "1.0 k"), (999600, "1.0 M"), (9e5, "900 k"), (2e18, "2000.0 P")],
+)
+def test_numbers(value: float, said: str) -> None:
+    assert number(value) == said
+
+
+def test_large_amounts_in_a_sentence_are_readable() -> None:
+    assert words.readable("3774874 MiB are predicted; the largest is 7g.80gb (81050 MiB)") == (
+        "3.6 TiB are predicted; the largest is 7g.80gb (81050 MiB)"
+    )
