@@ -15,7 +15,7 @@ import structlog
 
 from controlplane import happenings
 from controlplane.bundles import Bundles
-from controlplane.collect import collect
+from controlplane.collect import Collected, collect
 from controlplane.endings import CONTAINER_LOST, not_started
 from controlplane.faults import MOST_ATTEMPTS, Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
@@ -50,6 +50,8 @@ class Surroundings:
     results: Results
     release_patience_s: float
     """A job whose share is not confirmed to be released within this time ends all the same."""
+    collect_patience_s: float
+    """Results that a node in contact has refused for this long, and several times, are given up."""
 
 
 _Told = tuple[Happening, float]
@@ -57,6 +59,7 @@ _Told = tuple[Happening, float]
 
 _DEFAULT_GRACE_S = 10.0
 _TELL_AFTER_TRIES = 2
+_GIVE_UP_AFTER_REFUSALS = 5
 
 
 class AttemptDriver:
@@ -68,6 +71,8 @@ class AttemptDriver:
         self._number = number
         self._cancel = asyncio.Event()
         self._news = asyncio.Event()
+        self._refusals = 0
+        self._refused_at = 0.0
         self._asker = NodeAsker(lambda: self._link, self._cancel)
         if record.cancel_requested:
             self._cancel.set()
@@ -312,18 +317,38 @@ class AttemptDriver:
             await self._change(before=await self._release_for_certain(), release=True)
 
     async def _collect(self, *, patient: bool) -> None:
-        """Collects the results, however long it takes; unless `patient`, only until the job's end is asked for."""
+        """Collects the results; unless `patient`, only until the job's end is asked for.
+
+        A node out of contact is waited for, however long it takes; one that only refuses is not.
+        """
         tries = 0
         while not self._record.results_collected and self._attempt.container_id:
             if self._cancel.is_set() and not patient:
                 return
-            try:
-                log_bytes, artifacts = await collect(self._link.client, self._owner, self._around.results)
-                await self._change(happenings.ResultsCollected(log_bytes, artifacts))
+            got = await collect(self._link.client, self._owner, self._around.results)
+            if got.error is None:
+                await self._change(happenings.ResultsCollected(got.log_bytes, got.artifacts))
                 return
-            except (Refusal, OSError) as error:
-                tries += 1
-                await self._bear(error, tries, tell=not patient)
+            if isinstance(got.error, Refusal) and self._is_hopeless(got.error):
+                await self._lose(got, got.error)
+                return
+            tries += 1
+            await self._bear(got.error, tries, tell=not patient)
+
+    def _is_hopeless(self, refusal: Refusal) -> bool:
+        """Counts a node's refusal to give the results, and says whether it is the last that is borne."""
+        if verdict(refusal) in {Verdict.WAIT, Verdict.FENCED}:
+            return False
+        at = asyncio.get_running_loop().time()
+        self._refused_at = self._refused_at if self._refusals else at
+        self._refusals += 1
+        waited_s = at - self._refused_at
+        return self._refusals >= _GIVE_UP_AFTER_REFUSALS and waited_s >= self._around.collect_patience_s
+
+    async def _lose(self, got: Collected, refusal: Refusal) -> None:
+        _log.error("results are given up", job=self._record.id, missing=got.missing, why=str(refusal))
+        why = f"its {got.missing} could not be had from its node and are lost: {refusal.message} ({refusal.reason})"
+        await self._change(happenings.ResultsLost(why, got.log_bytes, got.artifacts))
 
     async def _bear(self, error: Refusal | OSError, tries: int, *, tell: bool) -> None:
         """Waits after the results could not be collected."""
@@ -334,7 +359,10 @@ class AttemptDriver:
         if tell and tries == _TELL_AFTER_TRIES:
             await self._change(happenings.ResultsDelayed(f"its results cannot be collected yet: {error}"))
         if not unreachable:
-            await asyncio.sleep(retry_delay_s(tries))
+            # Often enough that patience, not the delays, says when it is enough.
+            rarely_s = self._around.collect_patience_s / (_GIVE_UP_AFTER_REFUSALS - 1)
+            delay_s = retry_delay_s(tries)
+            await asyncio.sleep(min(delay_s, rarely_s) if isinstance(error, Refusal) else delay_s)
             return
         with contextlib.suppress(GivenUp):
             await self._asker.until_contact(retry_delay_s(tries), give_up=tell)

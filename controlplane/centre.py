@@ -65,6 +65,8 @@ class Settings:
     """A waiting job lets itself be overtaken for this long."""
     release_patience_s: float = 5.0
     """A job ends without its node's confirmation after this long."""
+    collect_patience_s: float = 30.0
+    """Results that a node in contact keeps refusing are given up after this long."""
 
 
 class Centre:
@@ -114,7 +116,14 @@ class Centre:
         )
         centre._scheduler = scheduler = Scheduler(store, nodes, reservations, settings.patience_s)
         around = Surroundings(
-            settings.centre, store, nodes, reservations, bundles, results, settings.release_patience_s
+            settings.centre,
+            store,
+            nodes,
+            reservations,
+            bundles,
+            results,
+            settings.release_patience_s,
+            settings.collect_patience_s,
         )
         centre._attempts = Attempts(around, scheduler.put_back)
         centre._reservations = reservations

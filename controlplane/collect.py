@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import grpc
 
@@ -11,24 +12,46 @@ from controlplane.results import Results
 from puhui.rpc.errors import Refusal
 from puhui.v1 import card_pb2, job_pb2, stream_pb2
 
-__all__ = ["collect"]
+__all__ = ["Collected", "collect"]
 
 
-async def collect(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> tuple[int, job_pb2.JobArtifacts]:
-    """Fetches log and artifacts of an attempt whose command has ended.
+@dataclass(frozen=True)
+class Collected:
+    """What of an attempt's results is here, on disk."""
+
+    log_bytes: int
+    """Size of the log, in bytes."""
+    artifacts: job_pb2.JobArtifacts
+    missing: str = ""
+    """What is not here, in words; "" when all of it is."""
+    error: Refusal | OSError | None = None
+    """Why it is not."""
+
+
+async def collect(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> Collected:
+    """Fetches log and artifacts of an attempt whose command has ended, as much of them as can be had now.
 
     It may be called again at any time, and begins anew.
-
-    Returns:
-        The size of the log in bytes, and what the artifacts are.
-
-    Raises:
-        Refusal: the node cannot be reached, or cannot give them now.
-        OSError: the disk is full.
     """
-    log_bytes, artifacts = await asyncio.gather(_log(client, owner, results), _artifacts(client, owner, results))
-    results.settle(owner.job_id, owner.attempt)
-    return log_bytes, artifacts
+    log, artifacts = await asyncio.gather(
+        _log(client, owner, results), _artifacts(client, owner, results), return_exceptions=True
+    )
+    errors = [outcome for outcome in (log, artifacts) if isinstance(outcome, BaseException)]
+    for error in errors:
+        if not isinstance(error, Refusal | OSError):
+            raise error
+    names = [name for name, outcome in (("log", log), ("artifacts", artifacts)) if isinstance(outcome, BaseException)]
+    missing, why = " and ".join(names), next((one for one in errors if isinstance(one, Refusal | OSError)), None)
+    try:
+        await asyncio.to_thread(results.settle, owner.job_id, owner.attempt)
+    except OSError as error:
+        missing, why = "log and artifacts", error
+    return Collected(
+        0 if isinstance(log, BaseException) else log,
+        job_pb2.JobArtifacts() if isinstance(artifacts, BaseException) else artifacts,
+        missing,
+        why,
+    )
 
 
 async def _log(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> int:
@@ -39,7 +62,7 @@ async def _log(client: NodeClient, owner: card_pb2.AttemptRef, results: Results)
         except Refusal as refusal:
             if refusal.code != grpc.StatusCode.NOT_FOUND:
                 raise
-        log.keep()
+        await asyncio.to_thread(log.keep)
         return log.size_bytes
 
 
@@ -51,7 +74,7 @@ async def _artifacts(client: NodeClient, owner: card_pb2.AttemptRef, results: Re
                 if part.HasField("manifest"):
                     manifest = part.manifest
                 else:
-                    archive.write(part.chunk)
+                    await asyncio.to_thread(archive.write, part.chunk)
         except Refusal as refusal:
             if refusal.code != grpc.StatusCode.NOT_FOUND:
                 raise
@@ -64,5 +87,5 @@ async def _artifacts(client: NodeClient, owner: card_pb2.AttemptRef, results: Re
             )
         if not manifest.files:
             return job_pb2.JobArtifacts()
-        archive.keep(manifest)
+        await asyncio.to_thread(archive.keep, manifest)
     return job_pb2.JobArtifacts(digest=manifest.digest, file_count=len(manifest.files), size_bytes=manifest.size_bytes)

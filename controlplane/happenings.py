@@ -21,6 +21,7 @@ __all__ = [
     "Reserved",
     "ResultsCollected",
     "ResultsDelayed",
+    "ResultsLost",
     "SliceCreated",
     "SliceDestroyed",
     "Stopped",
@@ -133,6 +134,15 @@ class ResultsDelayed(Happening):
     """Log and artifacts cannot be had yet; they are not given up."""
 
     message: str
+
+
+@dataclass(frozen=True)
+class ResultsLost(Happening):
+    """Not all of log and artifacts can be had, and that is borne: the share must not wait for them for ever."""
+
+    why: str
+    log_bytes: int
+    artifacts: job_pb2.JobArtifacts
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from controlplane.bundles import Bundles
 from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import FINAL_STATES, PLACED_STATES, transition
 from controlplane.lasting import Lasting
-from controlplane.log_reader import LogReader, attempt_number, require_job
+from controlplane.log_reader import LogReader, attempt_number, require_job, require_not_lost
 from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
 from controlplane.placement import Room
@@ -192,7 +192,10 @@ class JobService(JobServiceServicer):
                 f"job {record.id} has not ended; its artifacts can be had once it has (`puhui wait {record.id}`)",
                 job_id=record.id,
             )
-        manifest = self._results.manifest(record.id, number) or stream_pb2.ArtifactManifest()
+        manifest = self._results.manifest(record.id, number)
+        if manifest is None:
+            require_not_lost(record, number)
+            manifest = stream_pb2.ArtifactManifest()
         if request.offset > manifest.size_bytes:
             raise Refusal(
                 grpc.StatusCode.OUT_OF_RANGE,

@@ -126,6 +126,7 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     h.Stopped: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
     h.ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
     h.ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
+    h.ResultsLost: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
     h.ContainerRemoved: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
     h.SliceDestroyed: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
     h.Ended: frozenset({JOB_STATE_STOPPING}),
@@ -187,7 +188,7 @@ def _reserved(draft: _Draft, it: h.Reserved) -> None:
     draft.job.sizing.CopyFrom(it.sizing)
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = draft.job.centre
-    draft.record = replace(draft.record, ending=None, results_collected=False)
+    draft.record = replace(draft.record, ending=None, results_collected=False, results_lost="")
     start, size = attempt.placement.start, attempt.placement.size
     where = f"memory slices {start}–{start + size - 1}" if size > 1 else f"memory slice {start}"
     draft.tell(
@@ -320,6 +321,22 @@ def _results_delayed(draft: _Draft, it: h.ResultsDelayed) -> None:
     draft.tell("RESULTS_DELAYED", it.message)
 
 
+def _results_lost(draft: _Draft, it: h.ResultsLost) -> None:
+    draft.record = replace(draft.record, results_collected=True, results_lost=it.why)
+    draft.job.log_size_bytes = it.log_bytes
+    draft.job.artifacts.CopyFrom(it.artifacts)
+    if draft.record.state in FINAL_STATES:
+        draft.job.message += f"; {it.why}"
+    draft.tell(
+        "RESULTS_LOST",
+        it.why,
+        log_bytes=it.log_bytes,
+        artifact_files=it.artifacts.file_count,
+        artifact_bytes=it.artifacts.size_bytes,
+        artifact_digest=it.artifacts.digest,
+    )
+
+
 def _container_removed(draft: _Draft, it: h.ContainerRemoved) -> None:
     draft.attempt = it.attempt
     draft.tell(
@@ -347,10 +364,9 @@ def _ended(draft: _Draft, it: h.Ended) -> None:
         raise IllegalTransition(f"{draft.job.id}: how it ends was never decided")
     draft.job.state = ending.state
     draft.job.end_time.CopyFrom(timestamp(draft.at))
-    held = f"; {it.unconfirmed}" if it.unconfirmed else ""
     draft.tell(
         ending.reason,
-        ending.message + held,
+        "; ".join(part for part in (ending.message, draft.record.results_lost, it.unconfirmed) if part),
         exit_code=draft.job.exit_code if draft.job.HasField("exit_code") else "",
         share_held="true" if it.unconfirmed else "",
         elapsed_ms=_since(draft.job.create_time, draft.at),
@@ -394,6 +410,7 @@ _APPLY: Mapping[type[Happening], Callable[[_Draft, Any], None]] = {
     h.Stopped: _stopped,
     h.ResultsCollected: _results_collected,
     h.ResultsDelayed: _results_delayed,
+    h.ResultsLost: _results_lost,
     h.ContainerRemoved: _container_removed,
     h.SliceDestroyed: _slice_destroyed,
     h.Ended: _ended,

@@ -19,7 +19,7 @@ from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
 from puhui.v1 import card_pb2, job_service_pb2, stream_pb2
 
-__all__ = ["LogReader", "attempt_number", "require_job"]
+__all__ = ["LogReader", "attempt_number", "require_job", "require_not_lost"]
 
 
 async def require_job(store: Store, job_id: str) -> JobRecord:
@@ -56,6 +56,21 @@ def attempt_number(record: JobRecord, asked: int) -> int:
     return asked or placed
 
 
+def require_not_lost(record: JobRecord, number: int) -> None:
+    """Refuses to give results of an attempt that are not here because they were lost.
+
+    Raises:
+        Refusal: DATA_LOSS with RESULTS_LOST.
+    """
+    if record.results_lost and number == len(record.job.attempts):
+        raise Refusal(
+            grpc.StatusCode.DATA_LOSS,
+            "RESULTS_LOST",
+            f"{record.results_lost}; submit the job again",
+            job_id=record.id,
+        )
+
+
 class LogReader:
     """Reads logs for one centre."""
 
@@ -70,8 +85,9 @@ class LogReader:
         """Yields output as the request asks for it.
 
         Raises:
-            Refusal: NOT_FOUND with JOB_NOT_FOUND or ATTEMPT_NOT_FOUND; UNAVAILABLE with NODE_UNREACHABLE when
-                the output is on a node out of contact and is not to be waited for.
+            Refusal: NOT_FOUND with JOB_NOT_FOUND or ATTEMPT_NOT_FOUND; DATA_LOSS with RESULTS_LOST;
+                UNAVAILABLE with NODE_UNREACHABLE when the output is on a node out of contact and not to be
+                waited for.
         """
         attempt_number(await require_job(self._store, request.job_id), request.attempt)
         offset, tail_lines, tries = request.offset, request.tail_lines, 0
@@ -81,9 +97,12 @@ class LogReader:
                 record = await require_job(self._store, request.job_id)
                 number = attempt_number(record, request.attempt)
                 if number and self._results.has_log(record.id, number):
-                    for chunk in self._results.log(record.id, number, offset, tail_lines):
+                    if tail_lines:
+                        offset = await asyncio.to_thread(self._results.tail, record.id, number, tail_lines)
+                    for chunk in self._results.log(record.id, number, offset):
                         yield chunk
                     return
+                require_not_lost(record, number)
                 over = record.state in FINAL_STATES or number < len(record.job.attempts)
                 started = number > 0 and bool(record.job.attempts[number - 1].container_id)
                 if not started:

@@ -34,7 +34,9 @@ class JobRecord:
     cancel_message: str = ""
     ending: Ending | None = None
     results_collected: bool = False
-    """Log and artifacts of the newest attempt are in this centre's results."""
+    """Log and artifacts of the newest attempt are in this centre's results, or given up."""
+    results_lost: str = ""
+    """What of them was given up and why, in a sentence; "" when nothing was."""
 
     @property
     def id(self) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import os
-import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,15 +72,27 @@ class Results:
         for folder in (self.folder(job_id, attempt), self._folder / job_id, self._folder):
             sync_folder(folder)
 
-    def log(self, job_id: str, attempt: int, offset: int = 0, tail_lines: int = 0) -> Iterator[stream_pb2.LogChunk]:
-        """Yields the output of an attempt from a byte offset on, or its last lines; nothing when there is no log."""
+    def tail(self, job_id: str, attempt: int, lines: int) -> int:
+        """Returns the byte offset at which the last lines of an attempt's log begin. It reads all of them.
+
+        Args:
+            job_id: the job.
+            attempt: the number of its attempt.
+            lines: how many, at least 1.
+        """
+        path = self.folder(job_id, attempt) / "log"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            return _offset_of_tail(file, _read_index(path), lines)
+
+    def log(self, job_id: str, attempt: int, offset: int = 0) -> Iterator[stream_pb2.LogChunk]:
+        """Yields the output of an attempt from a byte offset on; nothing when there is no log."""
         path = self.folder(job_id, attempt) / "log"
         if not path.exists():
             return
         index = _read_index(path)
         with path.open("rb") as file:
-            if tail_lines:
-                offset = _offset_of_tail(file, index, tail_lines)
             file.seek(_position_of(index, offset))
             for chunk in _frames(file):
                 end = chunk.offset + len(chunk.data)
@@ -100,14 +111,6 @@ class Results:
     def archive(self, job_id: str, attempt: int) -> Path:
         """Returns the path of an attempt's artifact archive."""
         return self.folder(job_id, attempt) / "artifacts.tar.gz"
-
-    def discard(self, job_id: str) -> None:
-        """Removes everything that a job left.
-
-        Raises:
-            OSError: it cannot be removed.
-        """
-        shutil.rmtree(self._folder / job_id, ignore_errors=False)
 
 
 def sync_folder(folder: Path) -> None:
@@ -268,21 +271,20 @@ def _offset_of_tail(file: BinaryIO, index: list[tuple[int, int]], lines: int) ->
     """Returns the offset at which the last `lines` lines begin."""
     file.seek(0, os.SEEK_END)
     end_position = file.tell()
-    newlines: list[int] = []
     last_end = 0
     for _, position in reversed(index):
         file.seek(position)
-        here: list[int] = []
-        for chunk in _frames_until(file, end_position):
-            here += [chunk.offset + at for at, byte in enumerate(chunk.data) if byte == 0x0A]
-            if not last_end or chunk.offset + len(chunk.data) > last_end:
-                last_end = chunk.offset + len(chunk.data)
-        newlines = here + newlines
+        here = list(_frames_until(file, end_position))
+        for chunk in reversed(here):
+            last_end = last_end or chunk.offset + len(chunk.data)
+            # The newline that ends the last line begins no other.
+            at = chunk.data.rfind(b"\n", 0, last_end - 1 - chunk.offset)
+            while at >= 0:
+                lines -= 1
+                if not lines:
+                    return chunk.offset + at + 1
+                at = chunk.data.rfind(b"\n", 0, at)
         end_position = position
-        # The newline that ends the last line begins no other.
-        starts = [at for at in newlines if at + 1 < last_end]
-        if len(starts) >= lines:
-            return starts[-lines] + 1
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 import secrets
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -281,14 +281,13 @@ def _write_job(db: Database, sequence: int, record: JobRecord, events: Sequence[
         "cancel_message": record.cancel_message,
         "ending": asdict(record.ending) if record.ending is not None else None,
         "results_collected": record.results_collected,
+        "results_lost": record.results_lost,
     }
     db.execute(
         "update jobs set state = ?, body = ?, control = ? where sequence = ?",
         [job.state, job.SerializeToString(), json.dumps(control), sequence],
     )
-    return JobRecord(
-        job, sequence, record.cancel_requested, record.cancel_message, record.ending, record.results_collected
-    )
+    return replace(record, job=job, sequence=sequence)
 
 
 def _write_bundle(db: Database, bundle: BundleRecord) -> None:

@@ -87,6 +87,7 @@ async def test_what_users_do_not_see_comes_back_too(opener: Open) -> None:
         cancel_message="enough",
         ending=Ending(job_pb2.JOB_STATE_FAILED, "EXIT_CODE", "3"),
         results_collected=True,
+        results_lost="the disk of the node is broken",
     )
     await store.change_job(added.id, lambda record, _: Change(full))
     assert await (await opener()).job(added.id) == full

@@ -32,6 +32,11 @@ async def held(centre: RunningCentre) -> int:
     return len(await centre.centre._store.reservations())
 
 
+async def artifacts(centre: RunningCentre, job_id: str) -> bytes:
+    parts = centre.jobs.GetArtifacts(wire.GetArtifactsRequest(job_id=job_id))
+    return b"".join([part.chunk async for part in parts])
+
+
 async def free(centre: RunningCentre) -> int:
     capacity = await centre.fleet.GetCapacity(fleet_service_pb2.GetCapacityRequest())
     return capacity.gpus[0].memory_slices_free
@@ -206,6 +211,71 @@ async def test_results_on_a_node_out_of_contact_are_waited_for(tmp_path: Path) -
         await node.exit(job_id, 0)
         assert "STORAGE" in (await centre.until_told(job_id, "RESULTS_DELAYED")).message
         assert (await centre.ended(job_id)).state == JOB_STATE_SUCCEEDED
+        assert await centre.log(job_id) == b"precious"
+
+
+@pytest.mark.parametrize("call", ["read_logs", "read_artifacts"])
+async def test_results_that_cannot_be_had_are_lost_and_the_share_is_not(tmp_path: Path, call: str) -> None:
+    node = FakeNode()
+    node.exits_at_once = None
+    async with running(tmp_path, node, collect_patience_s=0.2) as centre:
+        job_id = await centre.submit()
+        await centre.until(job_id, JOB_STATE_RUNNING)
+        await node.write(job_id, b"precious")
+        node.artifacts[job_id, 1] = b"archive"
+        for _ in range(100):
+            node.refuse(call, refusal("STORAGE", grpc.StatusCode.INTERNAL))
+        await node.exit(job_id, 0)
+        job = await centre.ended(job_id)
+        assert (job.state, job.reason) == (JOB_STATE_SUCCEEDED, "SUCCEEDED")
+        lost = "log" if call == "read_logs" else "artifacts"
+        words = f"its {lost} could not be had from its node and are lost: the node says STORAGE (STORAGE)"
+        assert job.message == f"the command ended with exit code 0; {words}"
+        event = await centre.until_told(job_id, "RESULTS_LOST")
+        assert event.message == words
+        assert node.calls.count(call) >= 5
+        assert (node.empty, await held(centre)) == (True, 0)
+        # What could be had is here.
+        kept = (0, 1) if call == "read_logs" else (8, 0)
+        assert (job.log_size_bytes, job.artifacts.file_count) == kept
+        read = centre.log(job_id) if call == "read_logs" else artifacts(centre, job_id)
+        async with refused(grpc.StatusCode.DATA_LOSS, "RESULTS_LOST"):
+            await read
+        read = centre.log(job_id) if call != "read_logs" else artifacts(centre, job_id)
+        assert await read == (b"archive" if call == "read_logs" else b"precious")
+
+
+async def test_a_cancelled_job_does_not_wait_for_results_that_cannot_be_had(tmp_path: Path) -> None:
+    node = FakeNode()
+    node.exits_at_once = None
+    async with running(tmp_path, node, collect_patience_s=0.2, release_patience_s=0.05) as centre:
+        job_id = await centre.submit()
+        await centre.until(job_id, JOB_STATE_RUNNING)
+        for _ in range(100):
+            node.refuse("read_artifacts", refusal("STORAGE"))
+        await centre.cancel(job_id)
+        assert (await centre.ended(job_id)).state == JOB_STATE_CANCELLED
+        await centre.until_told(job_id, "SLICE_DESTROYED")
+        assert (node.empty, await held(centre)) == (True, 0)
+        job = await centre.job(job_id)
+        assert (job.state, job.reason) == (JOB_STATE_CANCELLED, "CANCELLED")
+        assert "are lost: the node says STORAGE" in job.message
+
+
+async def test_results_on_a_node_that_cannot_be_reached_are_never_given_up(tmp_path: Path) -> None:
+    node = FakeNode()
+    node.exits_at_once = None
+    async with running(tmp_path, node, collect_patience_s=0.0) as centre:
+        job_id = await centre.submit()
+        await centre.until(job_id, JOB_STATE_RUNNING)
+        await node.write(job_id, b"precious")
+        for _ in range(4):
+            node.refuse("read_logs", refusal("STORAGE", grpc.StatusCode.INTERNAL))
+        for _ in range(4):
+            node.refuse("read_logs", Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "no answer"))
+        await node.exit(job_id, 0)
+        assert (await centre.ended(job_id)).state == JOB_STATE_SUCCEEDED
+        assert "RESULTS_LOST" not in await centre.reasons(job_id)
         assert await centre.log(job_id) == b"precious"
 
 

@@ -28,6 +28,7 @@ anything: st.SearchStrategy[happenings.Happening] = st.one_of(
     st.sampled_from([None, 143]).map(lambda code: happenings.Stopped(None if code is None else container(code))),
     st.just(happenings.ResultsCollected(5, job_pb2.JobArtifacts())),
     st.just(happenings.ResultsDelayed("away")),
+    st.just(happenings.ResultsLost("broken", 5, job_pb2.JobArtifacts())),
     st.just(happenings.ContainerRemoved(1)),
     st.just(happenings.SliceDestroyed(1, "MIG-1")),
     st.sampled_from(["", "still held"]).map(happenings.Ended),

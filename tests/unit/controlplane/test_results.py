@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -44,7 +45,7 @@ def test_any_offset_and_any_tail_of_a_log_can_be_read(pieces: list[bytes], data:
         assert b"".join(chunk.data for chunk in read) == whole[offset:]
         assert not read or read[0].offset == offset
         lines = data.draw(st.integers(1, 8))
-        tail = b"".join(chunk.data for chunk in results.log("j-1", 1, 0, lines))
+        tail = b"".join(chunk.data for chunk in results.log("j-1", 1, results.tail("j-1", 1, lines)))
         assert tail == b"".join(whole.splitlines(keepends=True)[-lines:]) or has_other_line_ends(whole)
 
 
@@ -98,3 +99,13 @@ def test_artifacts_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
         archive.keep(manifest)
     assert results.manifest("j-1", 1) == manifest
     assert results.archive("j-1", 1).read_bytes() == b"abc"
+
+
+def test_the_end_of_a_large_log_is_found_at_once(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    whole = write(results, [b"x" * 2**18] * 80 + [b"a\nb\n"])
+    started = time.process_time()
+    assert results.tail("j-1", 1, 1) == len(whole) - 2
+    assert results.tail("j-1", 1, 3) == 0
+    assert time.process_time() - started < 0.25  # byte by byte it takes seconds
+    assert results.tail("j-1", 2, 1) == 0
