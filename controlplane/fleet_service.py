@@ -34,6 +34,13 @@ class FleetService(FleetServiceServicer):
 
     async def RegisterNode(self, request: wire.RegisterNodeRequest, context: _Context) -> wire.RegisterNodeResponse:  # noqa: N802 - named by the contract
         """A daemon joins."""
+        if request.certificate_request_pem:
+            raise Refusal(
+                grpc.StatusCode.UNIMPLEMENTED,
+                "CERTIFICATES_NOT_IMPLEMENTED",
+                "node certificates are part of the contract, but this version does not serve them yet; leave "
+                "certificate_request_pem out: nodes are reached over loopback or a private address only",
+            )
         try:
             require_private_address(request.address)
         except ValueError as error:

@@ -41,7 +41,7 @@ async def earlier_answer(store: Store, request: Request | None) -> JobRecord | N
     """Returns the job that the same request was about before; None when it is new.
 
     Raises:
-        Refusal: INVALID_ARGUMENT with REQUEST_ID_REUSED.
+        Refusal: ALREADY_EXISTS with REQUEST_ID_REUSED.
     """
     known = await store.request(request.id) if request is not None else None
     if request is None or known is None:
@@ -54,7 +54,7 @@ async def earlier_answer(store: Store, request: Request | None) -> JobRecord | N
 def reused(request_id: str) -> Refusal:
     """Returns the refusal of a request id that came with another body before."""
     return Refusal(
-        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.ALREADY_EXISTS,
         "REQUEST_ID_REUSED",
         "this request_id was used for another request within 24 h; use a new one for each request",
         request_id=request_id,

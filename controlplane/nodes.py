@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import random
 import time
@@ -94,7 +93,6 @@ class Nodes:
         self._changed = changed
         self._clock = clock
         self._members: dict[str, _Member] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Takes over the nodes that the store knows, and begins to connect to them."""
@@ -106,9 +104,6 @@ class Nodes:
 
     async def stop(self) -> None:
         """Ends every connection."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         for member in self._members.values():
             await self._save(member)
             await member.link.stop()
@@ -126,7 +121,8 @@ class Nodes:
         """A daemon joins, or joins again. Returns the node's id and its lease.
 
         Raises:
-            Refusal: UNAUTHENTICATED with JOIN_TOKEN_INVALID; INVALID_ARGUMENT with NODE_INVALID.
+            Refusal: UNAUTHENTICATED with JOIN_TOKEN_INVALID; INVALID_ARGUMENT with NODE_INVALID;
+                ALREADY_EXISTS with NODE_NAME_TAKEN.
         """
         if not hmac.compare_digest(join_token.strip().encode(), self._join_token.encode()):
             raise Refusal(
@@ -153,6 +149,7 @@ class Nodes:
             member.link.start()
             _log.info("node joined", node=inventory.name, address=address, gpus=len(inventory.gpus))
         else:
+            self._require_same_daemon(member, inventory)
             member.node.address = address
             member.take(inventory)
             member.lease = self._new_lease()
@@ -188,6 +185,29 @@ class Nodes:
             self._changed()
         return member.lease, member.node.inventory.revision != revision
 
+    def _require_same_daemon(self, member: _Member, inventory: node_pb2.NodeInventory) -> None:
+        """Refuses another daemon under the name of a node that is alive, or that jobs are placed on.
+
+        Raises:
+            Refusal: ALREADY_EXISTS with NODE_NAME_TAKEN.
+        """
+        known = member.node.inventory.daemon_id
+        if not known or not inventory.daemon_id or known == inventory.daemon_id:
+            return
+        held = len(self._reservations.held(member.node.id))
+        alive = member.link.in_contact or self._clock() < member.expires_at
+        if not alive and not held:
+            return
+        has = f"jobs hold {held} shares of it" if held else "it was heard of just now"
+        raise Refusal(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "NODE_NAME_TAKEN",
+            f"another daemon is node {inventory.name} of this centre, and {has}; start this one under another name "
+            "(`nodedaemon serve --name`), or with the state directory of the one that it replaces",
+            node_id=member.node.id,
+            name=inventory.name[:200],
+        )
+
     def _heard(self, member: _Member) -> None:
         member.heard_at = self._clock()
         member.expires_at = member.heard_at + member.lease.length_s
@@ -203,8 +223,14 @@ class Nodes:
     async def synced(
         self, link: NodeLink, inventory: node_pb2.NodeInventory, containers: list[node_pb2.Container]
     ) -> None:
-        """A link is in contact: takes over what the node has, and removes what belongs to attempts that are over."""
+        """A link is in contact: takes over what the node has, and removes what belongs to attempts that are over.
+
+        Raises:
+            Refusal: ALREADY_EXISTS with NODE_NAME_TAKEN.
+        """
         member = self._members[link.node_id]
+        # It may be another daemon that has the address now.
+        self._require_same_daemon(member, inventory)
         member.connect_error = ""
         member.take(inventory)
         self._heard(member)

@@ -191,9 +191,9 @@ async def test_a_request_id_used_twice_with_another_body(centre: RunningCentre) 
     assert (await centre.jobs.SubmitJob(request)).job.id == first.id
     assert await centre.unchanged() == before
     request.spec.name = "second"
-    async with refused_without_a_trace(centre, INVALID, "REQUEST_ID_REUSED"):
+    async with refused_without_a_trace(centre, grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED"):
         await centre.jobs.SubmitJob(request)
-    async with refused_without_a_trace(centre, INVALID, "REQUEST_ID_REUSED"):
+    async with refused_without_a_trace(centre, grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED"):
         await centre.jobs.CancelJob(wire.CancelJobRequest(job_id=first.id, request_id="r-1"))
     request.request_id = "r" * 65
     async with refused_without_a_trace(centre, INVALID, "REQUEST_ID_INVALID"):
@@ -256,6 +256,10 @@ async def test_a_stranger_cannot_join(centre: RunningCentre) -> None:
     request.join_token = (centre.state / "join-token").read_text()
     request.address = "192.0.2.1:7071"
     async with refused_without_a_trace(centre, INVALID, "NODE_INVALID"):
+        await centre.fleet.RegisterNode(request)
+    request.address = "127.0.0.1:1"
+    request.certificate_request_pem = b"-----BEGIN"
+    async with refused_without_a_trace(centre, grpc.StatusCode.UNIMPLEMENTED, "CERTIFICATES_NOT_IMPLEMENTED"):
         await centre.fleet.RegisterNode(request)
     async with refused_without_a_trace(centre, grpc.StatusCode.NOT_FOUND, "NODE_NOT_FOUND"):
         await centre.fleet.Heartbeat(fleet_service_pb2.HeartbeatRequest(node_id="n-absent"))
