@@ -77,17 +77,14 @@ class Bundles:
             Refusal: the bundle is not harmless.
             OSError: the disk is full.
         """
-        with tempfile.NamedTemporaryFile(prefix="upload-", dir=self._folder, delete=False) as file:
-            path = Path(file.name)
-            try:
-                file.write(archive)
-                file.flush()
-                os.fsync(file.fileno())
-                record = await self._checked("sha256:" + hashlib.sha256(archive).hexdigest(), path)
-            except BaseException:
-                path.unlink(missing_ok=True)
-                raise
-        return InlineBundle(record, path)
+        handle, name = tempfile.mkstemp(prefix="upload-", dir=self._folder)
+        path = Path(name)
+        try:
+            digest = await self._lasting.do(asyncio.to_thread(_write, handle, archive))
+            return InlineBundle(await self._checked("sha256:" + digest, path), path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
     def drop_inline(self, bundle: InlineBundle) -> None:
         """Removes the temporary file, if it is still there."""
@@ -164,3 +161,12 @@ class Bundles:
     async def sources(self, path: Path) -> dict[str, bytes]:
         """Returns the text files of a bundle that say what its code needs, by path."""
         return await asyncio.to_thread(read_files, path, self.limits, suffixes=_SOURCES, most_bytes=_MOST_SOURCE_BYTES)
+
+
+def _write(handle: int, archive: bytes) -> str:
+    """Writes an archive and closes it, and returns its digest in hex."""
+    with os.fdopen(handle, "wb") as file:
+        file.write(archive)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(archive).hexdigest()
