@@ -12,7 +12,11 @@ __all__ = ["facts_line", "number"]
 
 def facts_line(facts: Iterable[CodeFact]) -> str:
     """Returns the facts in one line, with units; what is zero, false or empty is left out."""
-    return ", ".join(filter(None, map(_said, facts)))
+    known = list(facts)
+    values = {fact.name: fact.value for fact in known}
+    if values.get("trained_parameters") == values.get("parameters"):
+        known = [fact for fact in known if fact.name != "trained_parameters"]
+    return ", ".join(filter(None, map(_said, known)))
 
 
 def number(value: float) -> str:

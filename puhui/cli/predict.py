@@ -14,6 +14,7 @@ from puhui.cli.progress import transfer_bar
 from puhui.cli.run import note_code
 from puhui.cli.terminal import terminal
 from puhui.cli.words import overruled_line, prediction_line, readable
+from puhui.v1 import prediction_pb2
 
 __all__ = ["add_commands"]
 
@@ -47,7 +48,8 @@ def _predict(
     if prediction.tier:
         said = overruled_line(prediction, answer.sizing.origin) or prediction_line(prediction)
         terminal().show(f"predicted  {said}")
-        facts = facts_line(prediction.facts)
+        sized = prediction.tier != prediction_pb2.PREDICTION_TIER_NO_ACCELERATOR
+        facts = facts_line(prediction.facts) if sized else ""
         if facts:
             terminal().show(f"from       {facts}")
         terminal().show("")

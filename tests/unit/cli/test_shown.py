@@ -179,6 +179,7 @@ def test_facts_have_units_and_leave_out_what_is_not() -> None:
     facts = {
         "model": "resnet50",
         "parameters": "25557032",
+        "trained_parameters": "25557032",
         "batch": "64",
         "image": "0",
         "training": "True",
