@@ -45,8 +45,10 @@ def _predict(
             if chosen is None or item.gpu_model == chosen.gpu_model
         }
     prediction = answer.prediction
+    said = overruled_line(prediction, answer.sizing.origin) or prediction_line(prediction)
+    # What the user asked for is what the slices are measured by.
+    prediction.required_mib = answer.sizing.required_mib or prediction.required_mib
     if prediction.tier:
-        said = overruled_line(prediction, answer.sizing.origin) or prediction_line(prediction)
         terminal().show(f"predicted  {said}")
         sized = prediction.tier != prediction_pb2.PREDICTION_TIER_NO_ACCELERATOR
         facts = facts_line(prediction.facts) if sized else ""

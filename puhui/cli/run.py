@@ -39,8 +39,8 @@ def _run(
 ) -> None:
     """Run a script on a virtual card and stay with it: its output, and its exit code.
 
-    The code's folder, which is the working directory, is read-only. What the script writes to /workspace/outputs
-    ($PUHUI_OUTPUTS) comes back with `puhui pull`.
+    The code's folder, the working directory, is read-only. What the script writes to
+    /workspace/outputs ($PUHUI_OUTPUTS) comes back with `puhui pull`.
 
     Ctrl-C leaves the job running. The exit code is the script's own; 125 when it never started.
     """
