@@ -38,6 +38,7 @@ async def stalled_commits(centre: RunningCentre) -> AsyncIterator[None]:
     finally:
         go_on.set()
         await stalled
+        await writer.write(lambda _: None)  # what waited has been committed by now
 
 
 async def abandon(centre: RunningCentre, call: Any) -> None:
