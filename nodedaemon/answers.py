@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import grpc
+import structlog
 from google.protobuf.message import Message
 
 from nodedaemon.journal import Answer, Journal
@@ -18,6 +20,8 @@ from puhui.rpc.moment import now
 from puhui.v1.card_pb2 import AttemptRef
 
 __all__ = ["Mutation", "Mutations"]
+
+_log = structlog.get_logger(__name__)
 
 _Response = TypeVar("_Response", bound=Message)
 
@@ -63,7 +67,8 @@ class Mutations:
                 INVALID_ARGUMENT with OWNER_INVALID; and whatever `act` raises, which is not kept.
         """
         owner, token = Owner.of(request.owner), request.owner.fencing_token
-        task = asyncio.create_task(self._in_turn(owner, token, request, kind, act))
+        name = f"{kind.DESCRIPTOR.name.removesuffix('Response')} for {owner}"
+        task = asyncio.create_task(self._in_turn(owner, token, request, kind, act), name=name)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
@@ -108,10 +113,17 @@ class Mutations:
         if token > highest:
             self._journal.raise_token(owner, token, now())
 
-    async def settle(self) -> None:
-        """Waits until every mutation that has begun has ended."""
-        while self._running:
-            await asyncio.wait(self._running)
+    async def settle(self, limit_s: float) -> None:
+        """Waits until every mutation that has begun has ended, but no longer than `limit_s` seconds.
+
+        What is left then is as after a crash: the next start makes it good.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while self._running:
+                    await asyncio.wait(self._running)
+        for task in self._running:
+            _log.warning("left a mutation to the next start", mutation=task.get_name())
 
 
 def _digest(request: Any) -> str:

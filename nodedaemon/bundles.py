@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -71,8 +71,12 @@ class Bundles:
             if not (path / "bundle.json").exists():  # cut short by a crash
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    async def put(self, parts: AsyncIterator[UploadPart], in_use: Collection[str]) -> tuple[Bundle, bool]:
+    async def put(self, parts: AsyncIterator[UploadPart], in_use: Callable[[], Collection[str]]) -> tuple[Bundle, bool]:
         """Takes an upload. Returns the bundle, and whether it was here already.
+
+        Args:
+            parts: the upload.
+            in_use: says which bundles must not be dropped to make room; asked after the upload, which takes long.
 
         Raises:
             Refusal: as `puhui.rpc.transfer.receive` and `puhui.rpc.bundle.unpack` do.
@@ -88,7 +92,7 @@ class Bundles:
                 if known is not None:
                     return known, True
                 bundle = await asyncio.to_thread(self._unpack, upload.bundle_id, upload.path)
-        await asyncio.to_thread(self._drop_excess, {*in_use, bundle.id})
+        await asyncio.to_thread(self._drop_excess, {*in_use(), bundle.id})
         return bundle, False
 
     def _unpack(self, bundle_id: str, archive: Path) -> Bundle:

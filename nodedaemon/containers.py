@@ -13,7 +13,7 @@ import structlog
 from nodedaemon.bundles import Bundles
 from nodedaemon.container_request import container_name, environment, require_sound
 from nodedaemon.descriptions import describe_container
-from nodedaemon.devices import CardDevices, SliceIds, mounts_for, read_minors
+from nodedaemon.devices import CardDevices, SliceIds, mounts_for, read_minors, require_cap_nodes
 from nodedaemon.events import EventLog
 from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
 from nodedaemon.owner import Owner
@@ -33,6 +33,8 @@ _log = structlog.get_logger(__name__)
 _DEFAULT_GRACE_S = 10.0
 _KILL_S = 20.0
 _LOOK_AGAIN_S = 30.0
+_FIRST_RETRY_S = 0.25
+_LONGEST_RETRY_S = 30.0
 
 
 @dataclass
@@ -188,7 +190,10 @@ class Containers:
     def _devices(self, slices: list[SliceIds]) -> list[Mount]:
         if not slices:
             return []
-        return mounts_for(slices, self._cards, read_minors(self._cards.minors.read_text()))
+        minors = read_minors(self._cards.minors.read_text())
+        mounts = mounts_for(slices, self._cards, minors)
+        require_cap_nodes(mounts, minors)
+        return mounts
 
     async def _roll_back(self, record: ContainerRecord) -> None:
         record = self._journal.container(record.owner) or record
@@ -221,10 +226,16 @@ class Containers:
         task.add_done_callback(self._tasks.discard)
 
     async def _end_overdue(self, owner: Owner) -> None:
-        record = self._journal.container(owner)
-        if record is not None:
-            with contextlib.suppress(Refusal):  # it is told of again by whoever asks next
+        pause = _FIRST_RETRY_S
+        while (record := self._journal.container(owner)) is not None and record.stage is ContainerStage.RUNNING:
+            try:
                 await self._end(record, record.stop_grace_s)
+            except Refusal as error:
+                _log.warning("an overdue container cannot be ended yet", owner=str(owner), error=error.message)
+            else:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_RETRY_S)
 
     async def watch(self) -> None:
         """Notes every end of a command, until cancelled."""
@@ -241,6 +252,8 @@ class Containers:
                     self._early[ended.id] = ended
         finally:
             again.cancel()
+            for task in self._tasks:
+                task.cancel()
 
     async def _look_again(self) -> None:
         while True:
@@ -367,7 +380,14 @@ class Containers:
             await asyncio.to_thread(self._attempts.remove, owner)
         except PermissionError:
             await self._runtime.make_removable(self._attempts.folder(owner).path)
-            await asyncio.to_thread(self._attempts.remove, owner)
+            try:
+                await asyncio.to_thread(self._attempts.remove, owner)
+            except PermissionError as error:
+                raise Refusal(
+                    grpc.StatusCode.INTERNAL,
+                    "WORKSPACE_STUCK",
+                    f"what {owner} left on this node cannot be removed: {error}",
+                ) from error
 
     # Reading ----------------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ __all__ = ["CannotServeError", "Settings", "serve"]
 _log = structlog.get_logger(__name__)
 
 _GRACE_S = 3.0
+_SETTLE_S = 15.0
 _PRUNE_S = 3600.0
 _THREADS = 32
 
@@ -95,14 +96,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         journal.prune(now())
         driver, cards = _open_driver(settings)
         stack.callback(driver.close)
-        runtime, user = await _open_runtime(settings, journal.fact("node_id", new_id("n")), cards.emulated)
+        node_id = journal.fact("node_id", new_id("n"))
+        runtime, user = await _open_runtime(settings, node_id, cards.emulated)
         stack.push_async_callback(runtime.close)
 
         events = EventLog(journal)
         revision = Revision()
-        gpus = Gpus(driver, emulated=cards.emulated)
+        try:
+            gpus = Gpus(driver, emulated=cards.emulated)
+        except DriverError as error:
+            raise CannotServeError(f"the NVIDIA driver does not list its GPUs ({error}); see `nvidia-smi`") from error
         slices = Slices(gpus, journal, events, changed=revision.grow)
-        inventory = Inventory(settings.name, gpus, slices, runtime, revision)
+        inventory = Inventory(settings.name, node_id, gpus, slices, runtime, revision)
         bundles = Bundles(settings.state / "bundles")
         attempts = Attempts(settings.state / "attempts", user.uid, user.gid)
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
@@ -132,7 +137,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         notify_stopping()
         events.close()
         await server.stop(_GRACE_S)
-        await mutations.settle()
+        await mutations.settle(_SETTLE_S)
 
 
 def _require_sound(settings: Settings) -> None:

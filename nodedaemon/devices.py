@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nodedaemon.runtime import Mount
+import grpc
 
-__all__ = ["CAPS_PATH", "CardDevices", "SliceIds", "library_mounts", "mounts_for", "read_minors"]
+from nodedaemon.runtime import Mount
+from puhui.rpc.errors import Refusal
+
+__all__ = ["CAPS_PATH", "CardDevices", "SliceIds", "library_mounts", "mounts_for", "read_minors", "require_cap_nodes"]
 
 CAPS_PATH = "/dev/nvidia-caps"
 """Where a container looks for cap nodes."""
@@ -52,9 +55,12 @@ class CardDevices:
         """Returns where the real driver of this host keeps them.
 
         Raises:
-            OSError: ldconfig is not there.
+            OSError: ldconfig is not there, or fails.
         """
-        listed = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"`/sbin/ldconfig -p` fails, so the driver's libraries are not found: {done.stderr.strip()}")
+        listed = done.stdout
         return cls(Path("/dev/nvidia-caps"), Path("/proc/driver/nvidia-caps/mig-minors"), False, library_mounts(listed))
 
 
@@ -76,12 +82,16 @@ def mounts_for(slices: Sequence[SliceIds], cards: CardDevices, minors: Mapping[s
         minors: as `read_minors` returns them.
 
     Raises:
-        KeyError: the driver knows no cap node of a slice.
+        Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING, the driver or this host has no cap node of a slice.
     """
     mounts: dict[str, Mount] = {}
     for one in slices:
         name = f"gpu{one.gpu_minor}/gi{one.gi}"
         for cap in (f"{name}/access", f"{name}/ci{one.ci}/access"):
+            if cap not in minors:
+                raise _cap_node_missing(
+                    f"the driver's list of minors has no {cap}: destroy the slice and make it anew", cap
+                )
             node = f"nvidia-cap{minors[cap]}"
             _add(mounts, Mount(cards.caps / node, f"{CAPS_PATH}/{node}", device=not cards.emulated))
     if slices and not cards.emulated:
@@ -90,6 +100,31 @@ def mounts_for(slices: Sequence[SliceIds], cards: CardDevices, minors: Mapping[s
         for library in cards.libraries:
             _add(mounts, Mount(library, str(library)))
     return list(mounts.values())
+
+
+def require_cap_nodes(mounts: Sequence[Mount], minors: Mapping[str, int]) -> None:
+    """Refuses when a cap node is missing on this host: Podman would only say that some file is.
+
+    Args:
+        mounts: as `mounts_for` returns them.
+        minors: as `read_minors` returns them.
+
+    Raises:
+        Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING.
+    """
+    names = {f"nvidia-cap{minor}": name for name, minor in minors.items()}
+    for mount in mounts:
+        if mount.target.startswith(CAPS_PATH) and not mount.source.exists():
+            gpu, _, rest = names[mount.source.name].partition("/")
+            raise _cap_node_missing(
+                f"this host has no {mount.source}: make it, as root, with "
+                f"`nvidia-modprobe -f /proc/driver/nvidia/capabilities/{gpu}/mig/{rest}`",
+                mount.source.name,
+            )
+
+
+def _cap_node_missing(message: str, node: str) -> Refusal:
+    return Refusal(grpc.StatusCode.FAILED_PRECONDITION, "CAP_NODE_MISSING", message, node=node)
 
 
 def _add(mounts: dict[str, Mount], mount: Mount) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_uint
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -36,6 +36,7 @@ class DriverError(Exception):
 class Mig(IntEnum):
     """Whether a GPU can be cut. The values are those of puhui.v1.MigMode."""
 
+    UNKNOWN = 0
     NOT_SUPPORTED = 1
     DISABLED = 2
     ENABLED = 3
@@ -58,12 +59,16 @@ class GpuFacts:
     """One physical GPU."""
 
     uuid: str
+    """Empty when the GPU did not say it since this daemon runs."""
     index: int
     minor: int
     model: str
     memory_mib: int
+    """0 is unknown."""
     pci_bus_id: str
     mig: Mig
+    notice: str = ""
+    """What it did not answer, in a sentence; empty when all is well. `mig` is UNKNOWN then."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Driver:
     def __init__(self) -> None:
         _ask(pynvml.nvmlInit)
         self._handles: dict[str, Any] = {}
+        self._known: dict[int, GpuFacts] = {}
         self._profiles: dict[str, tuple[ProfileFacts, ...]] = {}
 
     def close(self) -> None:
@@ -130,28 +136,45 @@ class Driver:
         return str(_ask(pynvml.nvmlSystemGetNVMLVersion))
 
     def gpus(self) -> list[GpuFacts]:
-        """Returns the node's GPUs, by index.
+        """Returns the node's GPUs, by index. One that does not answer has a notice, and spoils no other.
 
         Raises:
-            DriverError: a GPU does not answer.
+            DriverError: the driver cannot say how many there are.
         """
-        found = []
-        for index in range(_ask(pynvml.nvmlDeviceGetCount)):
+        return [self._gpu(index) for index in range(_ask(pynvml.nvmlDeviceGetCount))]
+
+    def _gpu(self, index: int) -> GpuFacts:
+        try:
             handle = _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
             uuid = str(_ask(pynvml.nvmlDeviceGetUUID, handle))
-            self._handles[uuid] = handle
-            found.append(
-                GpuFacts(
-                    uuid=uuid,
-                    index=index,
-                    minor=int(_ask(pynvml.nvmlDeviceGetMinorNumber, handle)),
-                    model=str(_ask(pynvml.nvmlDeviceGetName, handle)),
-                    memory_mib=int(_ask(pynvml.nvmlDeviceGetMemoryInfo, handle).total) // 2**20,
-                    pci_bus_id=_text(_ask(pynvml.nvmlDeviceGetPciInfo, handle).busId),
-                    mig=self._mig(handle),
-                )
+            facts = GpuFacts(
+                uuid=uuid,
+                index=index,
+                minor=int(_ask(pynvml.nvmlDeviceGetMinorNumber, handle)),
+                model=str(_ask(pynvml.nvmlDeviceGetName, handle)),
+                memory_mib=0,
+                pci_bus_id=_text(_ask(pynvml.nvmlDeviceGetPciInfo, handle).busId),
+                mig=self._mig(handle),
             )
-        return found
+            self._handles[uuid] = handle
+            facts = replace(facts, memory_mib=self._memory_mib(handle, facts))
+        except DriverError as error:
+            # What was known of it is told on: its slices are found by its UUID.
+            known = self._known.get(index, GpuFacts("", index, index, "", 0, "", Mig.UNKNOWN))
+            notice = f"the driver does not answer for this GPU ({error}); see `dmesg` and `nvidia-smi -i {index} -q`"
+            return replace(known, mig=Mig.UNKNOWN, notice=notice)
+        self._known[index] = facts
+        return facts
+
+    def _memory_mib(self, handle: Any, gpu: GpuFacts) -> int:
+        try:
+            return int(_ask(pynvml.nvmlDeviceGetMemoryInfo, handle).total) // 2**20
+        except DriverError as error:
+            # With MIG mode on, an unprivileged user may be refused this; the largest profile spans the whole GPU.
+            if error.code not in (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_NOT_SUPPORTED):
+                raise
+        profiles = self.profiles(gpu.uuid) if gpu.mig is Mig.ENABLED else ()
+        return max((profile.memory_mib for profile in profiles), default=0)
 
     def _mig(self, handle: Any) -> Mig:
         try:

@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 
 import grpc
 import pynvml
+import structlog
 
 from nodedaemon.driver import Driver, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts
 from puhui.rpc.errors import Refusal
 
 __all__ = ["Gpus"]
+
+_log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -27,13 +30,17 @@ class Gpus:
         emulated: whether it is emulated.
 
     Raises:
-        DriverError: a GPU does not answer.
+        DriverError: the driver does not answer at all.
     """
 
     def __init__(self, driver: Driver, *, emulated: bool) -> None:
         self.driver = driver
         self.emulated = emulated
-        self._facts = {gpu.uuid: gpu for gpu in driver.gpus()}
+        found = driver.gpus()
+        self._facts = {gpu.uuid: gpu for gpu in found if gpu.uuid}
+        # A GPU that does not even tell its UUID may be any.
+        self._nameless = any(not gpu.uuid for gpu in found)
+        self._silent: set[str] = set()
         # NVML lets calls on one GPU overlap, and then two creates race for one place. Other GPUs go on.
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -56,6 +63,11 @@ class Gpus:
             )
         return self._facts[uuid]
 
+    def known(self, uuid: str) -> GpuFacts:
+        """Returns a GPU, or what its slices tell of it when this node does not have it any more."""
+        gone = GpuFacts(uuid, 0, 0, "", 0, "", Mig.UNKNOWN, "this node does not show this GPU any more")
+        return self._facts.get(uuid, gone)
+
     async def refresh(self) -> list[GpuFacts]:
         """Reads the GPUs anew, by index: an operator may have switched MIG mode.
 
@@ -63,7 +75,9 @@ class Gpus:
             Refusal: INTERNAL with DRIVER_REFUSED.
         """
         found = await asyncio.to_thread(_translated, "this node", self.driver.gpus)
-        self._facts = {gpu.uuid: gpu for gpu in found}
+        # A GPU that fell off the bus is still known: slices of the journal are on it.
+        self._nameless = any(not gpu.uuid for gpu in found)
+        self._facts.update({gpu.uuid: gpu for gpu in found if gpu.uuid})
         return found
 
     async def profile(self, gpu: GpuFacts, name: str) -> ProfileFacts:
@@ -74,6 +88,8 @@ class Gpus:
         """
         if gpu.mig is not Mig.ENABLED:
             gpu = next((one for one in await self.refresh() if one.uuid == gpu.uuid), gpu)
+        if gpu.mig is Mig.UNKNOWN:
+            raise _silent(gpu)
         if gpu.mig is not Mig.ENABLED:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -101,23 +117,33 @@ class Gpus:
             Refusal: as `ask` does.
         """
         now = self._facts.get(gpu.uuid, gpu)
+        if now.mig is Mig.UNKNOWN:
+            raise _silent(now)
         return await self.ask(gpu, self.driver.instances, gpu.uuid) if now.mig is Mig.ENABLED else []
 
     async def all_instances(self) -> list[tuple[GpuFacts, GpuInstance]]:
-        """Returns every GPU instance of the node with its GPU.
+        """Returns every GPU instance of the node with its GPU, but for GPUs that do not answer: `may_have` knows."""
+        found = []
+        self._silent = set()
+        for gpu in list(self._facts.values()):
+            try:
+                found.extend([(gpu, instance) for instance in await self.instances(gpu)])
+            except Refusal as error:
+                self._silent.add(gpu.uuid)
+                _log.warning("a GPU does not list its slices", gpu=gpu.index, error=error.message)
+        return found
 
-        Raises:
-            Refusal: as `ask` does.
-        """
-        return [(gpu, instance) for gpu in self._facts.values() for instance in await self.instances(gpu)]
+    def may_have(self, uuid: str) -> bool:
+        """Says whether a GPU may be there though `all_instances` could not look at it when it last did."""
+        return uuid in self._silent or (uuid not in self._facts and self._nameless)
 
     async def holders(self, gpu: GpuFacts, gi: int) -> list[str]:
-        """Returns the processes that use a GPU instance, each as its id and its command.
-
-        Raises:
-            Refusal: as `ask` does.
-        """
-        pids = await self.ask(gpu, self.driver.processes, gpu.uuid, gi)
+        """Returns the processes that use a GPU instance, each as its id and its command; none if it cannot be said."""
+        try:
+            pids = await self.ask(gpu, self.driver.processes, gpu.uuid, gi)
+        except Refusal as error:  # NO_PERMISSION for an unprivileged user, say
+            _log.info("the driver does not name who holds a slice", gpu=gpu.index, error=error.message)
+            return []
         return [f"{pid} ({_command(pid)})" for pid in pids]
 
     async def ask(self, gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
@@ -128,6 +154,15 @@ class Gpus:
                 DRIVER_PERMISSION; INTERNAL with DRIVER_REFUSED.
         """
         return await asyncio.to_thread(_translated, f"GPU {gpu.index}", call, *arguments)
+
+
+def _silent(gpu: GpuFacts) -> Refusal:
+    return Refusal(
+        grpc.StatusCode.INTERNAL,
+        "DRIVER_REFUSED",
+        f"GPU {gpu.index} cannot be used now: {gpu.notice}",
+        gpu_uuid=gpu.uuid,
+    )
 
 
 def _translated(where: str, call: Callable[..., _T], *arguments: Any) -> _T:

@@ -6,12 +6,14 @@ import asyncio
 import importlib.metadata
 import os
 import platform
+from dataclasses import replace
 
 from nodedaemon.driver import GpuFacts, Mig
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id, memory_bytes
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.slices import Slices
+from puhui.rpc.errors import Refusal
 from puhui.v1.card_pb2 import Gpu, MigMode, Placement, Profile
 from puhui.v1.node_pb2 import NodeInventory, NodeVersions
 
@@ -37,6 +39,7 @@ class Inventory:
 
     Args:
         name: the node's name.
+        daemon_id: what tells this daemon from any other, for as long as its state is kept.
         gpus: the node's GPUs.
         slices: the node's slices.
         runtime: what runs its containers.
@@ -46,12 +49,14 @@ class Inventory:
     def __init__(
         self,
         name: str,
+        daemon_id: str,
         gpus: Gpus,
         slices: Slices,
         runtime: ContainerRuntime,
         revision: Revision,
     ) -> None:
         self._name = name
+        self._daemon_id = daemon_id
         self._gpus = gpus
         self._slices = slices
         self._runtime = runtime
@@ -80,17 +85,24 @@ class Inventory:
             host_memory_mib=memory_bytes() // 2**20,
             boot_id=boot_id(),
             revision=revision,
+            daemon_id=self._daemon_id,
         )
 
     async def _describe(self, gpu: GpuFacts) -> Gpu:
+        profiles: list[Profile] = []
+        if gpu.mig is Mig.ENABLED:
+            try:
+                profiles = await self._gpus.ask(gpu, self._profiles, gpu)
+            except Refusal as error:
+                gpu = replace(gpu, mig=Mig.UNKNOWN, notice=error.message)
         return Gpu(
-            uuid=gpu.uuid,
+            uuid=gpu.uuid or f"unknown-{gpu.index}",
             index=gpu.index,
             model=gpu.model,
             memory_mib=gpu.memory_mib,
             pci_bus_id=gpu.pci_bus_id,
             mig_mode=MigMode.ValueType(gpu.mig),
-            profiles=await self._gpus.ask(gpu, self._profiles, gpu) if gpu.mig is Mig.ENABLED else [],
+            profiles=profiles,
             emulated=self._gpus.emulated,
             notice=_notice(gpu),
         )
@@ -113,6 +125,8 @@ class Inventory:
 
 
 def _notice(gpu: GpuFacts) -> str:
+    if gpu.notice:
+        return gpu.notice
     if gpu.mig is Mig.DISABLED:
         return (
             f"MIG mode is off: enable it with `nvidia-smi -i {gpu.index} -mig 1`, as root, while nothing uses the GPU"

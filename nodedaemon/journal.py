@@ -159,10 +159,6 @@ class Journal:
         self._write("INSERT OR IGNORE INTO facts VALUES (?, ?)", (name, default))
         return str(self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()[0])
 
-    def set_fact(self, name: str, value: str) -> None:
-        """Changes a fact about this daemon."""
-        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-
     # Fencing and answers ----------------------------------------------------------------------------------
 
     def highest_token(self, owner: Owner) -> int:

@@ -6,13 +6,16 @@ import resource
 from collections.abc import Collection
 from typing import Any
 
-from nodedaemon.host import memory_bytes
 from nodedaemon.runtime import CODE_PATH, OUTPUTS_PATH, WORKSPACE_PATH, ContainerSpec, Mount
 
 __all__ = ["enforced_limits", "spec_generator"]
 
 _DEFAULT_PIDS = 4096
 _MOST_FILES = 65536
+# Writable places of a container that are memory of the host; without a size each could take half of it.
+_TMPFS = {"/tmp": "512m", "/var/tmp": "512m", "/run": "64m"}  # noqa: S108 - the container's own
+_TMPFS_OPTIONS = ("rw", "nosuid", "nodev", "mode=1777")
+_SHM_BYTES = 2**30  # PyTorch's data loaders pass batches through it; the usual 64 MiB ends them with a bus error
 _CONTROLLERS = (("cpus", "cpu"), ("host_memory", "memory"), ("pids", "pids"))
 
 
@@ -47,11 +50,15 @@ def spec_generator(spec: ContainerSpec, node_id: str, limits: Collection[str]) -
             _bind(Mount(spec.code, CODE_PATH)),
             *(_bind(mount) for mount in spec.mounts),
             *(
-                {"destination": path, "type": "tmpfs", "options": ["rw", "nosuid", "nodev", "mode=1777"]}
-                for path in ("/tmp", "/var/tmp", "/run")  # noqa: S108 - the container's own
+                {
+                    "destination": path,
+                    "type": "tmpfs",
+                    "options": ["rw", "nosuid", "nodev", "mode=1777", f"size={size}"],
+                }
+                for path, size in _TMPFS.items()
             ),
         ],
-        "shm_size": (spec.host_memory_mib * 2**20 or memory_bytes()) // 2,
+        "shm_size": _SHM_BYTES,
         "r_limits": [
             {"type": "core", "soft": 0, "hard": 0},
             {"type": "nofile", "soft": most_files, "hard": most_files},

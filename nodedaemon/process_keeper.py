@@ -25,6 +25,8 @@ _READ_BYTES = 8192
 
 def main(folder: Path) -> int:
     """Runs the process and stays until it has ended. Returns 0."""
+    # By itself and first of all: a daemon that ends at this moment finds it again.
+    _write(folder / "keeper.json", {"pid": os.getpid()})
     spec = json.loads((folder / "spec.json").read_text())
     # What is meant for the process reaches it by its own id; the keeper itself outlives everything but SIGKILL.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

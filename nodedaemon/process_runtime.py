@@ -94,7 +94,6 @@ class ProcessRuntime:
                 grpc.StatusCode.INTERNAL, "RUNTIME_REFUSED", f"the process cannot be started: {answer['error']}"
             )
         self._keepers[container_id] = keeper
-        (self._folder / container_id / "keeper.json").write_text(json.dumps({"pid": keeper.pid}))
         self._watch(container_id)
         return self._status(container_id)
 

@@ -63,7 +63,13 @@ class Recovery:
 
     async def _slices(self) -> None:
         instances = [instance for _, instance in await self.gpus.all_instances()]
-        plan = plan_slices(self.journal.slices(), instances, boot_id())
+        boot = boot_id()
+        records = self.journal.slices()
+        # Of a GPU that does not answer nothing is known, and so nothing is decided; a boot wipes its slices even so.
+        doubtful = [one for one in records if self.gpus.may_have(one.gpu_uuid) and one.boot_id == boot]
+        for one in doubtful:
+            self.slices.keep_in_doubt(one)
+        plan = plan_slices([one for one in records if one not in doubtful], instances, boot)
         for one, why in plan.drop:
             name = one.uuid or f"{one.profile} at {one.span.start}"
             self.slices.drop(one)

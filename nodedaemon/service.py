@@ -142,7 +142,7 @@ class NodeService(NodeServiceServicer):
         self, request_iterator: AsyncIterator[NodeServicePutBundleRequest], context: Any
     ) -> NodeServicePutBundleResponse:
         bundle, already = await self._bundles.put(
-            cast("AsyncIterator[UploadPart]", request_iterator), self._containers.bundles_in_use()
+            cast("AsyncIterator[UploadPart]", request_iterator), self._containers.bundles_in_use
         )
         return NodeServicePutBundleResponse(bundle=bundle, already_present=already)
 

@@ -218,8 +218,9 @@ class Slices:
                     await self._destroy_once(gpu, record)
                 break
             except Refusal as error:
-                holders = await self._gpus.holders(gpu, record.gi or 0) if error.reason == "SLICE_IN_USE" else []
-                if error.reason != "SLICE_IN_USE" or time.monotonic() + pause > deadline:
+                in_use = error.reason == "SLICE_IN_USE"
+                if not in_use or time.monotonic() + pause > deadline:
+                    holders = await self._gpus.holders(gpu, record.gi or 0) if in_use else []
                     raise self._stuck(record, error, holders) from error
             # The lock is free meanwhile: what waits for a process to go must not hold up others.
             await asyncio.sleep(pause)
@@ -282,6 +283,14 @@ class Slices:
         message = "slice {slice} is gone, and nobody here destroyed it"
         self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED, "SLICE_VANISHED", message)
 
+    def keep_in_doubt(self, record: SliceRecord) -> None:
+        """Notes that it cannot be known now whether a slice is there: its GPU does not answer."""
+        gpu = self._gpus.known(record.gpu_uuid)
+        why = f"its GPU {gpu.uuid} does not answer: {gpu.notice or 'see `nvidia-smi`'}"
+        stage = SliceStage.ACTIVE if record.stage is SliceStage.ACTIVE else SliceStage.ERROR
+        record = self._journal.update_slice(replace(record, stage=stage, notice=why))
+        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, "GPU_SILENT", "slice {slice} is in doubt: " + why)
+
     # Reading ----------------------------------------------------------------------------------------------
 
     async def describe_all(self, *, foreign: bool) -> list[Slice]:
@@ -302,7 +311,7 @@ class Slices:
 
     def describe(self, record: SliceRecord) -> Slice:
         """Returns a slice for the wire."""
-        return describe_slice(record, self._gpus.gpu(record.gpu_uuid), emulated=self._gpus.emulated)
+        return describe_slice(record, self._gpus.known(record.gpu_uuid), emulated=self._gpus.emulated)
 
     def owned(self, owner: Owner, uuid: str) -> tuple[SliceRecord, GpuFacts]:
         """Returns an active slice of an attempt, and its GPU.
@@ -322,7 +331,7 @@ class Slices:
 
     def _told(self, record: SliceRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
         described = self.describe(record)
-        gpu = self._gpus.gpu(record.gpu_uuid)
+        gpu = self._gpus.known(record.gpu_uuid)
         where = f"{record.uuid} ({record.profile} at {record.span.start} on GPU {gpu.index})"
         self._events.add(
             kind, reason, message.replace("{slice}", where), owner=record.owner.ref(record.token), slice=described

@@ -70,6 +70,10 @@ class FaultyRuntime(ProcessRuntime):
         self._fail("after start")
         return status
 
+    async def signal(self, container_id: str, signal: int) -> None:
+        self._fail("before signal")
+        await super().signal(container_id, signal)
+
     async def remove(self, container_id: str) -> None:
         self._fail("before remove")
         await super().remove(container_id)
@@ -110,7 +114,7 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Bench]:
+async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIterator[Bench]:
     with installed(EmulatedDriver(folder / "emulation", parse_cards("A30-24GB:1"))) as emulated:
         journal = Journal(folder / "node.db")
         events = EventLog(journal)
@@ -122,6 +126,8 @@ async def opened(folder: Path) -> AsyncIterator[Bench]:
         attempts = Attempts(folder / "attempts", user.uid, user.gid)
         cards = CardDevices(emulated.caps.directory, emulated.caps.minors_file, True)
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image")
+        if fault is not None:
+            emulated.faults.inject(*fault)
         await Recovery(journal, events, gpus, slices, containers, runtime).run()
         watching = asyncio.create_task(containers.watch())
         archive = folder / "bundle.tar.gz"
@@ -132,7 +138,7 @@ async def opened(folder: Path) -> AsyncIterator[Bench]:
             yield NodeServicePutBundleRequest(header=header)
             yield NodeServicePutBundleRequest(chunk=archive.read_bytes())
 
-        await bundles.put(parts(), set())
+        await bundles.put(parts(), set)
         results = Results(journal, attempts, runtime, containers.ended)
         yield Bench(folder, journal, events, gpus, slices, runtime, containers, results, header.bundle_id)
         watching.cancel()
@@ -204,6 +210,35 @@ async def test_a_running_process_is_removed_with_all_it_started(tmp_path: Path) 
         bench.require_nothing_left()
 
 
+async def test_a_time_limit_outlasts_a_runtime_that_refuses_once(tmp_path: Path) -> None:
+    async with opened(tmp_path) as bench:
+        bench.runtime.fault = "before signal"
+        await bench.create("python3", "wait.py", max_duration_s=0.05)
+        await bench.ended()
+        (container,) = bench.containers.describe_all()
+        assert container.timed_out
+        await bench.containers.remove(_OWNER, discard_results=True)
+
+
+async def test_what_does_not_end_does_not_hold_up_a_shutdown(tmp_path: Path) -> None:
+    async with opened(tmp_path) as bench:
+        mutations = Mutations(bench.journal)
+        go = asyncio.Event()
+
+        async def act(owner: Owner, token: int) -> RemoveContainerResponse:
+            await go.wait()
+            return RemoveContainerResponse()
+
+        request = RemoveContainerRequest(owner=_OWNER.ref(7))
+        calling = asyncio.create_task(mutations.carry_out(request, RemoveContainerResponse, act))
+        await mutations.settle(0.01)
+        await asyncio.sleep(0)
+        await mutations.settle(0.01)
+        assert not calling.done()
+        go.set()
+        await calling
+
+
 async def test_a_second_container_for_an_attempt_is_refused(tmp_path: Path) -> None:
     async with opened(tmp_path) as bench:
         await bench.create()
@@ -234,7 +269,7 @@ async def test_a_caller_that_leaves_does_not_stop_a_mutation(tmp_path: Path) -> 
         with pytest.raises(asyncio.CancelledError):
             await calling
         go.set()
-        await mutations.settle()
+        await mutations.settle(10)
         assert done == [(_OWNER, 7)]
         # Whoever asks again is answered, and nothing is done twice.
         assert await mutations.carry_out(request, RemoveContainerResponse, act) == RemoveContainerResponse()

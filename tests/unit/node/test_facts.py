@@ -9,10 +9,11 @@ import pytest
 from nodedaemon.bundles import StoredBundle, evictions
 from nodedaemon.commands import Found, candidates
 from nodedaemon.container_request import container_name, environment
-from nodedaemon.devices import CardDevices, SliceIds, library_mounts, mounts_for, read_minors
+from nodedaemon.devices import CardDevices, SliceIds, library_mounts, mounts_for, read_minors, require_cap_nodes
 from nodedaemon.owner import Owner
 from nodedaemon.podman_account import PodmanUnusableError, cgroup_layout, choose_oci_runtime
 from nodedaemon.registration import backoff_s
+from puhui.rpc.errors import Refusal
 
 _MINORS = (
     "config 1\nmonitor 2\ngpu0/gi1/access 12\ngpu0/gi1/ci0/access 13\ngpu1/gi2/access 156\ngpu1/gi2/ci0/access 157\n"
@@ -41,10 +42,17 @@ def test_a_real_slice_needs_its_gpu_the_control_nodes_and_the_libraries() -> Non
     assert [mount.target for mount in mounts if not mount.device] == [str(library)]
 
 
-def test_a_slice_that_the_driver_has_no_cap_node_for_is_an_error() -> None:
-    cards = CardDevices(Path("/caps"), Path("/minors"), emulated=True)
-    with pytest.raises(KeyError):
-        mounts_for([SliceIds(3, 1, 0)], cards, read_minors(_MINORS))
+def test_a_cap_node_that_is_missing_is_refused_with_what_makes_it(tmp_path: Path) -> None:
+    cards, minors = CardDevices(tmp_path, tmp_path / "minors", emulated=True), read_minors(_MINORS)
+    with pytest.raises(Refusal, match="no gpu3/gi1/access") as caught:
+        mounts_for([SliceIds(3, 1, 0)], cards, minors)
+    assert caught.value.reason == "CAP_NODE_MISSING"
+    mounts = mounts_for([SliceIds(0, 1, 0)], cards, minors)
+    (tmp_path / "nvidia-cap12").touch()
+    with pytest.raises(Refusal, match="nvidia-modprobe -f /proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access"):
+        require_cap_nodes(mounts, minors)
+    (tmp_path / "nvidia-cap13").touch()
+    require_cap_nodes(mounts, minors)
 
 
 def test_only_the_drivers_64_bit_libraries_are_taken() -> None:

@@ -51,3 +51,5 @@ def test_a_container_gets_the_least_that_it_needs() -> None:
     assert options["/workspace/code"] == ["rbind", "ro", "nosuid", "nodev"]
     assert options["/workspace"] == ["rbind", "rw", "nosuid", "nodev"]
     assert options["/dev/nvidia0"] == ["rbind", "rw", "nosuid", "dev"]
+    assert [options[path][-1] for path in ("/tmp", "/var/tmp", "/run")] == ["size=512m", "size=512m", "size=64m"]
+    assert told["shm_size"] == 2**30

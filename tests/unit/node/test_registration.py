@@ -69,7 +69,7 @@ async def test_a_node_joins_and_stays_in_touch(tmp_path: Path) -> None:
         revision = Revision()
         slices = Slices(gpus, journal, EventLog(journal), changed=revision.grow)
         runtime = ProcessRuntime(tmp_path / "processes", ProcessUser("me", os.geteuid(), os.getegid()), "")
-        inventory = Inventory("node-1", gpus, slices, runtime, revision)
+        inventory = Inventory("node-1", "n-abc", gpus, slices, runtime, revision)
         fleet = Fleet()  # type: ignore[abstract]
         server = RpcServer("127.0.0.1:0")
         server.add("puhui.v1.FleetService", add_FleetServiceServicer_to_server, fleet)
@@ -83,7 +83,7 @@ async def test_a_node_joins_and_stays_in_touch(tmp_path: Path) -> None:
             for _ in range(2):  # the first is refused, and tried again
                 joined = await fleet.join()
                 assert (joined.join_token, joined.address) == ("secret", "127.0.0.1:7071")
-                assert joined.inventory.name == "node-1"
+                assert (joined.inventory.name, joined.inventory.daemon_id) == ("node-1", "n-abc")
                 assert [gpu.emulated for gpu in joined.inventory.gpus] == [True, True]
             beat = await fleet.heartbeat()
             assert (beat.node_id, beat.HasField("inventory")) == ("n-1", False)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from typer.testing import CliRunner
 
 from nodedaemon.serve import app
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_before() -> Iterator[None]:
-    """The command sends the logs of the whole process to a stream that ends with it."""
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,16 @@ async def test_a_card_without_mig_says_how_to_enable_it(tmp_path: Path) -> None:
         assert (await slices.create(_OWNER, 1, gpu, "3g.40gb", Span(0, 4))).uuid
         journal.close()
         driver.close()
+
+
+async def test_who_holds_a_slice_may_stay_unnamed(bench: Bench) -> None:
+    uuid = await bench.create()
+    bench.emulated.faults.inject("nvmlComputeInstanceDestroy", pynvml.NVML_ERROR_IN_USE, 100)
+    bench.emulated.faults.inject("nvmlDeviceGetComputeRunningProcesses", pynvml.NVML_ERROR_NO_PERMISSION, 100)
+    with pytest.raises(Refusal, match="a process that the driver does not name") as caught:
+        await bench.destroy(uuid)
+    assert caught.value.reason == "SLICE_IN_USE"
+    (record,) = bench.journal.slices()
+    assert (record.stage, record.notice) == (SliceStage.ERROR, caught.value.message)
+    bench.emulated.faults.clear()
+    await bench.destroy(uuid)
