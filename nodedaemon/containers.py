@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import grpc
 import structlog
 
 from nodedaemon.bundles import Bundles
+from nodedaemon.container_ends import ContainerEnds
 from nodedaemon.container_request import container_name, environment, require_sound
 from nodedaemon.descriptions import describe_container
 from nodedaemon.devices import CardDevices, SliceIds, mounts_for, read_minors, require_cap_nodes
@@ -18,7 +17,7 @@ from nodedaemon.events import EventLog
 from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
 from nodedaemon.owner import Owner
 from nodedaemon.results import known_container
-from nodedaemon.runtime import ContainerExit, ContainerRuntime, ContainerSpec, ContainerStatus, Mount
+from nodedaemon.runtime import ContainerRuntime, ContainerSpec, ContainerStatus, Mount
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal
@@ -31,19 +30,6 @@ __all__ = ["Containers"]
 _log = structlog.get_logger(__name__)
 
 _DEFAULT_GRACE_S = 10.0
-_KILL_S = 20.0
-_LOOK_AGAIN_S = 30.0
-_FIRST_RETRY_S = 0.25
-_LONGEST_RETRY_S = 30.0
-
-
-@dataclass
-class _Life:
-    """What is known of a container beside its record, while it is there."""
-
-    ended: asyncio.Event
-    deadline: asyncio.TimerHandle | None = None
-    timed_out: bool = False
 
 
 class Containers:
@@ -81,10 +67,8 @@ class Containers:
         self._default_image = default_image
         self._node_id = journal.fact("node_id", "")
         self._kind = runtime.describe().kind
-        self._lives: dict[Owner, _Life] = {}
-        # Ends that came before their start was written down: a command can be that quick.
-        self._early: dict[str, ContainerExit] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.ends = ContainerEnds(runtime, journal, events)
+        """How they end."""
 
     # Making one -------------------------------------------------------------------------------------------
 
@@ -163,9 +147,7 @@ class Containers:
             owner=owner.ref(token),
             container=described,
         )
-        early = self._early.pop(record.container_id, None)
-        if early is not None:
-            self._note_exit(record, early)
+        self.ends.note_early(record)
         return described
 
     async def _launch(self, record: ContainerRecord, spec: ContainerSpec) -> ContainerRecord:
@@ -181,7 +163,7 @@ class Containers:
                 start_time=status.start_time or now(),
             )
         )
-        self._live(record)
+        self.ends.begin(record)
         return record
 
     def _name(self, owner: Owner) -> str:
@@ -209,112 +191,9 @@ class Containers:
     async def _remove_from_runtime(self, record: ContainerRecord) -> None:
         # By name where it may have been made without our learning its id.
         await self._runtime.remove(record.container_id or self._name(record.owner))
-        self._early.pop(record.container_id, None)
+        self.ends.removed(record.container_id)
 
-    # Its end ----------------------------------------------------------------------------------------------
-
-    def _live(self, record: ContainerRecord) -> None:
-        life = self._lives[record.owner] = _Life(asyncio.Event())
-        if record.max_duration_s is not None and record.start_time is not None:
-            left = max(0.0, record.start_time + record.max_duration_s - now())
-            life.deadline = asyncio.get_running_loop().call_later(left, self._time_out, record.owner)
-
-    def _time_out(self, owner: Owner) -> None:
-        self._lives[owner].timed_out = True
-        task = asyncio.create_task(self._end_overdue(owner))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _end_overdue(self, owner: Owner) -> None:
-        pause = _FIRST_RETRY_S
-        while (record := self._journal.container(owner)) is not None and record.stage is ContainerStage.RUNNING:
-            try:
-                await self._end(record, record.stop_grace_s)
-            except Refusal as error:
-                _log.warning("an overdue container cannot be ended yet", owner=str(owner), error=error.message)
-            else:
-                return
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_RETRY_S)
-
-    async def watch(self) -> None:
-        """Notes every end of a command, until cancelled."""
-        again = asyncio.create_task(self._look_again())
-        try:
-            async for ended in self._runtime.exits():
-                if ended is None:
-                    await self._look()
-                    continue
-                record = next((r for r in self._journal.containers() if r.container_id == ended.id), None)
-                if record is not None and record.stage is ContainerStage.RUNNING:
-                    self._note_exit(record, ended)
-                elif record is not None and record.stage is ContainerStage.CREATING:
-                    self._early[ended.id] = ended
-        finally:
-            again.cancel()
-            for task in self._tasks:
-                task.cancel()
-
-    async def _look_again(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK_AGAIN_S)
-            await self._look()
-
-    async def _look(self) -> None:
-        """Looks for ends that no event told of."""
-        try:
-            statuses = {status.id: status for status in await self._runtime.containers()}
-        except Refusal as error:
-            _log.warning("cannot look at the containers", error=error.message)
-            return
-        for record in self._journal.containers():
-            status = statuses.get(record.container_id)
-            if record.stage is ContainerStage.RUNNING and status is not None and status.exit_code is not None:
-                self.note_end(record, status)
-
-    def note_end(self, record: ContainerRecord, status: ContainerStatus) -> None:
-        """Notes that a command has ended, as the runtime's list tells."""
-        self._note_exit(
-            record,
-            ContainerExit(record.container_id, status.exit_code or 0, status.oom_killed, status.end_time or now()),
-        )
-
-    def _note_exit(self, record: ContainerRecord, ended: ContainerExit) -> None:
-        life = self._lives.get(record.owner)
-        record = self._journal.put_container(
-            replace(
-                record,
-                stage=ContainerStage.EXITED,
-                pid=0,
-                exit_code=ended.exit_code,
-                oom_killed=ended.oom_killed,
-                timed_out=record.timed_out or (life is not None and life.timed_out),
-                end_time=ended.end_time,
-            )
-        )
-        reason = "TIMED_OUT" if record.timed_out else "HOST_OUT_OF_MEMORY" if record.oom_killed else "COMMAND_ENDED"
-        self._tell_end(record, reason, f"command ended with exit code {ended.exit_code}")
-
-    def note_lost(self, record: ContainerRecord) -> None:
-        """Notes that somebody else removed a container: how its command ended is not known."""
-        record = self._journal.put_container(
-            replace(record, stage=ContainerStage.EXITED, pid=0, exit_code=None, end_time=now())
-        )
-        self._tell_end(record, "CONTAINER_LOST", "the container is gone, and nobody here removed it")
-
-    def _tell_end(self, record: ContainerRecord, reason: str, message: str) -> None:
-        life = self._lives.get(record.owner)
-        if life is not None:
-            if life.deadline is not None:
-                life.deadline.cancel()
-            life.ended.set()
-        self._events.add(
-            NodeEventKind.NODE_EVENT_KIND_CONTAINER_EXITED,
-            reason,
-            message,
-            owner=record.owner.ref(record.token),
-            container=self.describe(record),
-        )
+    # Its end and its removal ------------------------------------------------------------------------------
 
     async def stop(self, owner: Owner, grace_s: float | None) -> Container:
         """Ends a container's command and waits for it: SIGTERM, grace, SIGKILL.
@@ -323,31 +202,7 @@ class Containers:
             Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; DEADLINE_EXCEEDED with CONTAINER_STUCK.
         """
         record = self._known(owner)
-        return self.describe(await self._end(record, record.stop_grace_s if grace_s is None else grace_s))
-
-    async def _end(self, record: ContainerRecord, grace_s: float) -> ContainerRecord:
-        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
-            life = self._lives.get(record.owner)
-            if record.stage is not ContainerStage.RUNNING or life is None or life.ended.is_set():
-                break
-            await self._runtime.signal(record.container_id, number)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await life.ended.wait()
-        record = self._known(record.owner)
-        if record.stage is ContainerStage.RUNNING:
-            await self._look()
-            record = self._known(record.owner)
-        if record.stage is ContainerStage.RUNNING:
-            raise Refusal(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                "CONTAINER_STUCK",
-                f"container {record.container_id[:12]} did not end within {_KILL_S:g} s of SIGKILL; a process of it "
-                "waits for the kernel, see `ps -eo pid,stat,wchan,args`",
-            )
-        return record
-
-    # Its removal ------------------------------------------------------------------------------------------
+        return self.describe(await self.ends.end(record, record.stop_grace_s if grace_s is None else grace_s))
 
     async def remove(self, owner: Owner, *, discard_results: bool) -> None:
         """Removes a container, stopping it first if need be. What is gone already is gone.
@@ -359,7 +214,7 @@ class Containers:
         if record is None:
             return
         if record.stage is ContainerStage.RUNNING:
-            record = await self._end(record, record.stop_grace_s)
+            record = await self.ends.end(record, record.stop_grace_s)
         if record.stage is not ContainerStage.REMOVED:
             await self._remove_from_runtime(record)
             record = self._journal.put_container(replace(record, stage=ContainerStage.REMOVED))
@@ -373,7 +228,7 @@ class Containers:
         if discard_results:
             await self._discard(owner)
             self._journal.delete_container(owner)
-            self._lives.pop(owner, None)
+            self.ends.forget(owner)
 
     async def _discard(self, owner: Owner) -> None:
         try:
@@ -402,7 +257,7 @@ class Containers:
                 start_time=record.start_time or status.start_time or now(),
             )
         )
-        self._live(record)
+        self.ends.begin(record)
         return record
 
     async def forget(self, record: ContainerRecord) -> None:
@@ -428,11 +283,6 @@ class Containers:
 
     def _known(self, owner: Owner) -> ContainerRecord:
         return known_container(self._journal, owner)
-
-    def ended(self, owner: Owner) -> asyncio.Event | None:
-        """Returns what is set when an attempt's command has ended; None when it has no living container."""
-        life = self._lives.get(owner)
-        return life.ended if life is not None else None
 
     def describe(self, record: ContainerRecord) -> Container:
         """Returns a container for the wire."""

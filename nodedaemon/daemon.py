@@ -111,7 +111,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         bundles = Bundles(settings.state / "bundles")
         attempts = Attempts(settings.state / "attempts", user.uid, user.gid)
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
-        results = Results(journal, attempts, runtime, containers.ended)
+        results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
         await Recovery(journal, events, gpus, slices, containers, runtime).run()
 
@@ -121,7 +121,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             add_NodeServiceServicer_to_server,
             NodeService(inventory, mutations, slices, containers, results, bundles, events),
         )
-        await stack.enter_async_context(_background(containers.watch(), stop))
+        await stack.enter_async_context(_background(containers.ends.watch(), stop))
         await stack.enter_async_context(_background(_prune(journal), stop))
         try:
             port = await server.start()

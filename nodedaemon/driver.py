@@ -109,8 +109,7 @@ class Driver:
 
     Usage::
 
-        driver = Driver()          # nvmlInit
-        for gpu in driver.gpus(): ...
+        driver = Driver()  # nvmlInit
         driver.close()
 
     Raises:

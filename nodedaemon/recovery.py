@@ -57,9 +57,9 @@ class Recovery:
             self.containers.adopt(record, status)
             self._tell(record.owner, "CONTAINER_ADOPTED", f"container {status.id[:12]} ran on without the daemon")
         for record, status in plan.ended:
-            self.containers.note_end(self.containers.adopt(record, status), status)
+            self.containers.ends.note_end(self.containers.adopt(record, status), status)
         for record in plan.lost:
-            self.containers.note_lost(record)
+            self.containers.ends.note_lost(record)
 
     async def _slices(self) -> None:
         instances = [instance for _, instance in await self.gpus.all_instances()]

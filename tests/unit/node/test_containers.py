@@ -103,7 +103,7 @@ class Bench:
         await self.containers.create(owner, 1, request)
 
     async def ended(self, owner: Owner = _OWNER) -> None:
-        ended = self.containers.ended(owner)
+        ended = self.containers.ends.ended(owner)
         assert ended is not None
         await ended.wait()
 
@@ -129,7 +129,7 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
         if fault is not None:
             emulated.faults.inject(*fault)
         await Recovery(journal, events, gpus, slices, containers, runtime).run()
-        watching = asyncio.create_task(containers.watch())
+        watching = asyncio.create_task(containers.ends.watch())
         archive = folder / "bundle.tar.gz"
         archive.write_bytes(pack_files({"main.py": b"print('hello')", "wait.py": b"import time; time.sleep(60)"}))
         header = BundleHeader(bundle_id=digest_of(archive), size_bytes=archive.stat().st_size)
@@ -139,7 +139,7 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
             yield NodeServicePutBundleRequest(chunk=archive.read_bytes())
 
         await bundles.put(parts(), set)
-        results = Results(journal, attempts, runtime, containers.ended)
+        results = Results(journal, attempts, runtime, containers.ends.ended)
         yield Bench(folder, journal, events, gpus, slices, runtime, containers, results, header.bundle_id)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)

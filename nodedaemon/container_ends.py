@@ -1,0 +1,209 @@
+"""How containers end: by themselves, when asked to, at their time limit, or lost. Each end is noted and told once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from dataclasses import dataclass, replace
+
+import grpc
+import structlog
+
+from nodedaemon.descriptions import describe_container
+from nodedaemon.events import EventLog
+from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
+from nodedaemon.owner import Owner
+from nodedaemon.results import known_container
+from nodedaemon.runtime import ContainerExit, ContainerRuntime, ContainerStatus
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import now
+from puhui.v1.node_pb2 import NodeEventKind
+
+__all__ = ["ContainerEnds"]
+
+_log = structlog.get_logger(__name__)
+
+_KILL_S = 20.0
+_LOOK_AGAIN_S = 30.0
+_FIRST_RETRY_S = 0.25
+_LONGEST_RETRY_S = 30.0
+
+
+@dataclass
+class _Life:
+    """What is known of a container beside its record, while it is there."""
+
+    ended: asyncio.Event
+    deadline: asyncio.TimerHandle | None = None
+    timed_out: bool = False
+
+
+class ContainerEnds:
+    """Watches over the containers of this node to their ends.
+
+    Args:
+        runtime: what runs them.
+        journal: where what is known of them is kept.
+        events: where their ends are told.
+    """
+
+    def __init__(self, runtime: ContainerRuntime, journal: Journal, events: EventLog) -> None:
+        self._runtime = runtime
+        self._journal = journal
+        self._events = events
+        self._kind = runtime.describe().kind
+        self._lives: dict[Owner, _Life] = {}
+        # Ends that came before their start was written down: a command can be that quick.
+        self._early: dict[str, ContainerExit] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, record: ContainerRecord) -> None:
+        """Watches over a container whose command runs."""
+        life = self._lives[record.owner] = _Life(asyncio.Event())
+        if record.max_duration_s is not None and record.start_time is not None:
+            left = max(0.0, record.start_time + record.max_duration_s - now())
+            life.deadline = asyncio.get_running_loop().call_later(left, self._time_out, record.owner)
+
+    def _time_out(self, owner: Owner) -> None:
+        self._lives[owner].timed_out = True
+        task = asyncio.create_task(self._end_overdue(owner))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _end_overdue(self, owner: Owner) -> None:
+        pause = _FIRST_RETRY_S
+        while (record := self._journal.container(owner)) is not None and record.stage is ContainerStage.RUNNING:
+            try:
+                await self.end(record, record.stop_grace_s)
+            except Refusal as error:
+                _log.warning("an overdue container cannot be ended yet", owner=str(owner), error=error.message)
+            else:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_RETRY_S)
+
+    async def watch(self) -> None:
+        """Notes every end of a command, until cancelled."""
+        again = asyncio.create_task(self._look_again())
+        try:
+            async for ended in self._runtime.exits():
+                if ended is None:
+                    await self.look()
+                    continue
+                record = next((r for r in self._journal.containers() if r.container_id == ended.id), None)
+                if record is not None and record.stage is ContainerStage.RUNNING:
+                    self._note_exit(record, ended)
+                elif record is not None and record.stage is ContainerStage.CREATING:
+                    self._early[ended.id] = ended
+        finally:
+            again.cancel()
+            for task in self._tasks:
+                task.cancel()
+
+    async def _look_again(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Looks for ends that no event told of."""
+        try:
+            statuses = {status.id: status for status in await self._runtime.containers()}
+        except Refusal as error:
+            _log.warning("cannot look at the containers", error=error.message)
+            return
+        for record in self._journal.containers():
+            status = statuses.get(record.container_id)
+            if record.stage is ContainerStage.RUNNING and status is not None and status.exit_code is not None:
+                self.note_end(record, status)
+
+    def note_end(self, record: ContainerRecord, status: ContainerStatus) -> None:
+        """Notes that a command has ended, as the runtime's list tells."""
+        self._note_exit(
+            record,
+            ContainerExit(record.container_id, status.exit_code or 0, status.oom_killed, status.end_time or now()),
+        )
+
+    def _note_exit(self, record: ContainerRecord, ended: ContainerExit) -> None:
+        life = self._lives.get(record.owner)
+        record = self._journal.put_container(
+            replace(
+                record,
+                stage=ContainerStage.EXITED,
+                pid=0,
+                exit_code=ended.exit_code,
+                oom_killed=ended.oom_killed,
+                timed_out=record.timed_out or (life is not None and life.timed_out),
+                end_time=ended.end_time,
+            )
+        )
+        reason = "TIMED_OUT" if record.timed_out else "HOST_OUT_OF_MEMORY" if record.oom_killed else "COMMAND_ENDED"
+        self._tell_end(record, reason, f"command ended with exit code {ended.exit_code}")
+
+    def note_lost(self, record: ContainerRecord) -> None:
+        """Notes that somebody else removed a container: how its command ended is not known."""
+        record = self._journal.put_container(
+            replace(record, stage=ContainerStage.EXITED, pid=0, exit_code=None, end_time=now())
+        )
+        self._tell_end(record, "CONTAINER_LOST", "the container is gone, and nobody here removed it")
+
+    def _tell_end(self, record: ContainerRecord, reason: str, message: str) -> None:
+        life = self._lives.get(record.owner)
+        if life is not None:
+            if life.deadline is not None:
+                life.deadline.cancel()
+            life.ended.set()
+        self._events.add(
+            NodeEventKind.NODE_EVENT_KIND_CONTAINER_EXITED,
+            reason,
+            message,
+            owner=record.owner.ref(record.token),
+            container=describe_container(record, self._kind),
+        )
+
+    async def end(self, record: ContainerRecord, grace_s: float) -> ContainerRecord:
+        """Ends a command, if it has not ended, and waits for it: SIGTERM, grace, SIGKILL.
+
+        Raises:
+            Refusal: DEADLINE_EXCEEDED with CONTAINER_STUCK; as the runtime does.
+        """
+        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
+            life = self._lives.get(record.owner)
+            if record.stage is not ContainerStage.RUNNING or life is None or life.ended.is_set():
+                break
+            await self._runtime.signal(record.container_id, number)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await life.ended.wait()
+        record = known_container(self._journal, record.owner)
+        if record.stage is ContainerStage.RUNNING:
+            await self.look()
+            record = known_container(self._journal, record.owner)
+        if record.stage is ContainerStage.RUNNING:
+            raise Refusal(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "CONTAINER_STUCK",
+                f"container {record.container_id[:12]} did not end within {_KILL_S:g} s of SIGKILL; a process of it "
+                "waits for the kernel, see `ps -eo pid,stat,wchan,args`",
+            )
+        return record
+
+    def note_early(self, record: ContainerRecord) -> None:
+        """Notes an end that came before the container's start was written down, if it did."""
+        early = self._early.pop(record.container_id, None)
+        if early is not None:
+            self._note_exit(record, early)
+
+    def removed(self, container_id: str) -> None:
+        """Forgets what was told of a container that is gone."""
+        self._early.pop(container_id, None)
+
+    def forget(self, owner: Owner) -> None:
+        """Forgets an attempt."""
+        self._lives.pop(owner, None)
+
+    def ended(self, owner: Owner) -> asyncio.Event | None:
+        """Returns what is set when an attempt's command has ended; None when it has no living container."""
+        life = self._lives.get(owner)
+        return life.ended if life is not None else None
