@@ -120,7 +120,7 @@ class RegisterNodeRequest(_message.Message):
     certificate_request_pem: _builtins.bytes
     """PEM certificate request, for a node certificate."""
     request_id: _builtins.str
-    """Makes the request idempotent for 24 h."""
+    """Not needed: joining again is the same as joining."""
     @_builtins.property
     def inventory(self) -> _node_pb2.NodeInventory:
         """What it has. inventory.name identifies the node over restarts."""
