@@ -37,6 +37,7 @@ from nodedaemon.service import NodeService
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.rpc.address import require_private_address
+from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
 from puhui.rpc.moment import now
 from puhui.rpc.notify import notify_ready, notify_stopping
@@ -113,7 +114,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
-        await Recovery(journal, events, gpus, slices, containers, runtime).run()
+        try:
+            await Recovery(journal, events, gpus, slices, containers, runtime).run()
+        except Refusal as error:
+            raise CannotServeError(f"what an earlier daemon left cannot be looked at: {error.message}") from error
 
         server = RpcServer(settings.listen)
         server.add(
