@@ -154,13 +154,14 @@ class Containers:
         container_id = await self._runtime.create(spec)
         # Before the start: an end that is quicker than the answer must find its container.
         record = self._journal.put_container(replace(record, container_id=container_id))
+        asked = now()  # Podman itself tells the start in whole seconds
         status = await self._runtime.start(container_id)
         record = self._journal.put_container(
             replace(
                 record,
                 stage=ContainerStage.RUNNING,
                 pid=status.pid,
-                start_time=status.start_time or now(),
+                start_time=asked,
             )
         )
         self.ends.begin(record)
