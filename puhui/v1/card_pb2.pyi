@@ -63,13 +63,15 @@ class _SliceStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SliceState
     SLICE_STATE_CREATING: _SliceState.ValueType  # 1
     """Intended and journalled, not yet verified with the driver."""
     SLICE_STATE_ACTIVE: _SliceState.ValueType  # 2
-    """Exists, and belongs to an attempt."""
+    """Exists, has an owner, and a living container sees it."""
     SLICE_STATE_IDLE: _SliceState.ValueType  # 3
-    """Exists, has an owner, and is not attached to a container."""
+    """Exists, has an owner, and no living container sees it."""
     SLICE_STATE_DESTROYING: _SliceState.ValueType  # 4
     """Being destroyed."""
     SLICE_STATE_ERROR: _SliceState.ValueType  # 5
-    """The driver refused; Slice.notice says what, and what to do."""
+    """The driver refused or does not answer; Slice.notice says what, and what to do. A slice that could not be
+    destroyed is tried again until it can.
+    """
     SLICE_STATE_FOREIGN: _SliceState.ValueType  # 6
     """Exists on the GPU but was not made by this daemon. It is worked around and never touched."""
 
@@ -81,13 +83,15 @@ SLICE_STATE_UNSPECIFIED: SliceState.ValueType  # 0
 SLICE_STATE_CREATING: SliceState.ValueType  # 1
 """Intended and journalled, not yet verified with the driver."""
 SLICE_STATE_ACTIVE: SliceState.ValueType  # 2
-"""Exists, and belongs to an attempt."""
+"""Exists, has an owner, and a living container sees it."""
 SLICE_STATE_IDLE: SliceState.ValueType  # 3
-"""Exists, has an owner, and is not attached to a container."""
+"""Exists, has an owner, and no living container sees it."""
 SLICE_STATE_DESTROYING: SliceState.ValueType  # 4
 """Being destroyed."""
 SLICE_STATE_ERROR: SliceState.ValueType  # 5
-"""The driver refused; Slice.notice says what, and what to do."""
+"""The driver refused or does not answer; Slice.notice says what, and what to do. A slice that could not be
+destroyed is tried again until it can.
+"""
 SLICE_STATE_FOREIGN: SliceState.ValueType  # 6
 """Exists on the GPU but was not made by this daemon. It is worked around and never touched."""
 Global___SliceState: _TypeAlias = SliceState  # noqa: Y015
@@ -245,6 +249,7 @@ class Slice(_message.Message):
     EMULATED_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    CONTAINER_ID_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """MIG device UUID, "MIG-...". It is what CUDA_VISIBLE_DEVICES takes."""
     gpu_uuid: _builtins.str
@@ -265,6 +270,8 @@ class Slice(_message.Message):
     """True for a slice of the emulated driver."""
     notice: _builtins.str
     """What is wrong with it and what to do, when state is ERROR."""
+    container_id: _builtins.str
+    """Id of the living container that sees it; empty when none does."""
     @_builtins.property
     def placement(self) -> Global___Placement:
         """Where it sits."""
@@ -293,10 +300,11 @@ class Slice(_message.Message):
         emulated: _builtins.bool = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         notice: _builtins.str = ...,
+        container_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "owner", b"owner", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_instance_id", b"compute_instance_id", "create_time", b"create_time", "emulated", b"emulated", "gpu_index", b"gpu_index", "gpu_instance_id", b"gpu_instance_id", "gpu_uuid", b"gpu_uuid", "memory_mib", b"memory_mib", "notice", b"notice", "owner", b"owner", "placement", b"placement", "profile", b"profile", "state", b"state", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_instance_id", b"compute_instance_id", "container_id", b"container_id", "create_time", b"create_time", "emulated", b"emulated", "gpu_index", b"gpu_index", "gpu_instance_id", b"gpu_instance_id", "gpu_uuid", b"gpu_uuid", "memory_mib", b"memory_mib", "notice", b"notice", "owner", b"owner", "placement", b"placement", "profile", b"profile", "state", b"state", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -103,9 +103,17 @@ class _NodeEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeEve
     NODE_EVENT_KIND_RECONCILED: _NodeEventKind.ValueType  # 7
     """The daemon found something at its start and decided about it."""
     NODE_EVENT_KIND_SLICE_ATTACHED: _NodeEventKind.ValueType  # 8
-    """A share of a container was attached or detached."""
+    """A slice appeared in a living container."""
     NODE_EVENT_KIND_SLICE_DETACHED: _NodeEventKind.ValueType  # 9
-    """A share of a container was detached."""
+    """A slice vanished from a living container."""
+    NODE_EVENT_KIND_CONTAINER_SUSPENDED: _NodeEventKind.ValueType  # 10
+    """A container was frozen."""
+    NODE_EVENT_KIND_CONTAINER_RESUMED: _NodeEventKind.ValueType  # 11
+    """A container was thawed."""
+    NODE_EVENT_KIND_EXEC_STARTED: _NodeEventKind.ValueType  # 12
+    """A command began in a living container."""
+    NODE_EVENT_KIND_EXEC_ENDED: _NodeEventKind.ValueType  # 13
+    """A command in a living container ended."""
 
 class NodeEventKind(_NodeEventKind, metaclass=_NodeEventKindEnumTypeWrapper):
     """What happened on a node."""
@@ -127,9 +135,17 @@ NODE_EVENT_KIND_CONTAINER_REMOVED: NodeEventKind.ValueType  # 6
 NODE_EVENT_KIND_RECONCILED: NodeEventKind.ValueType  # 7
 """The daemon found something at its start and decided about it."""
 NODE_EVENT_KIND_SLICE_ATTACHED: NodeEventKind.ValueType  # 8
-"""A share of a container was attached or detached."""
+"""A slice appeared in a living container."""
 NODE_EVENT_KIND_SLICE_DETACHED: NodeEventKind.ValueType  # 9
-"""A share of a container was detached."""
+"""A slice vanished from a living container."""
+NODE_EVENT_KIND_CONTAINER_SUSPENDED: NodeEventKind.ValueType  # 10
+"""A container was frozen."""
+NODE_EVENT_KIND_CONTAINER_RESUMED: NodeEventKind.ValueType  # 11
+"""A container was thawed."""
+NODE_EVENT_KIND_EXEC_STARTED: NodeEventKind.ValueType  # 12
+"""A command began in a living container."""
+NODE_EVENT_KIND_EXEC_ENDED: NodeEventKind.ValueType  # 13
+"""A command in a living container ended."""
 Global___NodeEventKind: _TypeAlias = NodeEventKind  # noqa: Y015
 
 @_typing.final
@@ -327,7 +343,7 @@ class Container(_message.Message):
 
     @_builtins.property
     def slice_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Slices that it can see."""
+        """Slices that it can see now. They change with AttachSlice and DetachSlice."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

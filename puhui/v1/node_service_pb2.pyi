@@ -843,10 +843,17 @@ class ExecStart(_message.Message):
     ENV_FIELD_NUMBER: _builtins.int
     TTY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WORKING_DIRECTORY_FIELD_NUMBER: _builtins.int
+    TERMINAL_SIZE_FIELD_NUMBER: _builtins.int
+    OUTPUT_OFFSET_FIELD_NUMBER: _builtins.int
     tty: _builtins.bool
     """Whether the command gets a terminal."""
     request_id: _builtins.str
-    """Makes the request idempotent for 24 h."""
+    """Makes the request idempotent for 24 h, and lets a caller that went away come back."""
+    working_directory: _builtins.str
+    """Directory in the container. Empty is that of its own command."""
+    output_offset: _builtins.int
+    """First byte of the output wanted, counted over both streams together; for a caller that comes back."""
     @_builtins.property
     def owner(self) -> _card_pb2.AttemptRef:
         """In whose container."""
@@ -859,6 +866,10 @@ class ExecStart(_message.Message):
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Environment beside the container's own."""
 
+    @_builtins.property
+    def terminal_size(self) -> Global___ExecTerminalSize:
+        """Size of the terminal at the start, with `tty`."""
+
     def __init__(
         self,
         *,
@@ -867,10 +878,13 @@ class ExecStart(_message.Message):
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tty: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        working_directory: _builtins.str = ...,
+        terminal_size: Global___ExecTerminalSize | None = ...,
+        output_offset: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "terminal_size", b"terminal_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "env", b"env", "owner", b"owner", "request_id", b"request_id", "tty", b"tty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "env", b"env", "output_offset", b"output_offset", "owner", b"owner", "request_id", b"request_id", "terminal_size", b"terminal_size", "tty", b"tty", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1115,18 +1129,24 @@ class WatchUtilizationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INTERVAL_FIELD_NUMBER: _builtins.int
+    UUIDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
         """Time between samples, 100 ms to 60 s. Absent is 1 s."""
+
+    @_builtins.property
+    def uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """UUIDs of the GPUs and slices wanted. None is all there are at any time."""
 
     def __init__(
         self,
         *,
         interval: _duration_pb2.Duration | None = ...,
+        uuids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["interval", b"interval", "uuids", b"uuids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1146,6 +1166,7 @@ class UtilizationSample(_message.Message):
     ENGINE_PERCENT_FIELD_NUMBER: _builtins.int
     MEMORY_USED_MIB_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """UUID of the GPU or slice."""
     source: Global___UtilizationSource.ValueType
@@ -1157,14 +1178,16 @@ class UtilizationSample(_message.Message):
     memory_used_mib: _builtins.int
     """Device memory in use, in MiB."""
     processes: _builtins.int
-    """Processes that hold the card open."""
+    """Processes that hold the card open; 0, with a notice, when the driver does not say."""
+    notice: _builtins.str
+    """Why something could not be read, in a sentence."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """End of the interval."""
+        """When it was measured: the end of the interval."""
 
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Length of the interval."""
+        """What the figures really are a mean over; absent for the first sample, which has presence and memory only."""
 
     def __init__(
         self,
@@ -1177,10 +1200,11 @@ class UtilizationSample(_message.Message):
         engine_percent: _builtins.float | None = ...,
         memory_used_mib: _builtins.int | None = ...,
         processes: _builtins.int = ...,
+        notice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent", "_memory_used_mib", b"_memory_used_mib", "_multiprocessor_percent", b"_multiprocessor_percent", "engine_percent", b"engine_percent", "interval", b"interval", "memory_used_mib", b"memory_used_mib", "multiprocessor_percent", b"multiprocessor_percent", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent", "_memory_used_mib", b"_memory_used_mib", "_multiprocessor_percent", b"_multiprocessor_percent", "engine_percent", b"engine_percent", "interval", b"interval", "memory_used_mib", b"memory_used_mib", "multiprocessor_percent", b"multiprocessor_percent", "processes", b"processes", "source", b"source", "time", b"time", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent", "_memory_used_mib", b"_memory_used_mib", "_multiprocessor_percent", b"_multiprocessor_percent", "engine_percent", b"engine_percent", "interval", b"interval", "memory_used_mib", b"memory_used_mib", "multiprocessor_percent", b"multiprocessor_percent", "notice", b"notice", "processes", b"processes", "source", b"source", "time", b"time", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine_percent: _TypeAlias = _typing.Literal["engine_percent"]  # noqa: Y015
     _WhichOneofArgType__engine_percent: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent"]  # noqa: Y015
@@ -1233,7 +1257,7 @@ class WatchEventsRequest(_message.Message):
 
     AFTER_CURSOR_FIELD_NUMBER: _builtins.int
     after_cursor: _builtins.int
-    """Events after this cursor; 0 is all that are kept."""
+    """Events after this cursor; 0 is all that are kept. A cursor whose successors are no longer kept is refused."""
     def __init__(
         self,
         *,

@@ -192,14 +192,15 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AttachSlice(self, request, context):
-        """Makes a slice appear in a living container.
+        """Makes a slice appear in a living container. Commands that Exec starts from then on are given it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DetachSlice(self, request, context):
-        """Makes a slice vanish from a living container (step S7).
+        """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
+        the slice open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,7 +221,9 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Exec(self, request_iterator, context):
-        """Runs a command in a living container.
+        """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
+        caller that goes away leaves the command running; repeating the start with the same request_id takes its output
+        up again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -248,7 +251,7 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchUtilization(self, request, context):
-        """Utilization of GPUs and slices, at a chosen interval (step S6).
+        """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,15 +53,20 @@ class NodeServiceStub:
     ListContainers: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ListContainersRequest, _node_service_pb2.ListContainersResponse]
     """Containers of this node."""
     AttachSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.AttachSliceRequest, _node_service_pb2.AttachSliceResponse]
-    """Makes a slice appear in a living container."""
+    """Makes a slice appear in a living container. Commands that Exec starts from then on are given it."""
     DetachSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.DetachSliceRequest, _node_service_pb2.DetachSliceResponse]
-    """Makes a slice vanish from a living container (step S7)."""
+    """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
+    the slice open.
+    """
     SuspendContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.SuspendContainerRequest, _node_service_pb2.SuspendContainerResponse]
     """Freezes a container."""
     ResumeContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]
     """Thaws a container."""
     Exec: _grpc.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]
-    """Runs a command in a living container."""
+    """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
+    caller that goes away leaves the command running; repeating the start with the same request_id takes its output
+    up again.
+    """
     ReadLogs: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceReadLogsRequest, _node_service_pb2.NodeServiceReadLogsResponse]
     """Output of an attempt's container, from an offset on, live if asked. Works after removal, too."""
     PutBundle: _grpc.StreamUnaryMultiCallable[_node_service_pb2.NodeServicePutBundleRequest, _node_service_pb2.NodeServicePutBundleResponse]
@@ -69,7 +74,7 @@ class NodeServiceStub:
     GetArtifacts: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
     WatchUtilization: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]
-    """Utilization of GPUs and slices, at a chosen interval (step S6)."""
+    """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchEventsRequest, _node_service_pb2.WatchEventsResponse]
     """Events, from a cursor on, live."""
 
@@ -98,15 +103,20 @@ class NodeServiceAsyncStub(NodeServiceStub):
     ListContainers: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ListContainersRequest, _node_service_pb2.ListContainersResponse]  # type: ignore[assignment]
     """Containers of this node."""
     AttachSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.AttachSliceRequest, _node_service_pb2.AttachSliceResponse]  # type: ignore[assignment]
-    """Makes a slice appear in a living container."""
+    """Makes a slice appear in a living container. Commands that Exec starts from then on are given it."""
     DetachSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.DetachSliceRequest, _node_service_pb2.DetachSliceResponse]  # type: ignore[assignment]
-    """Makes a slice vanish from a living container (step S7)."""
+    """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
+    the slice open.
+    """
     SuspendContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.SuspendContainerRequest, _node_service_pb2.SuspendContainerResponse]  # type: ignore[assignment]
     """Freezes a container."""
     ResumeContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]  # type: ignore[assignment]
     """Thaws a container."""
     Exec: _aio.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]  # type: ignore[assignment]
-    """Runs a command in a living container."""
+    """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
+    caller that goes away leaves the command running; repeating the start with the same request_id takes its output
+    up again.
+    """
     ReadLogs: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceReadLogsRequest, _node_service_pb2.NodeServiceReadLogsResponse]  # type: ignore[assignment]
     """Output of an attempt's container, from an offset on, live if asked. Works after removal, too."""
     PutBundle: _aio.StreamUnaryMultiCallable[_node_service_pb2.NodeServicePutBundleRequest, _node_service_pb2.NodeServicePutBundleResponse]  # type: ignore[assignment]
@@ -114,7 +124,7 @@ class NodeServiceAsyncStub(NodeServiceStub):
     GetArtifacts: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]  # type: ignore[assignment]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
     WatchUtilization: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]  # type: ignore[assignment]
-    """Utilization of GPUs and slices, at a chosen interval (step S6)."""
+    """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchEventsRequest, _node_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Events, from a cursor on, live."""
 
@@ -194,7 +204,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.AttachSliceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.AttachSliceResponse, _abc.Awaitable[_node_service_pb2.AttachSliceResponse]]:
-        """Makes a slice appear in a living container."""
+        """Makes a slice appear in a living container. Commands that Exec starts from then on are given it."""
 
     @_abc_1.abstractmethod
     def DetachSlice(
@@ -202,7 +212,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.DetachSliceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.DetachSliceResponse, _abc.Awaitable[_node_service_pb2.DetachSliceResponse]]:
-        """Makes a slice vanish from a living container (step S7)."""
+        """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
+        the slice open.
+        """
 
     @_abc_1.abstractmethod
     def SuspendContainer(
@@ -226,7 +238,10 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_node_service_pb2.ExecRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.ExecResponse], _abc.AsyncIterator[_node_service_pb2.ExecResponse]]:
-        """Runs a command in a living container."""
+        """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
+        caller that goes away leaves the command running; repeating the start with the same request_id takes its output
+        up again.
+        """
 
     @_abc_1.abstractmethod
     def ReadLogs(
@@ -258,7 +273,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.WatchUtilizationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.WatchUtilizationResponse], _abc.AsyncIterator[_node_service_pb2.WatchUtilizationResponse]]:
-        """Utilization of GPUs and slices, at a chosen interval (step S6)."""
+        """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples."""
 
     @_abc_1.abstractmethod
     def WatchEvents(
