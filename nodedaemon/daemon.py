@@ -18,7 +18,8 @@ from nodedaemon.answers import Mutations
 from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
-from nodedaemon.driver import Driver, DriverError
+from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import DriverError
 from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
@@ -114,8 +115,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
+        recovery = Recovery(journal, events, gpus, slices, containers, runtime, revision)
         try:
-            await Recovery(journal, events, gpus, slices, containers, runtime).run()
+            await recovery.run()
         except Refusal as error:
             raise CannotServeError(f"what an earlier daemon left cannot be looked at: {error.message}") from error
 
@@ -127,6 +129,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         await stack.enter_async_context(_background(_prune(journal), stop))
+        await stack.enter_async_context(_background(recovery.keep(), stop))
         try:
             port = await server.start()
         except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nodedaemon.driver import GpuFacts, GpuInstance
+from nodedaemon.driver_facts import GpuFacts, GpuInstance
 from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from puhui.rpc.moment import timestamp
 from puhui.v1.card_pb2 import Placement, Slice, SliceState

@@ -15,7 +15,12 @@ import pynvml
 
 from nodedaemon.driver_facts import ComputeInstance, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts, Span
 
-__all__ = ["ComputeInstance", "Driver", "DriverError", "GpuFacts", "GpuInstance", "Mig", "ProfileFacts", "Span"]
+__all__ = ["Driver"]
+
+# What asking for an instance by id, or about one, answers when it is not there (any more).
+_NO_SUCH_INSTANCE = (pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_INVALID_ARGUMENT)
+# Ids seen on hardware end at 14; a later architecture may go on.
+_GPU_INSTANCE_IDS = 32
 
 
 class Driver:
@@ -35,6 +40,7 @@ class Driver:
         self._handles: dict[str, Any] = {}
         self._known: dict[int, GpuFacts] = {}
         self._profiles: dict[str, tuple[ProfileFacts, ...]] = {}
+        self._compute: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
 
     def close(self) -> None:
         """Lets go of the driver."""
@@ -54,9 +60,18 @@ class Driver:
         Raises:
             DriverError: the driver cannot say how many there are.
         """
-        return [self._gpu(index) for index in range(_ask(pynvml.nvmlDeviceGetCount))]
+        return [self.gpu(index) for index in range(self.count())]
 
-    def _gpu(self, index: int) -> GpuFacts:
+    def count(self) -> int:
+        """Returns the number of GPUs.
+
+        Raises:
+            DriverError: the driver does not answer.
+        """
+        return int(_ask(pynvml.nvmlDeviceGetCount))
+
+    def gpu(self, index: int) -> GpuFacts:
+        """Returns one GPU; one that does not answer has a notice."""
         try:
             handle = _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
             uuid = str(_ask(pynvml.nvmlDeviceGetUUID, handle))
@@ -72,12 +87,15 @@ class Driver:
             self._handles[uuid] = handle
             facts = replace(facts, memory_mib=self._memory_mib(handle, facts))
         except DriverError as error:
-            # What was known of it is told on: its slices are found by its UUID.
-            known = self._known.get(index, GpuFacts("", index, index, "", 0, "", Mig.UNKNOWN))
-            notice = f"the driver does not answer for this GPU ({error}); see `dmesg` and `nvidia-smi -i {index} -q`"
-            return replace(known, mig=Mig.UNKNOWN, notice=notice)
+            return self.unanswered(index, str(error))
         self._known[index] = facts
         return facts
+
+    def unanswered(self, index: int, why: str) -> GpuFacts:
+        """Returns what was known of a GPU that does not answer: its slices are found by its UUID."""
+        known = self._known.get(index, GpuFacts("", index, index, "", 0, "", Mig.UNKNOWN))
+        notice = f"the driver does not answer for this GPU ({why}); see `dmesg` and `nvidia-smi -i {index} -q`"
+        return replace(known, mig=Mig.UNKNOWN, notice=notice)
 
     def _memory_mib(self, handle: Any, gpu: GpuFacts) -> int:
         try:
@@ -142,48 +160,118 @@ class Driver:
         """
         return int(_ask(pynvml.nvmlDeviceGetGpuInstanceRemainingCapacity, self._handle(gpu_uuid), profile_id))
 
-    def instances(self, gpu_uuid: str) -> list[GpuInstance]:
-        """Returns every GPU instance on a GPU, whoever made it, by placement.
+    def instances(self, gpu_uuid: str, *, compute: bool = True) -> list[GpuInstance]:
+        """Returns every GPU instance that the driver lists on a GPU, whoever made it, by placement.
+
+        Args:
+            gpu_uuid: the GPU.
+            compute: whether to look for their compute instances, too, which takes longer.
 
         Raises:
             DriverError: the GPU does not answer.
         """
         handle = self._handle(gpu_uuid)
-        uuids: dict[tuple[int, int], str] | None = None
-        found = []
-        for profile in self.profiles(gpu_uuid):
+        found = [
+            self._instance(gpu_uuid, instance, compute=compute)
+            for profile in self.profiles(gpu_uuid)
             for instance in _listed(
                 pynvml.nvmlDeviceGetGpuInstances,
                 handle,
                 profile.profile_id,
                 pynvml.c_nvmlGpuInstance_t,
                 profile.max_instances,
-            ):
-                info = _ask(pynvml.nvmlGpuInstanceGetInfo, instance)
-                if uuids is None:
-                    uuids = self._mig_uuids(handle)
-                gi = int(info.id)
-                found.append(
-                    GpuInstance(
-                        gpu_uuid,
-                        gi,
-                        profile,
-                        Span(int(info.placement.start), int(info.placement.size)),
-                        tuple(
-                            ComputeInstance(ci, slices, uuids.get((gi, ci), ""))
-                            for ci, slices in _compute_instances(instance)
-                        ),
-                    )
-                )
-        return sorted(found, key=lambda instance: instance.span)
+            )
+        ]
+        return sorted((one for one in found if one is not None), key=lambda instance: instance.span)
 
-    def _mig_uuids(self, handle: Any) -> dict[tuple[int, int], str]:
-        """Returns the UUID of each MIG device by (GPU instance id, compute instance id)."""
-        uuids = {}
+    def instance(self, gpu_uuid: str, gi: int) -> GpuInstance | None:
+        """Returns the GPU instance with an id, or None when there is none.
+
+        It is asked for by its id: the lists have been seen to lag behind.
+
+        Raises:
+            DriverError: the GPU does not answer.
+        """
+        try:
+            handle = self._gpu_instance(gpu_uuid, gi)
+        except DriverError as error:
+            off = error.code == pynvml.NVML_ERROR_NOT_SUPPORTED and self._mig(self._handle(gpu_uuid)) is not Mig.ENABLED
+            if off or error.code in _NO_SUCH_INSTANCE:
+                return None
+            raise
+        return self._instance(gpu_uuid, handle, compute=True)
+
+    def instance_at(self, gpu_uuid: str, profile_id: int, span: Span) -> GpuInstance | None:
+        """Returns the GPU instance of a profile at a place, or None, by asking for every id there can be.
+
+        Raises:
+            DriverError: the GPU does not answer.
+        """
+        for gi in range(_GPU_INSTANCE_IDS):
+            found = self.instance(gpu_uuid, gi)
+            if found is not None and (found.profile.profile_id, found.span) == (profile_id, span):
+                return found
+        return None
+
+    def _instance(self, gpu_uuid: str, handle: Any, *, compute: bool) -> GpuInstance | None:
+        """Returns what a handle stands for; None when it was destroyed meanwhile."""
+        try:
+            info = _ask(pynvml.nvmlGpuInstanceGetInfo, handle)
+            gi, profile = int(info.id), self._profile(gpu_uuid, int(info.profileId))
+            span = Span(int(info.placement.start), int(info.placement.size))
+            instances: tuple[ComputeInstance, ...] = ()
+            if compute and (listed := self._compute_instances(gpu_uuid, profile, handle)):
+                uuids = self._mig_uuids(self._handle(gpu_uuid), gi, len(listed))
+                instances = tuple(ComputeInstance(ci, slices, uuids.get(ci, "")) for ci, slices in listed)
+        except DriverError as error:
+            if error.code in _NO_SUCH_INSTANCE:
+                return None
+            raise
+        return GpuInstance(gpu_uuid, gi, profile, span, instances)
+
+    def _profile(self, gpu_uuid: str, profile_id: int) -> ProfileFacts:
+        known = (profile for profile in self.profiles(gpu_uuid) if profile.profile_id == profile_id)
+        return next(known, ProfileFacts(f"profile {profile_id}", profile_id, 0, 0, 0, 0, ()))
+
+    def _compute_instances(self, gpu_uuid: str, profile: ProfileFacts, handle: Any) -> list[tuple[int, int]]:
+        """Returns (id, compute slices) of each compute instance of a GPU instance."""
+        return [
+            (int(_ask(pynvml.nvmlComputeInstanceGetInfo, compute).id), width)
+            for profile_id, width, most in self._compute_profiles(gpu_uuid, profile, handle)
+            for compute in _listed(
+                pynvml.nvmlGpuInstanceGetComputeInstances, handle, profile_id, pynvml.c_nvmlComputeInstance_t, most
+            )
+        ]
+
+    def _compute_profiles(self, gpu_uuid: str, profile: ProfileFacts, handle: Any) -> list[tuple[int, int, int]]:
+        """Returns (id, compute slices, the most of it) of each compute instance profile of a GPU instance profile."""
+        key = gpu_uuid, profile.profile_id
+        if key not in self._compute:
+            self._compute[key] = [
+                (int(one.id), int(one.sliceCount), int(one.instanceCount)) for one in _compute_profiles(handle)
+            ]
+        return self._compute[key]
+
+    def _mig_uuids(self, handle: Any, gi: int, most: int) -> dict[int, str]:
+        """Returns the UUIDs of the MIG devices of a GPU instance by compute instance id.
+
+        Args:
+            handle: the GPU.
+            gi: the GPU instance.
+            most: how many there are, so that the rest need not be looked at.
+        """
+        uuids: dict[int, str] = {}
         for device in self._mig_devices(handle):
-            gi = int(_ask(pynvml.nvmlDeviceGetGpuInstanceId, device))
-            ci = int(_ask(pynvml.nvmlDeviceGetComputeInstanceId, device))
-            uuids[gi, ci] = str(_ask(pynvml.nvmlDeviceGetUUID, device))
+            try:
+                if int(_ask(pynvml.nvmlDeviceGetGpuInstanceId, device)) == gi:
+                    ci = int(_ask(pynvml.nvmlDeviceGetComputeInstanceId, device))
+                    uuids[ci] = str(_ask(pynvml.nvmlDeviceGetUUID, device))
+            except DriverError as error:
+                if error.code not in _NO_SUCH_INSTANCE:
+                    raise
+                continue  # another slice, destroyed meanwhile
+            if len(uuids) == most:
+                break
         return uuids
 
     def _mig_devices(self, handle: Any) -> Iterator[Any]:
@@ -219,10 +307,11 @@ class Driver:
         Raises:
             DriverError: the driver refuses, or offers no profile that wide (NOT_SUPPORTED).
         """
-        instance = self._gpu_instance(gpu_uuid, gi)
-        for profile in _compute_profiles(instance):
-            if int(profile.sliceCount) == compute_slices:
-                created = _ask(pynvml.nvmlGpuInstanceCreateComputeInstance, instance, profile.id)
+        handle = self._gpu_instance(gpu_uuid, gi)
+        profile = self._profile(gpu_uuid, int(_ask(pynvml.nvmlGpuInstanceGetInfo, handle).profileId))
+        for profile_id, width, _ in self._compute_profiles(gpu_uuid, profile, handle):
+            if width == compute_slices:
+                created = _ask(pynvml.nvmlGpuInstanceCreateComputeInstance, handle, profile_id)
                 return int(_ask(pynvml.nvmlComputeInstanceGetInfo, created).id)
         raise DriverError(
             "nvmlGpuInstanceGetComputeInstanceProfileInfoV",
@@ -278,19 +367,6 @@ def _compute_profiles(instance: Any) -> Iterator[Any]:
         except DriverError as error:
             if error.code not in (pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_INVALID_ARGUMENT):
                 raise
-
-
-def _compute_instances(instance: Any) -> Iterator[tuple[int, int]]:
-    """Yields (id, compute slices) of each compute instance of a GPU instance."""
-    for profile in _compute_profiles(instance):
-        for compute in _listed(
-            pynvml.nvmlGpuInstanceGetComputeInstances,
-            instance,
-            profile.id,
-            pynvml.c_nvmlComputeInstance_t,
-            profile.instanceCount,
-        ):
-            yield int(_ask(pynvml.nvmlComputeInstanceGetInfo, compute).id), int(profile.sliceCount)
 
 
 def _listed(call: Callable[..., Any], owner: Any, profile_id: int, kind: Any, most: int) -> list[Any]:

@@ -3,46 +3,89 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 import pynvml
 import structlog
 
-from nodedaemon.driver import Driver, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts
+from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts
+from nodedaemon.holders import Holder, holder
 from puhui.rpc.errors import Refusal
 
-__all__ = ["Gpus"]
+__all__ = ["Gpus", "Listing"]
 
 _log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What the driver lists of the whole node at one time."""
+
+    instances: list[tuple[GpuFacts, GpuInstance]]
+    """Every GPU instance, whoever made it, with its GPU."""
+    silent: frozenset[str]
+    """UUIDs of the GPUs that do not answer."""
+    named: frozenset[str] | None
+    """UUIDs of the GPUs that are known, when there is one that does not even tell its UUID; otherwise None."""
+
+    def may_have(self, uuid: str) -> bool:
+        """Says whether a GPU may be there though it could not be looked at."""
+        return uuid in self.silent or (self.named is not None and uuid not in self.named)
+
+
 class Gpus:
-    """The GPUs of this node.
+    """The GPUs of this node. One that hangs holds up neither the others nor the event loop.
 
     Args:
         driver: the GPU driver.
         emulated: whether it is emulated.
+        patience_s: how long a GPU may take to tell what it has, in seconds. What changes a GPU may take any time:
+            its outcome must be known.
 
     Raises:
         DriverError: the driver does not answer at all.
     """
 
-    def __init__(self, driver: Driver, *, emulated: bool) -> None:
+    def __init__(self, driver: Driver, *, emulated: bool, patience_s: float = 3.0) -> None:
         self.driver = driver
         self.emulated = emulated
-        found = driver.gpus()
+        self._patience_s = patience_s
+        self._hanging: dict[int, Future[GpuFacts]] = {}
+        self._reads: dict[str, asyncio.Future[Any]] = {}
+        found = self._survey()
         self._facts = {gpu.uuid: gpu for gpu in found if gpu.uuid}
         # A GPU that does not even tell its UUID may be any.
         self._nameless = any(not gpu.uuid for gpu in found)
-        self._silent: set[str] = set()
         # NVML lets calls on one GPU overlap, and then two creates race for one place. Other GPUs go on.
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def _survey(self) -> list[GpuFacts]:
+        """Reads every GPU at once, each on a thread of its own."""
+        deadline = time.monotonic() + self._patience_s
+        asked: dict[int, Future[GpuFacts]] = {}
+        for index in range(self.driver.count()):
+            hanging = self._hanging.pop(index, None)
+            # One thread at most is ever caught in one GPU.
+            asked[index] = hanging if hanging and not hanging.done() else _on_thread(self.driver.gpu, index)
+        found = []
+        for index, facts in asked.items():
+            try:
+                found.append(facts.result(max(deadline - time.monotonic(), 0)))
+            except TimeoutError:
+                self._hanging[index] = facts
+                found.append(self.driver.unanswered(index, f"it has not answered for {self._patience_s:g} s"))
+        return found
 
     def lock(self, gpu: GpuFacts) -> asyncio.Lock:
         """Returns the lock under which one GPU is changed."""
@@ -74,7 +117,7 @@ class Gpus:
         Raises:
             Refusal: INTERNAL with DRIVER_REFUSED.
         """
-        found = await asyncio.to_thread(_translated, "this node", self.driver.gpus)
+        found = await asyncio.to_thread(_translated, "this node", self._survey)
         # A GPU that fell off the bus is still known: slices of the journal are on it.
         self._nameless = any(not gpu.uuid for gpu in found)
         self._facts.update({gpu.uuid: gpu for gpu in found if gpu.uuid})
@@ -110,44 +153,66 @@ class Gpus:
             gpu_uuid=gpu.uuid,
         )
 
-    async def instances(self, gpu: GpuFacts) -> list[GpuInstance]:
-        """Returns every GPU instance on a GPU, whoever made it, by placement; none when it cannot be cut.
+    async def instances(self, gpu: GpuFacts, *, compute: bool = True) -> list[GpuInstance]:
+        """Returns every GPU instance that is listed on a GPU, whoever made it, by placement; none when it is not cut.
 
         Raises:
-            Refusal: as `ask` does.
+            Refusal: as `read` does.
         """
         now = self._facts.get(gpu.uuid, gpu)
         if now.mig is Mig.UNKNOWN:
             raise _silent(now)
-        return await self.ask(gpu, self.driver.instances, gpu.uuid) if now.mig is Mig.ENABLED else []
-
-    async def all_instances(self) -> list[tuple[GpuFacts, GpuInstance]]:
-        """Returns every GPU instance of the node with its GPU, but for GPUs that do not answer: `may_have` knows."""
-        found = []
-        self._silent = set()
-        for gpu in list(self._facts.values()):
-            try:
-                found.extend([(gpu, instance) for instance in await self.instances(gpu)])
-            except Refusal as error:
-                self._silent.add(gpu.uuid)
-                _log.warning("a GPU does not list its slices", gpu=gpu.index, error=error.message)
-        return found
-
-    def may_have(self, uuid: str) -> bool:
-        """Says whether a GPU may be there though `all_instances` could not look at it when it last did."""
-        return uuid in self._silent or (uuid not in self._facts and self._nameless)
-
-    async def holders(self, gpu: GpuFacts, gi: int) -> list[str]:
-        """Returns the processes that use a GPU instance, each as its id and its command; none if it cannot be said."""
-        try:
-            pids = await self.ask(gpu, self.driver.processes, gpu.uuid, gi)
-        except Refusal as error:  # NO_PERMISSION for an unprivileged user, say
-            _log.info("the driver does not name who holds a slice", gpu=gpu.index, error=error.message)
+        if now.mig is not Mig.ENABLED:
             return []
-        return [f"{pid} ({_command(pid)})" for pid in pids]
+        return await self.read(gpu, partial(self.driver.instances, gpu.uuid, compute=compute))
+
+    async def list_all(self) -> Listing:
+        """Returns every GPU instance of the node, as far as its GPUs answer."""
+        gpus = list(self._facts.values())
+        answers = await asyncio.gather(*(self.instances(gpu) for gpu in gpus), return_exceptions=True)
+        found, silent = [], set()
+        for gpu, answer in zip(gpus, answers, strict=True):
+            if isinstance(answer, list):
+                found.extend([(gpu, instance) for instance in answer])
+            elif isinstance(answer, Refusal):
+                silent.add(gpu.uuid)
+                _log.warning("a GPU does not list its slices", gpu=gpu.index, error=answer.message)
+            else:
+                raise answer
+        if self._nameless:
+            return Listing(found, frozenset(silent), frozenset(gpu.uuid for gpu in gpus))
+        return Listing(found, frozenset(silent), None)
+
+    async def holders(self, gpu: GpuFacts, gi: int) -> list[Holder]:
+        """Returns the processes that use a GPU instance; none if it cannot be said.
+
+        Raises:
+            Refusal: the driver does not say; PERMISSION_DENIED for an unprivileged user, say.
+        """
+        pids = await self.read(gpu, partial(self.driver.processes, gpu.uuid, gi))
+        return [holder(pid) for pid in pids]
+
+    async def read(self, gpu: GpuFacts, call: Callable[[], _T]) -> _T:
+        """Asks the driver for something that changes nothing, and waits no longer than a patience for it.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED when the GPU hangs; otherwise as `ask` does.
+        """
+        caught = self._reads.get(gpu.uuid)
+        if caught is None or caught.done():
+            caught = None
+            answer = asyncio.ensure_future(self.ask(gpu, call))
+            done, _ = await asyncio.wait([answer], timeout=self._patience_s)
+            if done:
+                return answer.result()
+            # Its thread may be caught for long; nobody else is sent after it until it is back.
+            answer.add_done_callback(lambda late: late.cancelled() or late.exception())
+            self._reads[gpu.uuid] = answer
+        known = self._facts.get(gpu.uuid, gpu)
+        raise _silent(replace(known, notice=f"it has not answered for {self._patience_s:g} s; see `dmesg`"))
 
     async def ask(self, gpu: GpuFacts, call: Callable[..., _T], *arguments: Any) -> _T:
-        """Calls the driver on a thread.
+        """Calls the driver on a thread, and waits until it is done: what changes a GPU has an outcome.
 
         Raises:
             Refusal: FAILED_PRECONDITION with PLACEMENT_TAKEN or SLICE_IN_USE; PERMISSION_DENIED with
@@ -193,9 +258,15 @@ def _translated(where: str, call: Callable[..., _T], *arguments: Any) -> _T:
         ) from error
 
 
-def _command(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return "ended meanwhile"
-    return b" ".join(words).decode(errors="replace").strip()[:200] or "no command line"
+def _on_thread(call: Callable[[int], GpuFacts], index: int) -> Future[GpuFacts]:
+    """Runs a call on a thread of its own, which a process that ends does not wait for."""
+    answer: Future[GpuFacts] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call(index))
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name=f"gpu-{index}", daemon=True).start()
+    return answer

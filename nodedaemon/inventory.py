@@ -8,7 +8,7 @@ import os
 import platform
 from dataclasses import replace
 
-from nodedaemon.driver import GpuFacts, Mig
+from nodedaemon.driver_facts import GpuFacts, Mig
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id, memory_bytes
 from nodedaemon.runtime import ContainerRuntime

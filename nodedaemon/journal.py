@@ -1,6 +1,6 @@
 """What the daemon intends, on disk: it forgets nothing when it is killed.
 
-One SQLite file, written before anything is done to the driver or to Podman. Every method is one
+One SQLite file, written before anything is done to the driver or to Podman. Every method, or `atomic` block, is one
 transaction that takes a fraction of a millisecond, so the event loop calls it directly, and two coroutines never
 see each other's half-written rows.
 """
@@ -8,9 +8,11 @@ see each other's half-written rows.
 # ruff: noqa: S608 - what is put into statements here are names of columns, never values
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
-from nodedaemon.driver import Span
+from nodedaemon.driver_facts import Span
 from nodedaemon.owner import Owner
 
 __all__ = ["Answer", "ContainerRecord", "ContainerStage", "Journal", "SliceRecord", "SliceStage"]
@@ -281,8 +283,29 @@ class Journal:
             self._db.execute("DELETE FROM events WHERE time < ?", (now - _EVENTS_KEPT_S,))
             self._db.execute("DELETE FROM tokens WHERE time < ?", (now - _TOKENS_KEPT_S,))
 
+    @contextlib.contextmanager
+    def atomic(self) -> Iterator[None]:
+        """Makes what is written in the block one transaction: all of it is kept, or nothing.
+
+        Raises:
+            OSError: the disk is full (ENOSPC); nothing of it was kept.
+        """
+        with _full_disk_told(), self._db.atomic():
+            yield
+
     def _write(self, statement: str, values: Iterable[Any]) -> sqlite3.Cursor:
-        return self._db.execute(statement, tuple(values))
+        with _full_disk_told():
+            return self._db.execute(statement, tuple(values))
+
+
+@contextlib.contextmanager
+def _full_disk_told() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise OSError(errno.ENOSPC, "the disk of the node daemon's state is full") from error
 
 
 _OWNED = "centre = ? AND job_id = ? AND attempt = ?"

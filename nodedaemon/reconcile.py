@@ -8,12 +8,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nodedaemon.driver import GpuInstance
+from nodedaemon.driver_facts import GpuInstance
 from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from nodedaemon.runtime import ContainerPhase, ContainerStatus
-from nodedaemon.slices import is_same
 
-__all__ = ["ContainerPlan", "SlicePlan", "plan_containers", "plan_slices"]
+__all__ = ["ContainerPlan", "SlicePlan", "is_same", "plan_containers", "plan_slices"]
+
+
+def is_same(record: SliceRecord, instance: GpuInstance) -> bool:
+    """Says whether an instance on a GPU is a slice of the journal."""
+    if (record.gpu_uuid, record.span, record.profile_id) != (
+        instance.gpu_uuid,
+        instance.span,
+        instance.profile.profile_id,
+    ):
+        return False
+    if record.gi is None:
+        # It was being made, and its place was free when that was written down. Its compute instance comes only after
+        # its id is written down, so one that has any is somebody else's.
+        return not instance.compute_instances
+    uuids = {compute.uuid for compute in instance.compute_instances if compute.uuid}
+    return record.gi == instance.id and (not record.uuid or not uuids or record.uuid in uuids)
 
 
 @dataclass

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections import defaultdict
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -10,7 +14,8 @@ from nodedaemon.containers import Containers
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id
-from nodedaemon.journal import Journal, SliceStage
+from nodedaemon.inventory import Revision
+from nodedaemon.journal import Journal, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import plan_containers, plan_slices
 from nodedaemon.runtime import ContainerRuntime
@@ -22,7 +27,7 @@ __all__ = ["Recovery"]
 
 _log = structlog.get_logger(__name__)
 
-_RELEASE_S = 1.0
+_LOOK_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Recovery:
     slices: Slices
     containers: Containers
     runtime: ContainerRuntime
+    revision: Revision = field(default_factory=Revision)
+    boot: str = field(default_factory=boot_id)
 
     async def run(self) -> None:
         """Recovers. Containers come first: a slice is in use for as long as its container is there.
@@ -43,7 +50,27 @@ class Recovery:
             Refusal: the driver or the runtime does not answer at all.
         """
         await self._containers()
-        await self._slices()
+        await self._slices(start=True)
+
+    async def keep(self) -> None:
+        """Keeps journal and driver in agreement until cancelled.
+
+        Tries again what could not be destroyed, notices what somebody destroyed by hand, and settles doubts about a GPU
+        once it answers.
+        """
+        foreign: set[tuple[str, int]] | None = None
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await self.gpus.refresh()
+                await self._slices(start=False)
+                seen = await self.slices.foreign()
+            except (Refusal, OSError) as error:
+                _log.warning("cannot compare the journal with the driver now", error=str(error))
+                continue
+            if foreign is not None and seen != foreign:
+                self.revision.grow()  # what somebody else made or destroyed changes what there is room for
+            foreign = seen
 
     async def _containers(self) -> None:
         plan = plan_containers(self.journal.containers(), await self.runtime.containers())
@@ -61,36 +88,54 @@ class Recovery:
         for record in plan.lost:
             self.containers.ends.note_lost(record)
 
-    async def _slices(self) -> None:
-        instances = [instance for _, instance in await self.gpus.all_instances()]
-        boot = boot_id()
-        records = self.journal.slices()
-        # Of a GPU that does not answer nothing is known, and so nothing is decided; a boot wipes its slices even so.
-        doubtful = [one for one in records if self.gpus.may_have(one.gpu_uuid) and one.boot_id == boot]
+    async def _slices(self, *, start: bool) -> None:
+        boot = self.boot
+        records = [one for one in self.journal.slices() if not self.slices.in_hand(one)]
+        # No instance survives a boot: there is nothing to doubt about one of an earlier boot.
+        gone = [one for one in records if one.boot_id != boot]
+        instances, doubtful = await self.slices.look([one for one in records if one.boot_id == boot])
+        # What was taken in hand meanwhile is no longer what was looked at.
+        now = {one.id: one for one in self.journal.slices() if not self.slices.in_hand(one)}
+        # Of a GPU that does not answer nothing is known, and so nothing is decided.
         for one in doubtful:
-            self.slices.keep_in_doubt(one)
-        plan = plan_slices([one for one in records if one not in doubtful], instances, boot)
+            if now.get(one.id) == one:
+                self.slices.keep_in_doubt(one)
+        sure = [one for one in records if one in gone or one not in doubtful]
+        plan = plan_slices([one for one in sure if now.get(one.id) == one], instances, boot)
         for one, why in plan.drop:
-            name = one.uuid or f"{one.profile} at {one.span.start}"
-            self.slices.drop(one)
-            self._tell(one.owner, "SLICE_DROPPED", f"slice {name} is gone: {why}")
+            self.slices.drop(one, why)
         for one in plan.adopt:
-            self._tell(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
+            self.slices.trust(one)
+            if start:
+                self._tell(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
+        # One GPU that is slow holds up its own slices only.
+        by_gpu: dict[str, list[Coroutine[Any, Any, None]]] = defaultdict(list)
         for one, gi in plan.finish:
-            try:
-                await self.slices.finish(one, gi)
-                self._tell(one.owner, "SLICE_COMPLETED", f"completed {one.profile} at {one.span.start}")
-            except Refusal as error:
-                message = f"could not complete {one.profile} at {one.span.start}: {error.message}"
-                self._tell(one.owner, error.reason, message)
+            # At a start its owner is waiting for it, and will ask again; later, its making has failed.
+            by_gpu[one.gpu_uuid].append(self._finish(one, gi) if start else self._take_apart(one))
         for one in plan.destroy:
-            if one.stage is SliceStage.ACTIVE:
-                self.journal.forget_answers(one.owner)
-            try:
-                await self.slices.take_apart(one, _RELEASE_S)
-                self._tell(one.owner, "SLICE_DESTROYED", f"destroyed slice {one.uuid}, which was half destroyed")
-            except Refusal as error:
-                _log.warning("a slice stays half destroyed", slice=one.uuid, error=error.message)
+            by_gpu[one.gpu_uuid].append(self._take_apart(one))
+        await asyncio.gather(*(_in_turn(work) for work in by_gpu.values()))
+
+    async def _finish(self, record: SliceRecord, gi: int) -> None:
+        try:
+            await self.slices.finish(record, gi)
+        except Refusal as error:
+            message = f"could not complete {record.profile} at {record.span.start}: {error.message}"
+            self._tell(record.owner, error.reason, message)
+
+    async def _take_apart(self, record: SliceRecord) -> None:
+        if record.stage is SliceStage.ACTIVE:
+            self.journal.forget_answers(record.owner)
+        try:
+            await self.slices.take_apart(record, 0)
+        except Refusal as error:
+            _log.info("a slice stays half destroyed", slice=record.uuid, error=error.message)
 
     def _tell(self, owner: Owner | None, reason: str, message: str) -> None:
         self.events.add(NodeEventKind.NODE_EVENT_KIND_RECONCILED, reason, message, owner=owner.ref() if owner else None)
+
+
+async def _in_turn(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    for one in work:
+        await one

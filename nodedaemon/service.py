@@ -8,7 +8,7 @@ from typing import Any, cast
 from nodedaemon.answers import Mutations
 from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
-from nodedaemon.driver import Span
+from nodedaemon.driver_facts import Span
 from nodedaemon.events import EventLog
 from nodedaemon.inventory import Inventory
 from nodedaemon.owner import Owner

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import grpc
 import structlog
 
 from nodedaemon.descriptions import describe_foreign, describe_slice
-from nodedaemon.driver import GpuFacts, GpuInstance, ProfileFacts, Span
+from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import ComputeInstance, GpuFacts, GpuInstance, Mig, ProfileFacts, Span
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
+from nodedaemon.holders import Holder
 from nodedaemon.host import boot_id
 from nodedaemon.journal import Journal, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
+from nodedaemon.reconcile import is_same
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1.card_pb2 import Slice
 from puhui.v1.node_pb2 import NodeEventKind
 
-__all__ = ["Slices", "is_same"]
+__all__ = ["Slices"]
 
 _log = structlog.get_logger(__name__)
 
 _FIRST_RETRY_S = 0.02
 _LONGEST_RETRY_S = 1.0
+_VERIFY_S = 2.0
 
 
 class Slices:
@@ -39,6 +46,7 @@ class Slices:
         events: where what happens is told.
         changed: called after any change of slices.
         release_s: how long a destroy waits for the last process on the slice to go, in seconds.
+        boot: what tells the host's boot from any other; None is this host's.
     """
 
     def __init__(
@@ -49,13 +57,15 @@ class Slices:
         *,
         changed: Callable[[], None],
         release_s: float = 10.0,
+        boot: str | None = None,
     ) -> None:
         self._gpus = gpus
         self._journal = journal
         self._events = events
         self._changed = changed
         self._release_s = release_s
-        self._boot_id = boot_id()
+        self._boot_id = boot_id() if boot is None else boot
+        self._hands: Counter[int] = Counter()
 
     # Making one -------------------------------------------------------------------------------------------
 
@@ -65,7 +75,7 @@ class Slices:
         Raises:
             Refusal: NOT_FOUND with GPU_NOT_FOUND or PROFILE_NOT_FOUND, INVALID_ARGUMENT with PLACEMENT_INVALID,
                 FAILED_PRECONDITION with PLACEMENT_TAKEN or MIG_DISABLED, PERMISSION_DENIED with
-                DRIVER_PERMISSION, INTERNAL with DRIVER_REFUSED.
+                DRIVER_PERMISSION, INTERNAL with DRIVER_REFUSED or SLICE_NOT_VERIFIED.
         """
         gpu = self._gpus.gpu(gpu_uuid)
         async with self._gpus.lock(gpu):
@@ -92,23 +102,27 @@ class Slices:
                     boot_id=self._boot_id,
                 )
             )
-            record = await self._make(gpu, profile, record)
-        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, "SLICE_CREATED", "made slice {slice}")
-        return self.describe(record)
+            with self._in_hand(record):
+                return self.describe(await self._make(gpu, profile, record))
 
     async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
-        for instance in await self._gpus.instances(gpu):
+        for instance in await self._gpus.instances(gpu, compute=False):
             if not instance.span.overlaps(span):
                 continue
-            mine = next((r for r in self._journal.slices() if is_same(r, instance)), None)
+            # The list may lag behind; what is asked for by its id does not.
+            really = await self._gpus.read(gpu, partial(self._gpus.driver.instance, gpu.uuid, instance.id))
+            if really is None or not really.span.overlaps(span):
+                continue
+            mine = next((r for r in self._journal.slices() if is_same(r, really)), None)
             if mine is not None and mine.stage is SliceStage.ERROR and not mine.uuid:
                 # The rest of a slice that nobody was ever given; perhaps it can be removed by now.
-                await self._unmake(gpu, mine)
+                with self._in_hand(mine):
+                    await self._unmake(gpu, mine)
                 continue
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "PLACEMENT_TAKEN",
-                f"{instance.profile.name} at {instance.span.start} on GPU {gpu.index} is in the way; it belongs to "
+                f"{really.profile.name} at {really.span.start} on GPU {gpu.index} is in the way; it belongs to "
                 + (f"{mine.owner}" if mine else "nobody this daemon knows, and is not touched"),
                 gpu_uuid=gpu.uuid,
                 foreign=str(mine is None).lower(),
@@ -120,48 +134,50 @@ class Slices:
                 gpu, self._gpus.driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span
             )
             record = self._journal.update_slice(replace(record, gi=gi))
-            return await self._complete(gpu, record, profile.compute_slices)
-        except BaseException as error:
-            if isinstance(error, Refusal) and error.reason == "PLACEMENT_TAKEN" and record.gi is None:
+            return await self._complete(gpu, record, profile.compute_slices, "SLICE_CREATED", "made slice {slice}")
+        except Refusal as error:
+            if error.reason == "PLACEMENT_TAKEN" and record.gi is None:
                 self._journal.delete_slice(record)  # somebody else was quicker: what is there now is not ours
             else:
                 await self._unmake(gpu, record)
             raise
+        # Whatever else ends this (a full disk, the end of the daemon in the middle of a call to the driver) leaves the
+        # record: what came of the call is for `Recovery` to find out.
 
     async def _unmake(self, gpu: GpuFacts, record: SliceRecord) -> None:
-        """Rolls a half-made slice back.
-
-        What cannot be rolled back now stays in the journal; the next create in its place and the next start try again.
-        """
+        """Rolls a half-made slice back. What cannot be rolled back now stays in the journal, and is tried again."""
         try:
-            await self._destroy_once(gpu, record)
+            await self._remove(gpu, record)
         except Refusal as error:
             self._stuck(record, error, [])
         else:
             self._journal.delete_slice(record)
 
-    async def _complete(self, gpu: GpuFacts, record: SliceRecord, compute_slices: int) -> SliceRecord:
+    async def _complete(
+        self, gpu: GpuFacts, record: SliceRecord, compute_slices: int, reason: str, message: str
+    ) -> SliceRecord:
         """Gives a GPU instance its full-width compute instance, and believes only what the driver then lists."""
         gi = _given(record.gi)
         instance = await self._instance(gpu, gi)
         if not (instance and instance.compute_instances):
             await self._gpus.ask(gpu, self._gpus.driver.create_compute_instance, gpu.uuid, gi, compute_slices)
-            instance = await self._instance(gpu, gi)
-        whole = [c for c in instance.compute_instances if c.compute_slices == compute_slices] if instance else []
-        if instance is None or instance.span != record.span or len(whole) != 1 or not whole[0].uuid:
-            raise Refusal(
-                grpc.StatusCode.INTERNAL,
-                "SLICE_NOT_VERIFIED",
-                f"the driver said that it made {record.profile} at {record.span.start} on GPU {gpu.index}, but lists "
-                f"{instance!r}; see the driver's log",
-            )
-        return self._journal.update_slice(
-            replace(record, ci=whole[0].id, uuid=whole[0].uuid, stage=SliceStage.ACTIVE, notice="")
-        )
+        deadline = time.monotonic() + _VERIFY_S
+        pause = _FIRST_RETRY_S
+        while (whole := _whole(instance := await self._instance(gpu, gi), record, compute_slices)) is None:
+            if time.monotonic() > deadline:
+                raise Refusal(
+                    grpc.StatusCode.INTERNAL,
+                    "SLICE_NOT_VERIFIED",
+                    f"the driver said that it made {record.profile} at {record.span.start} on GPU {gpu.index}, but "
+                    f"lists {instance!r}; see the driver's log",
+                )
+            await asyncio.sleep(pause)  # its lists may lag behind
+            pause *= 2
+        record = replace(record, ci=whole.id, uuid=whole.uuid, stage=SliceStage.ACTIVE, notice="")
+        return self._keep(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, reason, message)
 
     async def _instance(self, gpu: GpuFacts, gi: int) -> GpuInstance | None:
-        instances = await self._gpus.instances(gpu)
-        return next((instance for instance in instances if instance.id == gi), None)
+        return await self._gpus.ask(gpu, self._gpus.driver.instance, gpu.uuid, gi)
 
     # Destroying one ---------------------------------------------------------------------------------------
 
@@ -209,51 +225,111 @@ class Slices:
             Refusal: FAILED_PRECONDITION with SLICE_IN_USE; INTERNAL with DRIVER_REFUSED.
         """
         gpu = self._gpus.gpu(record.gpu_uuid)
-        record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYING))
         deadline = time.monotonic() + (self._release_s if release_s is None else release_s)
         pause = _FIRST_RETRY_S
-        while True:
-            try:
-                async with self._gpus.lock(gpu):
-                    await self._destroy_once(gpu, record)
-                break
-            except Refusal as error:
-                in_use = error.reason == "SLICE_IN_USE"
-                if not in_use or time.monotonic() + pause > deadline:
-                    holders = await self._gpus.holders(gpu, record.gi or 0) if in_use else []
-                    raise self._stuck(record, error, holders) from error
-            # The lock is free meanwhile: what waits for a process to go must not hold up others.
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, _LONGEST_RETRY_S)
-        record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYED, notice=""))
-        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED, "SLICE_DESTROYED", "destroyed slice {slice}")
+        with self._in_hand(record):
+            record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYING))
+            while True:
+                try:
+                    async with self._gpus.lock(gpu):
+                        if self._is_destroyed(record):
+                            return  # by another who was asked to
+                        await self._remove(gpu, record)
+                        record = replace(record, stage=SliceStage.DESTROYED, notice="")
+                        kind = NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED
+                        self._keep(record, kind, "SLICE_DESTROYED", "destroyed slice {slice}")
+                    return
+                except Refusal as error:
+                    in_use = error.reason == "SLICE_IN_USE"
+                    if not in_use or time.monotonic() + pause > deadline:
+                        holders = await self._holders(gpu, record) if in_use else []
+                        raise self._stuck(record, error, holders) from error
+                # The lock is free meanwhile: what waits for a process to go must not hold up others.
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_RETRY_S)
 
-    async def _destroy_once(self, gpu: GpuFacts, record: SliceRecord) -> None:
-        instance = next(
-            (i for i in await self._gpus.instances(gpu) if is_same(record, i)),
-            None,
-        )
-        if instance is None:
-            return  # somebody else was quicker
-        for compute in instance.compute_instances:
-            await self._gpus.ask(gpu, self._gpus.driver.destroy_compute_instance, gpu.uuid, instance.id, compute.id)
-        await self._gpus.ask(gpu, self._gpus.driver.destroy_gpu_instance, gpu.uuid, instance.id)
+    def _is_destroyed(self, record: SliceRecord) -> bool:
+        return all(one.id != record.id for one in self._journal.slices())
 
-    def _stuck(self, record: SliceRecord, error: Refusal, holders: list[str]) -> Refusal:
+    async def _remove(self, gpu: GpuFacts, record: SliceRecord) -> None:
+        await self._gpus.ask(gpu, _remove, self._gpus.driver, record)
+
+    async def _holders(self, gpu: GpuFacts, record: SliceRecord) -> list[Holder]:
+        try:
+            return await self._gpus.holders(gpu, record.gi or 0)
+        except Refusal as error:  # NO_PERMISSION for an unprivileged user, say
+            _log.info("the driver does not name who holds a slice", gpu=gpu.index, error=error.message)
+            return []
+
+    def _stuck(self, record: SliceRecord, error: Refusal, holders: list[Holder]) -> Refusal:
         if error.reason == "SLICE_IN_USE":
-            who = "process " + ", ".join(holders) if holders else "a process that the driver does not name"
+            who = "process " + ", ".join(map(str, holders)) if holders else "a process that the driver does not name"
             error = Refusal(
                 error.code,
                 error.reason,
-                f"slice {record.uuid or record.profile} is still held by {who}; end it, then destroy the slice again",
+                f"slice {record.uuid or record.profile} is still held by {who}; it is destroyed as soon as that ends",
                 slice_uuid=record.uuid,
-                holders=", ".join(holders),
+                holder_pids=",".join(str(one.pid) for one in holders),
+                holder_commands=", ".join(one.command for one in holders),
+                holder_containers=",".join(one.container for one in holders if one.container),
             )
-        record = self._journal.update_slice(replace(record, stage=SliceStage.ERROR, notice=error.message))
-        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, error.reason, error.message)
+        told = record.notice == error.message  # tried again in vain
+        record = replace(record, stage=SliceStage.ERROR, notice=error.message)
+        if told:
+            self._journal.update_slice(record)
+        else:
+            self._keep(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, error.reason, error.message)
         return error
 
-    # After a restart --------------------------------------------------------------------------------------
+    # What `Recovery` asks for -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _in_hand(self, record: SliceRecord) -> Iterator[None]:
+        self._hands[record.id] += 1
+        try:
+            yield
+        finally:
+            self._hands[record.id] -= 1
+
+    def in_hand(self, record: SliceRecord) -> bool:
+        """Says whether a slice is being made or destroyed at this moment."""
+        return self._hands[record.id] > 0
+
+    async def look(self, records: Sequence[SliceRecord]) -> tuple[list[GpuInstance], list[SliceRecord]]:
+        """Looks at the GPUs.
+
+        Args:
+            records: slices of the journal that are wanted.
+
+        Returns:
+            Every GPU instance that the driver lists, and those of the records that it has but does not list; and the
+            records of which nothing can be known, because their GPU does not answer.
+        """
+        listing = await self._gpus.list_all()
+        found, doubtful = [instance for _, instance in listing.instances], []
+        for record in records:
+            if listing.may_have(record.gpu_uuid):
+                doubtful.append(record)
+            elif not any(is_same(record, instance) for instance in found):
+                gpu = self._gpus.known(record.gpu_uuid)
+                try:
+                    if gpu.mig is Mig.ENABLED and (really := await self._gpus.read(gpu, partial(self._find, record))):
+                        found.append(really)
+                except Refusal:
+                    doubtful.append(record)
+        return found, doubtful
+
+    def _find(self, record: SliceRecord) -> GpuInstance | None:
+        return _find(self._gpus.driver, record)
+
+    async def foreign(self) -> set[tuple[str, int]]:
+        """Returns (GPU UUID, GPU instance id) of every listed slice that this daemon did not make."""
+        records = self._journal.slices()
+        return {
+            (gpu.uuid, instance.id)
+            for gpu, instance in (await self._gpus.list_all()).instances
+            if not any(is_same(record, instance) for record in records)
+        }
 
     async def finish(self, record: SliceRecord, gi: int) -> None:
         """Completes a slice whose making was cut short.
@@ -263,33 +339,51 @@ class Slices:
         """
         gpu = self._gpus.gpu(record.gpu_uuid)
         async with self._gpus.lock(gpu):
-            profile = await self._gpus.profile(gpu, record.profile)
-            try:
-                record = self._journal.update_slice(replace(record, gi=gi))
-                record = await self._complete(gpu, record, profile.compute_slices)
-            except BaseException:
-                await self._unmake(gpu, record)
-                raise
-        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, "SLICE_COMPLETED", "completed slice {slice}")
+            with self._in_hand(record):
+                try:
+                    profile = await self._gpus.profile(gpu, record.profile)
+                    record = self._journal.update_slice(replace(record, gi=gi))
+                    message = "completed slice {slice}, which was half made"
+                    await self._complete(gpu, record, profile.compute_slices, "SLICE_COMPLETED", message)
+                except Refusal:
+                    await self._unmake(gpu, record)
+                    raise
 
-    def drop(self, record: SliceRecord) -> None:
-        """Notes that a slice of the journal is there no more, and nobody asked for that."""
-        # A repeated request must make it again rather than be told that it was made.
-        self._journal.forget_answers(record.owner)
-        if not record.uuid:
-            self._journal.delete_slice(record)
-            return
-        record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYED))
-        message = "slice {slice} is gone, and nobody here destroyed it"
-        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED, "SLICE_VANISHED", message)
+    def drop(self, record: SliceRecord, why: str) -> None:
+        """Notes that a slice of the journal is there no more.
+
+        Args:
+            record: the slice.
+            why: what happened to it, as far as that is known.
+        """
+        asked = record.stage in (SliceStage.DESTROYING, SliceStage.ERROR)
+        with self._journal.atomic():
+            if not asked:
+                # A repeated request must make it again rather than be told that it was made.
+                self._journal.forget_answers(record.owner)
+            self._keep(
+                replace(record, stage=SliceStage.DESTROYED),
+                NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED,
+                "SLICE_DESTROYED" if asked else "SLICE_VANISHED",
+                "slice {slice} is gone: " + why,
+            )
+            if not record.uuid:
+                self._journal.delete_slice(record)
 
     def keep_in_doubt(self, record: SliceRecord) -> None:
         """Notes that it cannot be known now whether a slice is there: its GPU does not answer."""
         gpu = self._gpus.known(record.gpu_uuid)
         why = f"its GPU {gpu.uuid} does not answer: {gpu.notice or 'see `nvidia-smi`'}"
-        stage = SliceStage.ACTIVE if record.stage is SliceStage.ACTIVE else SliceStage.ERROR
-        record = self._journal.update_slice(replace(record, stage=stage, notice=why))
-        self._told(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, "GPU_SILENT", "slice {slice} is in doubt: " + why)
+        if record.notice == why:
+            return  # told before
+        kind = NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR
+        self._keep(replace(record, notice=why), kind, "GPU_SILENT", "slice {slice} is in doubt: " + why)
+
+    def trust(self, record: SliceRecord) -> None:
+        """Notes that a slice that was in doubt is there after all."""
+        if record.notice:
+            self._journal.update_slice(replace(record, notice=""))
+            self._changed()
 
     # Reading ----------------------------------------------------------------------------------------------
 
@@ -299,7 +393,7 @@ class Slices:
         Raises:
             Refusal: INTERNAL with DRIVER_REFUSED.
         """
-        instances = await self._gpus.all_instances() if foreign else []
+        instances = (await self._gpus.list_all()).instances if foreign else []
         records = self._journal.slices()
         found = [self.describe(record) for record in records]
         found.extend(
@@ -329,28 +423,48 @@ class Slices:
             )
         return record, self._gpus.gpu(record.gpu_uuid)
 
-    def _told(self, record: SliceRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
-        described = self.describe(record)
-        gpu = self._gpus.known(record.gpu_uuid)
-        where = f"{record.uuid} ({record.profile} at {record.span.start} on GPU {gpu.index})"
-        self._events.add(
-            kind, reason, message.replace("{slice}", where), owner=record.owner.ref(record.token), slice=described
-        )
+    def _keep(self, record: SliceRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> SliceRecord:
+        """Writes a slice down together with the event that tells why: there is never one without the other."""
+        with self._journal.atomic():
+            self._journal.update_slice(record)
+            gpu = self._gpus.known(record.gpu_uuid)
+            where = f"{record.uuid or 'without a UUID'} ({record.profile} at {record.span.start} on GPU {gpu.index})"
+            self._events.add(
+                kind,
+                reason,
+                message.replace("{slice}", where),
+                owner=record.owner.ref(record.token),
+                slice=self.describe(record),
+            )
         self._changed()
+        return record
 
 
-def is_same(record: SliceRecord, instance: GpuInstance) -> bool:
-    """Says whether an instance on a GPU is a slice of the journal."""
-    if (record.gpu_uuid, record.span, record.profile_id) != (
-        instance.gpu_uuid,
-        instance.span,
-        instance.profile.profile_id,
-    ):
-        return False
+def _find(driver: Driver, record: SliceRecord) -> GpuInstance | None:
+    """Returns the GPU instance of a record, asked for by id, or None: it is not there, or what is there is not ours."""
     if record.gi is None:
-        return True  # being made: the place was free when that was written down
-    uuids = {compute.uuid for compute in instance.compute_instances}
-    return record.gi == instance.id and (not record.uuid or not uuids or record.uuid in uuids)
+        found = driver.instance_at(record.gpu_uuid, record.profile_id, record.span)
+    else:
+        found = driver.instance(record.gpu_uuid, record.gi)
+    return found if found is not None and is_same(record, found) else None
+
+
+def _remove(driver: Driver, record: SliceRecord) -> None:
+    """Takes away what there is of a slice."""
+    instance = _find(driver, record)
+    if instance is None:
+        return  # somebody else was quicker
+    for compute in instance.compute_instances:
+        driver.destroy_compute_instance(record.gpu_uuid, instance.id, compute.id)
+    driver.destroy_gpu_instance(record.gpu_uuid, instance.id)
+
+
+def _whole(instance: GpuInstance | None, record: SliceRecord, compute_slices: int) -> ComputeInstance | None:
+    """Returns the full-width compute instance of a slice, when instance and compute instance are as they should be."""
+    if instance is None or instance.span != record.span or len(instance.compute_instances) != 1:
+        return None
+    (compute,) = instance.compute_instances
+    return compute if compute.compute_slices == compute_slices and compute.uuid else None
 
 
 def _given(number: int | None) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from nodedaemon.driver import Driver, Span
+from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import Span
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from puhui.rpc.channel import open_channel
 from puhui.rpc.identity import new_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nodedaemon.driver import ComputeInstance, GpuInstance, ProfileFacts, Span
+from nodedaemon.driver_facts import ComputeInstance, GpuInstance, ProfileFacts, Span
 from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import plan_containers, plan_slices

@@ -10,7 +10,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from nodedaemon.driver import Driver, Mig, Span
+from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import Mig, Span
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus

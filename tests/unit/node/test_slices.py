@@ -11,7 +11,8 @@ import grpc
 import pynvml
 import pytest
 
-from nodedaemon.driver import Driver, Span
+from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import Span
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
