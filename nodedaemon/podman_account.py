@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["PodmanAccount", "PodmanUnusableError", "cgroup_layout", "choose_oci_runtime"]
+__all__ = ["PROGRAM_PATH", "PodmanAccount", "PodmanUnusableError", "cgroup_layout", "choose_oci_runtime"]
+
+PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where every program of rootless containers is looked for."""
 
 
 class PodmanUnusableError(Exception):
@@ -83,6 +86,20 @@ class PodmanAccount:
         Raises:
             PodmanUnusableError: it cannot; the text says what is missing and how to get it.
         """
+        account = cls.look(user)
+        account._prepare(account.user_home)
+        return account
+
+    @classmethod
+    def look(cls, user: str | None) -> PodmanAccount:
+        """Finds out what `find` does, and changes nothing on the host.
+
+        Args:
+            user: as `find` takes it.
+
+        Raises:
+            PodmanUnusableError: as `find` does.
+        """
         if os.geteuid() == 0:
             try:
                 entry = pwd.getpwnam(user or "puhui")
@@ -98,9 +115,9 @@ class PodmanAccount:
         _require_programs()
         _require_subordinate_ids(entry)
         layout = cgroup_layout(Path("/proc/self/mounts").read_text())
-        present = [name for name in ("crun", "runc") if shutil.which(name, path=_PATH)]
+        present = [name for name in ("crun", "runc") if shutil.which(name, path=PROGRAM_PATH)]
         oci_runtime, why = choose_oci_runtime(layout, present)
-        account = cls(
+        return cls(
             name=entry.pw_name,
             uid=entry.pw_uid,
             gid=entry.pw_gid,
@@ -110,8 +127,6 @@ class PodmanAccount:
             layout=layout,
             notices=(why,) if why else (),
         )
-        account._prepare(Path(entry.pw_dir))
-        return account
 
     def _prepare(self, user_home: Path) -> None:
         try:
@@ -129,6 +144,11 @@ class PodmanAccount:
             )
         except OSError as error:
             raise PodmanUnusableError(f"the Podman home of {self.name} cannot be prepared: {error}") from error
+
+    @property
+    def user_home(self) -> Path:
+        """The user's own home directory."""
+        return self.home.parents[3]
 
     @property
     def store(self) -> Path:
@@ -161,8 +181,8 @@ class PodmanAccount:
     def environment(self) -> dict[str, str]:
         """Returns the whole environment of every podman of this user that Puhui starts."""
         return {
-            "PATH": _PATH,
-            "HOME": str(self.home.parents[3]),
+            "PATH": PROGRAM_PATH,
+            "HOME": str(self.user_home),
             "USER": self.name,
             "LOGNAME": self.name,
             "LANG": "C.UTF-8",
@@ -202,7 +222,7 @@ class PodmanAccount:
 
     def network_problem(self) -> str:
         """Returns why containers of this user cannot have a network, and what to do; empty when they can."""
-        if shutil.which("slirp4netns", path=_PATH) is None:
+        if shutil.which("slirp4netns", path=PROGRAM_PATH) is None:
             return "slirp4netns is not installed: install it with `apt-get install slirp4netns`"
         if self.run("test", "-w", "/dev/net/tun").returncode != 0:
             return f"user {self.name} may not write to /dev/net/tun: run `chmod a+rw /dev/net/tun`"
@@ -224,17 +244,16 @@ class PodmanAccount:
                 )
 
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
 def _below(folder: Path, top: Path) -> list[Path]:
     """Returns a directory and those above it, as far as they are below `top`."""
     return [folder, *(parent for parent in folder.parents if parent.is_relative_to(top) and parent != top)]
 
 
 def _runtime_dir(uid: int) -> Path:
-    if os.geteuid() == 0:
-        return Path("/run/puhui", f"podman-{uid}")
+    shared = Path("/run/puhui", f"podman-{uid}")
+    # Made by `prepare`: the user's own daemon and root's `puhui-nodedaemon podman` then see the same Podman.
+    if os.geteuid() == 0 or (shared.is_dir() and shared.stat().st_uid == uid):
+        return shared
     own = os.environ.get("XDG_RUNTIME_DIR")
     if own and Path(own).is_dir() and Path(own).stat().st_uid == uid:
         return Path(own, "puhui-podman")
@@ -243,7 +262,7 @@ def _runtime_dir(uid: int) -> Path:
 
 def _require_programs() -> None:
     for program, package in (("podman", "podman"), ("newuidmap", "uidmap"), ("setpriv", "util-linux")):
-        if shutil.which(program, path=_PATH) is None:
+        if shutil.which(program, path=PROGRAM_PATH) is None:
             raise PodmanUnusableError(f"{program} is not installed: install it with `apt-get install {package}`")
 
 

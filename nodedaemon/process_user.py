@@ -9,7 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ProcessUser", "ProcessesRefusedError", "choose_process_user", "find_process_user", "require_no_real_gpu"]
+__all__ = [
+    "ProcessUser",
+    "ProcessesRefusedError",
+    "choose_process_user",
+    "find_process_user",
+    "out_of_reach",
+    "require_no_real_gpu",
+]
 
 _STATE_OUT_OF_REACH = 3
 _PROBE = f"import os, sys; sys.exit(0 if os.access(sys.argv[1], os.X_OK) else {_STATE_OUT_OF_REACH})"
@@ -97,10 +104,10 @@ def find_process_user(name: str, state: Path, *, allow_root: bool) -> ProcessUse
     user = ProcessUser(entry.pw_name, entry.pw_uid, entry.pw_gid)
     os.chown(state, 0, user.gid)
     state.chmod(0o710)
-    return choose_process_user(name, user, _out_of_reach(user, state.resolve()), allow_root=allow_root)
+    return choose_process_user(name, user, out_of_reach(user, state.resolve()), allow_root=allow_root)
 
 
-def _out_of_reach(user: ProcessUser, state: Path) -> str:
+def out_of_reach(user: ProcessUser, state: Path) -> str:
     """Says what that user cannot reach: Python, or the state directory; empty when it reaches both."""
     try:
         done = subprocess.run(

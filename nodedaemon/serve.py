@@ -14,6 +14,8 @@ import typer
 
 from nodedaemon.daemon import CannotServeError, Settings
 from nodedaemon.daemon import serve as serve_until
+from nodedaemon.doctor import Asked, as_json, examine, print_table
+from nodedaemon.emulation import UnknownCardError, parse_cards
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from puhui.rpc.logs import configure_logs
 
@@ -95,6 +97,37 @@ async def _serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await serve_until(settings, stop)
+
+
+@app.command()
+def doctor(
+    state: Annotated[
+        Path, typer.Option(envvar="PUHUI_NODE_STATE", help="State directory that the daemon has, or is to have.")
+    ] = Path("/var/lib/puhui/node"),
+    emulate: Annotated[
+        str | None,
+        typer.Option(envvar="PUHUI_NODE_EMULATE", help="Ask for emulated cards, such as H100-80GB-SXM5:2."),
+    ] = None,
+    podman_user: Annotated[
+        str,
+        typer.Option(envvar="PUHUI_NODE_PODMAN_USER", help="User that owns the containers of a daemon run by root."),
+    ] = "puhui",
+    image: Annotated[
+        str, typer.Option(envvar="PUHUI_NODE_IMAGE", help="Image of containers that ask for none.")
+    ] = "localhost/puhui/base:latest",
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tells what works on this host and what to do about the rest. Changes nothing. Exits 1 if it cannot serve."""
+    try:
+        cards = parse_cards(emulate) if emulate else ()
+    except UnknownCardError as error:
+        raise typer.BadParameter(str(error), param_hint="--emulate") from error
+    report = examine(Asked(state.absolute(), podman_user, image, cards))
+    if json_output:
+        sys.stdout.write(as_json(report) + "\n")
+    else:
+        print_table(report, sys.stdout)
+    raise typer.Exit(0 if report.verdict.can_serve else 1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
