@@ -15,7 +15,7 @@ from nodedaemon.events import EventLog
 from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
 from nodedaemon.owner import Owner
 from nodedaemon.results import known_container
-from nodedaemon.runtime import ContainerExit, ContainerRuntime, ContainerStatus
+from nodedaemon.runtime import ContainerExit, ContainerGone, ContainerRuntime, ContainerStatus
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1.node_pb2 import NodeEventKind
@@ -73,7 +73,7 @@ class ContainerEnds:
 
     async def _end_overdue(self, owner: Owner) -> None:
         pause = _FIRST_RETRY_S
-        while (record := self._journal.container(owner)) is not None and record.stage is ContainerStage.RUNNING:
+        while (record := self._journal.container(owner)) is not None and record.stage.is_alive:
             try:
                 await self.end(record, record.stop_grace_s)
             except Refusal as error:
@@ -92,7 +92,10 @@ class ContainerEnds:
                     await self.look()
                     continue
                 record = next((r for r in self._journal.containers() if r.container_id == ended.id), None)
-                if record is not None and record.stage is ContainerStage.RUNNING:
+                if isinstance(ended, ContainerGone):
+                    if record is not None and record.stage.is_alive:
+                        await self.look()
+                elif record is not None and record.stage.is_alive:
                     self._note_exit(record, ended)
                 elif record is not None and record.stage is ContainerStage.CREATING:
                     self._early[ended.id] = ended
@@ -107,15 +110,22 @@ class ContainerEnds:
             await self.look()
 
     async def look(self) -> None:
-        """Looks for ends that no event told of."""
+        """Looks for ends that no event told of, and for containers that somebody else removed."""
+        # Asked before the list is made: what begins meanwhile cannot be missing from it.
+        before = [record for record in self._journal.containers() if record.stage.is_alive]
         try:
             statuses = {status.id: status for status in await self._runtime.containers()}
         except Refusal as error:
             _log.warning("cannot look at the containers", error=error.message)
             return
-        for record in self._journal.containers():
+        for known in before:
+            record = self._journal.container(known.owner)
+            if record is None or not record.stage.is_alive:
+                continue
             status = statuses.get(record.container_id)
-            if record.stage is ContainerStage.RUNNING and status is not None and status.exit_code is not None:
+            if status is None:
+                self.note_lost(record)
+            elif status.exit_code is not None:
                 self.note_end(record, status)
 
     def note_end(self, record: ContainerRecord, status: ContainerStatus) -> None:
@@ -170,17 +180,17 @@ class ContainerEnds:
         """
         for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
             life = self._lives.get(record.owner)
-            if record.stage is not ContainerStage.RUNNING or life is None or life.ended.is_set():
+            if not record.stage.is_alive or life is None or life.ended.is_set():
                 break
             await self._runtime.signal(record.container_id, number)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await life.ended.wait()
         record = known_container(self._journal, record.owner)
-        if record.stage is ContainerStage.RUNNING:
+        if record.stage.is_alive:
             await self.look()
             record = known_container(self._journal, record.owner)
-        if record.stage is ContainerStage.RUNNING:
+        if record.stage.is_alive:
             raise Refusal(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 "CONTAINER_STUCK",

@@ -214,7 +214,7 @@ class Containers:
         record = self._journal.container(owner)
         if record is None:
             return
-        if record.stage is ContainerStage.RUNNING:
+        if record.stage.is_alive:
             record = await self.ends.end(record, record.stop_grace_s)
         if record.stage is not ContainerStage.REMOVED:
             await self._remove_from_runtime(record)
@@ -274,7 +274,8 @@ class Containers:
     def holder_of(self, slice_uuid: str) -> str | None:
         """Returns the id of the living container that runs on a slice, if any."""
         for record in self._journal.containers():
-            if record.stage in (ContainerStage.CREATING, ContainerStage.RUNNING) and slice_uuid in record.slice_uuids:
+            alive = record.stage is ContainerStage.CREATING or record.stage.is_alive
+            if alive and slice_uuid in record.slice_uuids:
                 return record.container_id or self._name(record.owner)
         return None
 

@@ -19,6 +19,7 @@ _SLICE_STATES = {
 _CONTAINER_STATES = {
     ContainerStage.CREATING: ContainerState.CONTAINER_STATE_CREATING,
     ContainerStage.RUNNING: ContainerState.CONTAINER_STATE_RUNNING,
+    ContainerStage.SUSPENDED: ContainerState.CONTAINER_STATE_SUSPENDED,
     ContainerStage.EXITED: ContainerState.CONTAINER_STATE_EXITED,
     ContainerStage.REMOVED: ContainerState.CONTAINER_STATE_EXITED,
 }

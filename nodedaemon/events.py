@@ -72,7 +72,8 @@ class EventLog:
         """Yields every event after a cursor, then live ones.
 
         Raises:
-            Refusal: OUT_OF_RANGE with CURSOR_UNKNOWN: this node never gave that cursor.
+            Refusal: OUT_OF_RANGE with CURSOR_UNKNOWN, this node never gave that cursor, or CURSOR_EXPIRED, events after
+                it are no longer kept; the latter also to a reader that is slower than events are dropped.
         """
         if after > self._journal.last_cursor():
             raise Refusal(
@@ -81,9 +82,16 @@ class EventLog:
                 f"this node has never given cursor {after}: its journal is another one now; watch from 0 again",
                 last_cursor=str(self._journal.last_cursor()),
             )
+        resumed = after > 0
+        if resumed and after + 1 < self._journal.first_cursor():
+            raise self._expired(after)
         while True:
             news = self._news
+            # A page at a time: what a slow reader has not taken stays on the disk.
             page = self._journal.events(after, _PAGE)
+            if resumed and page and page[0][0] > after + 1:
+                raise self._expired(after)
+            resumed = resumed or bool(page)
             for cursor, message in page:
                 event = NodeEvent.FromString(message)
                 event.cursor = after = cursor
@@ -92,3 +100,13 @@ class EventLog:
                 if self._closed:
                     return
                 await news.wait()
+
+    def _expired(self, after: int) -> Refusal:
+        first = self._journal.first_cursor()
+        return Refusal(
+            grpc.StatusCode.OUT_OF_RANGE,
+            "CURSOR_EXPIRED",
+            f"events between cursor {after} and {first} are no longer kept: read the state with GetNode and "
+            "ListContainers, and watch from 0 again",
+            first_cursor=str(first),
+        )

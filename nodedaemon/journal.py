@@ -46,8 +46,14 @@ class ContainerStage(StrEnum):
 
     CREATING = "creating"
     RUNNING = "running"
+    SUSPENDED = "suspended"
     EXITED = "exited"
     REMOVED = "removed"
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the command has begun and has not ended: it runs, or it is frozen."""
+        return self in (ContainerStage.RUNNING, ContainerStage.SUSPENDED)
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,11 @@ class Journal:
         """Returns the highest cursor that was ever given; 0 when none was."""
         row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
         return int(row[0]) if row else 0
+
+    def first_cursor(self) -> int:
+        """Returns the lowest cursor whose event is kept; the next to be given when none is."""
+        row = self._db.execute("SELECT min(cursor) FROM events").fetchone()
+        return self.last_cursor() + 1 if row[0] is None else int(row[0])
 
     def prune(self, now: float) -> None:
         """Drops what has been kept long enough: answers and destroyed slices 24 h, events 7 days, tokens 90 days."""

@@ -28,6 +28,7 @@ from nodedaemon.podman_service import API_VERSION, PodmanService
 from nodedaemon.podman_spec import enforced_limits, spec_generator
 from nodedaemon.runtime import (
     ContainerExit,
+    ContainerGone,
     ContainerPhase,
     ContainerSpec,
     ContainerStatus,
@@ -189,15 +190,18 @@ class PodmanRuntime:
         answer = await self._call("GET", "/containers/json", params={"all": "true", "filters": json.dumps(filters)})
         return [_status(entry) for entry in _json(answer, "list the containers") or []]
 
-    async def exits(self) -> AsyncIterator[ContainerExit | None]:  # noqa: D102
+    async def exits(self) -> AsyncIterator[ContainerExit | ContainerGone | None]:  # noqa: D102
         while True:
             # Whoever reads must look for what happened while nobody listened.
             yield None
             with contextlib.suppress(Refusal):
                 async for event in self._events():
+                    container_id = str(event["Actor"]["ID"])
+                    if event["Action"] == "remove":
+                        yield ContainerGone(container_id)
+                        continue
                     attributes = event.get("Actor", {}).get("Attributes", {})
                     code = int(attributes.get("containerExitCode", -1))
-                    container_id = str(event["Actor"]["ID"])
                     killed = code == _KILLED and await self._was_out_of_memory(container_id)
                     yield ContainerExit(container_id, code, killed, event["timeNano"] / 1e9)
             await asyncio.sleep(0.2)
@@ -207,7 +211,7 @@ class PodmanRuntime:
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         client = APIClient(self._service.url, version=API_VERSION)
-        filters = {"label": [f"puhui.node={self._node_id}"], "event": ["died"], "type": ["container"]}
+        filters = {"label": [f"puhui.node={self._node_id}"], "event": ["died", "remove"], "type": ["container"]}
         stream: list[Any] = []
 
         def read() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 
 from nodedaemon.process_user import ProcessUser
-from nodedaemon.runtime import ContainerExit, ContainerPhase, ContainerSpec, ContainerStatus
+from nodedaemon.runtime import ContainerExit, ContainerGone, ContainerPhase, ContainerSpec, ContainerStatus
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
@@ -197,7 +197,7 @@ class ProcessRuntime:
     async def containers(self) -> list[ContainerStatus]:  # noqa: D102
         return [self._status(place.name) for place in sorted(self._folder.iterdir())]
 
-    async def exits(self) -> AsyncIterator[ContainerExit | None]:  # noqa: D102
+    async def exits(self) -> AsyncIterator[ContainerExit | ContainerGone | None]:  # noqa: D102
         yield None
         while True:
             yield await self._exits.get()

@@ -79,7 +79,7 @@ class Results:
             Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with NOT_FINISHED.
         """
         record = known_container(self._journal, owner)
-        if record.stage in (ContainerStage.CREATING, ContainerStage.RUNNING):
+        if record.stage is ContainerStage.CREATING or record.stage.is_alive:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "NOT_FINISHED",

@@ -15,6 +15,7 @@ __all__ = [
     "OUTPUTS_PATH",
     "WORKSPACE_PATH",
     "ContainerExit",
+    "ContainerGone",
     "ContainerPhase",
     "ContainerRuntime",
     "ContainerSpec",
@@ -101,6 +102,13 @@ class ContainerExit:
     end_time: float
 
 
+@dataclass(frozen=True)
+class ContainerGone:
+    """A container was removed, by this daemon or by somebody else."""
+
+    id: str
+
+
 class ContainerRuntime(Protocol):
     """Runs containers. Every method raises Refusal: UNAVAILABLE with RUNTIME_UNAVAILABLE when it is not there."""
 
@@ -143,8 +151,11 @@ class ContainerRuntime(Protocol):
             Refusal: INTERNAL with RUNTIME_REFUSED.
         """
 
-    def exits(self) -> AsyncIterator[ContainerExit | None]:
-        """Yields each end of a command; None whenever some may have been missed. Does not end by itself."""
+    def exits(self) -> AsyncIterator[ContainerExit | ContainerGone | None]:
+        """Yields each end of a command and each removal; None whenever some may have been missed.
+
+        Does not end by itself.
+        """
 
     async def make_removable(self, folder: Path) -> None:
         """Makes what a container left in a folder readable and removable for the daemon's user."""
