@@ -13,6 +13,8 @@ from nodedaemon.emulation.caller import Caller, ThisProcess
 from nodedaemon.emulation.caps import CONFIG_MINOR, CapNodes
 from nodedaemon.emulation.cards import CardSpec, models_of
 from nodedaemon.emulation.faults import FaultPlan, Latency
+from nodedaemon.emulation.gpm import Samples
+from nodedaemon.emulation.gpm_counters import GpmCounters
 from nodedaemon.emulation.handles import Kind, decode_device, decode_serial
 from nodedaemon.emulation.holders import Holders, ProcHolders
 from nodedaemon.emulation.refusal import Code, Refusal
@@ -67,6 +69,8 @@ class EmulatedDriver:
         caps: The cap nodes and the minors file.
         faults: Calls of this process that are to fail.
         uuid_policy: As given.
+        samples: The GPM sample buffers of this process.
+        gpm_counters: What GPM samples are filled from.
 
     Raises:
         CardsChangedError: The directory has the state of other cards.
@@ -92,6 +96,8 @@ class EmulatedDriver:
         self._caller = caller or ThisProcess()
         self._holders = holders or ProcHolders()
         self._store = StateStore(state_dir)
+        self.samples = Samples()
+        self.gpm_counters = GpmCounters(self._store, self.caps, self._holders)
         self._init_lock = threading.Lock()
         self._init_count = 0
         state_dir.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ class Kind(IntEnum):
     MIG_DEVICE = 2
     GPU_INSTANCE = 3
     COMPUTE_INSTANCE = 4
+    GPM_SAMPLE = 5
 
 
 class DeviceHandle(NamedTuple):
@@ -50,7 +51,7 @@ def mig_handle(gpu: int, mig: int, pointer_type: Any) -> Any:
 
 
 def instance_handle(kind: Kind, serial: int, pointer_type: Any) -> Any:
-    """Return the handle of a GPU or compute instance; it dies with the instance."""
+    """Return the handle of an instance or a GPM sample; it dies with what it stands for."""
     return _encode(kind, serial, pointer_type)
 
 
@@ -69,7 +70,7 @@ def decode_device(handle: Any) -> DeviceHandle:
 
 
 def decode_serial(handle: Any, wanted: Kind) -> int:
-    """Read the serial out of the handle of a GPU or compute instance.
+    """Read the serial out of the handle of an instance or a GPM sample.
 
     Raises:
         Refusal: INVALID_ARGUMENT, when it is none of that kind.

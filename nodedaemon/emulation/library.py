@@ -9,6 +9,7 @@ import pynvml
 from nodedaemon.emulation import (
     compute_instance_calls,
     device_calls,
+    gpm_calls,
     gpu_instance_calls,
     mig_calls,
     system_calls,
@@ -22,6 +23,7 @@ _TABLES = (
     mig_calls.table,
     gpu_instance_calls.table,
     compute_instance_calls.table,
+    gpm_calls.table,
 )
 
 

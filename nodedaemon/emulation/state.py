@@ -75,6 +75,7 @@ class Gpu:
         minor: Device minor number, equal to the NVML index.
         mig: Whether MIG mode is on now.
         mig_pending: Whether it is to be on after the next reset.
+        gpm_streaming: Whether GPM streaming is on.
     """
 
     minor: int
@@ -83,6 +84,7 @@ class Gpu:
     mig: bool
     mig_pending: bool
     instances: list[GpuInstance] = field(default_factory=list)
+    gpm_streaming: bool = False
 
     @property
     def card(self) -> CardModel:

@@ -2,10 +2,7 @@
 
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import pytest
 from nodedaemon.emulation import EmulatedDriver
 from tests.contract.nvml import calls
 from tests.contract.nvml.conftest import CARDS, started
+from tests.contract.nvml.holding import HOLD, python_process
 
-HOLD = "import sys; held = open(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 # Another process of the same node, with the H100 as `device`.
 OTHER = f"""
 import sys
@@ -30,19 +27,6 @@ device = pynvml.nvmlDeviceGetHandleByIndex(0)
 """
 
 
-@contextmanager
-def _process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that lives until the block ends, and has printed its first line."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline(), "the process died before its first line"
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.fixture
 def slice_3g(h100: Any) -> tuple[Any, Any]:
     instance = calls.create(h100, 9, 0, 4)
@@ -53,7 +37,7 @@ def test_a_slice_that_a_process_holds_is_in_use(driver: EmulatedDriver, h100: An
     instance, compute = slice_3g
     mig = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(h100, 0)
     assert pynvml.nvmlDeviceGetComputeRunningProcesses(mig) == []
-    with _process(HOLD, calls.cap_node(driver, "gpu0/gi1/ci0/access")) as process:
+    with python_process(HOLD, calls.cap_node(driver, "gpu0/gi1/ci0/access")) as process:
         with pytest.raises(pynvml.NVMLError_InUse):
             pynvml.nvmlComputeInstanceDestroy(compute)
         for device in (mig, h100):
@@ -68,7 +52,7 @@ def test_a_slice_that_a_process_holds_is_in_use(driver: EmulatedDriver, h100: An
 
 def test_a_process_keeps_the_gpu_instance_alone(driver: EmulatedDriver, h100: Any) -> None:
     instance = calls.create(h100, 9, 0, 4)
-    with _process(HOLD, calls.cap_node(driver, "gpu0/gi1/access")) as process:
+    with python_process(HOLD, calls.cap_node(driver, "gpu0/gi1/access")) as process:
         with pytest.raises(pynvml.NVMLError_InUse):
             pynvml.nvmlGpuInstanceDestroy(instance)
         (running,) = pynvml.nvmlDeviceGetComputeRunningProcesses(h100)
@@ -81,14 +65,14 @@ def test_the_node_counts_by_whatever_path_it_was_opened(
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.hardlink_to(calls.cap_node(driver, "gpu0/gi1/ci0/access"))
-    with _process(HOLD, elsewhere), pytest.raises(pynvml.NVMLError_InUse):
+    with python_process(HOLD, elsewhere), pytest.raises(pynvml.NVMLError_InUse):
         pynvml.nvmlComputeInstanceDestroy(slice_3g[1])
 
 
 def test_one_busy_slice_leaves_its_neighbour_free(driver: EmulatedDriver, h100: Any, slice_3g: tuple[Any, Any]) -> None:
     neighbour = calls.create(h100, 9, 4, 4)
     compute = calls.create_full_compute(neighbour)
-    with _process(HOLD, calls.cap_node(driver, "gpu0/gi1/ci0/access")):
+    with python_process(HOLD, calls.cap_node(driver, "gpu0/gi1/ci0/access")):
         pynvml.nvmlComputeInstanceDestroy(compute)
         pynvml.nvmlGpuInstanceDestroy(neighbour)
 
@@ -96,7 +80,7 @@ def test_one_busy_slice_leaves_its_neighbour_free(driver: EmulatedDriver, h100: 
 def test_a_holder_of_an_old_slice_does_not_hold_the_new_one(driver: EmulatedDriver, a100: Any) -> None:
     calls.create_full_compute(calls.create(a100, 9, 0, 4))
     node = calls.cap_node(driver, "gpu1/gi1/ci0/access")
-    with _process(HOLD, node):
+    with python_process(HOLD, node):
         driver.reboot()
         assert not node.exists()
         instance = calls.create(a100, 9, 0, 4)
@@ -111,7 +95,7 @@ def test_two_processes_share_the_cards(driver: EmulatedDriver, h100: Any) -> Non
         "sys.stdin.readline()\n"
         "print(calls.all_placements(device), flush=True)\n"
     )
-    with _process(code, driver.state_dir) as other:
+    with python_process(code, driver.state_dir) as other:
         with pytest.raises(pynvml.NVMLError_InsufficientResources):
             calls.create(h100, 9, 0, 4)
         calls.create(h100, 9, 4, 4)
@@ -132,7 +116,7 @@ def test_processes_that_race_for_a_place_get_it_once(driver: EmulatedDriver, h10
         "        pass\n"
         "print(made)\n"
     )
-    with _process(code, driver.state_dir) as one, _process(code, driver.state_dir) as two:
+    with python_process(code, driver.state_dir) as one, python_process(code, driver.state_dir) as two:
         for process in (one, two):
             assert process.stdin is not None
             process.stdin.write("\n")
@@ -142,11 +126,11 @@ def test_processes_that_race_for_a_place_get_it_once(driver: EmulatedDriver, h10
     assert calls.all_placements(h100) == [(start, 1) for start in range(7)]
 
 
-def test_instances_outlive_a_killed_process(driver: EmulatedDriver, h100: Any) -> None:
+def test_instances_outlive_a_killedpython_process(driver: EmulatedDriver, h100: Any) -> None:
     code = OTHER + (
         "calls.create_full_compute(calls.create(device, 9, 4, 4))\nprint('made', flush=True)\nsys.stdin.read()\n"
     )
-    with _process(code, driver.state_dir) as other:
+    with python_process(code, driver.state_dir) as other:
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
     assert calls.all_placements(h100) == [(4, 4)]
@@ -164,7 +148,7 @@ def test_a_kill_in_the_middle_of_a_change_leaves_a_whole_state(driver: EmulatedD
         "    pynvml.nvmlGpuInstanceDestroy(instance)\n"
     )
     for lines in (1, 5, 12):
-        with _process(code, driver.state_dir) as other:
+        with python_process(code, driver.state_dir) as other:
             assert other.stdout is not None
             for _ in range(lines):
                 other.stdout.readline()
