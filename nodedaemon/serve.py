@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -15,8 +16,11 @@ import typer
 from nodedaemon.daemon import CannotServeError, Settings
 from nodedaemon.daemon import serve as serve_until
 from nodedaemon.doctor import Asked, as_json, examine, print_table
+from nodedaemon.doctor.cards import CardFacts, look_at_cards
 from nodedaemon.emulation import UnknownCardError, parse_cards
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
+from nodedaemon.prepare import Host, PrepareError
+from nodedaemon.prepare import prepare as prepare_host
 from puhui.rpc.logs import configure_logs
 
 __all__ = ["app"]
@@ -128,6 +132,33 @@ def doctor(
     else:
         print_table(report, sys.stdout)
     raise typer.Exit(0 if report.verdict.can_serve else 1)
+
+
+@app.command()
+def prepare(
+    user: Annotated[str, typer.Option(help="The daemon's user.")] = "puhui",
+    emulated: Annotated[
+        bool,
+        typer.Option(
+            "--emulated", help="The node serves emulated cards, so it needs no driver. So does $PUHUI_NODE_EMULATE."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    root: Annotated[Path, typer.Option(hidden=True, help="Where /dev, /proc, /run and /etc are.")] = Path("/"),
+) -> None:
+    """Prepares this host, as root: cap nodes, permissions, runtime directories. Never touches MIG mode."""
+    emulated = emulated or bool(os.environ.get("PUHUI_NODE_EMULATE"))
+    host = Host.real(lambda: look_at_cards(None))
+    if root != Path("/"):
+        host = replace(host, root=root, nvidia_modprobe=None, cards=lambda: CardFacts(loaded=False))
+    trouble = False
+    try:
+        for done in prepare_host(host, user, emulated=emulated, dry_run=dry_run):
+            sys.stdout.write(f"{'! ' if done.trouble else '+ ' if done.changed else '  '}{done.text}\n")
+            trouble = trouble or done.trouble
+    except PrepareError as error:
+        _fail(str(error))
+    raise typer.Exit(1 if trouble else 0)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
