@@ -18,10 +18,11 @@ from pathlib import Path
 
 from nodedaemon.emulation.caller import Caller
 from nodedaemon.emulation.cards import CardSpec, UnknownCardError, parse_cards
-from nodedaemon.emulation.driver import CardBusyError, CardsChangedError, EmulatedDriver
-from nodedaemon.emulation.faults import FaultPlan, Latency
+from nodedaemon.emulation.driver import CardsChangedError, EmulatedDriver
+from nodedaemon.emulation.faults import Fault, FaultPlan, Latency, When
 from nodedaemon.emulation.holders import Holders
-from nodedaemon.emulation.library import RealDriverLoadedError, put_under_pynvml
+from nodedaemon.emulation.library import RealDriverLoadedError, functions, put_under_pynvml
+from nodedaemon.emulation.operator import CardBusyError, NoEmulationError, Operator, UnknownSliceError
 from nodedaemon.emulation.state import UuidPolicy
 from nodedaemon.emulation.store import DamagedStateError
 
@@ -32,12 +33,18 @@ __all__ = [
     "CardsChangedError",
     "DamagedStateError",
     "EmulatedDriver",
+    "Fault",
     "FaultPlan",
     "Holders",
     "Latency",
+    "NoEmulationError",
+    "Operator",
     "RealDriverLoadedError",
     "UnknownCardError",
+    "UnknownSliceError",
     "UuidPolicy",
+    "When",
+    "functions",
     "install",
     "installed",
     "parse_cards",
@@ -49,7 +56,7 @@ def install(
     cards: Sequence[CardSpec],
     *,
     mig_enabled: bool = True,
-    uuid_policy: UuidPolicy = UuidPolicy.NEW,
+    uuid_policy: UuidPolicy | None = None,
     latency: Latency | None = None,
     caller: Caller | None = None,
     holders: Holders | None = None,

@@ -89,15 +89,21 @@ class CallTable:
         return declare
 
 
+def public_name(symbol: str) -> str:
+    """Return the name that nvml.h's macros give an exported symbol: the one without its version."""
+    return symbol.removesuffix("_v2").removesuffix("_v3")
+
+
 def c_function(call: Call, driver: EmulatedDriver) -> Any:
     """Return a C function pointer that runs a call on a driver."""
+    name = public_name(call.name)
 
     def run(*arguments: Any) -> int:
         try:
-            driver.enter(call.name, needs_init=call.needs_init)
-            for rule, argument in zip(call.arguments, arguments, strict=True):
-                _check_null(rule, argument)
-            call.body(driver, *arguments)
+            with driver.call(name, arguments[0] if arguments else None, needs_init=call.needs_init):
+                for rule, argument in zip(call.arguments, arguments, strict=True):
+                    _check_null(rule, argument)
+                call.body(driver, *arguments)
         except Refusal as refusal:
             return refusal.code
         except Exception:  # noqa: BLE001 - ctypes would print it and report success to the caller

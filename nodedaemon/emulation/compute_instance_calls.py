@@ -100,7 +100,7 @@ def _create(driver: EmulatedDriver, handle: Any, number: int, wanted: Placement 
         gpu, instance = driver.gpu_instance(change.node, handle)
         driver.require_config()
         profile = compute_profile(gpu, instance, number)
-        compute = compute_instances.create(change.node, gpu, instance, profile, wanted, driver.uuid_policy)
+        compute = compute_instances.create(change.node, gpu, instance, profile, wanted, change.node.uuid_policy)
         driver.caps.add(driver.caps.compute_instance(gpu, instance, compute))
     out[0] = _handle(compute)
 

@@ -1,7 +1,6 @@
 """The emulated driver of one node: its state on disk, and what every call needs of it."""
 
 import threading
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from nodedaemon.emulation.cards import CardSpec, models_of
 from nodedaemon.emulation.faults import FaultPlan, Latency
 from nodedaemon.emulation.gpm import Samples
 from nodedaemon.emulation.gpm_counters import GpmCounters
-from nodedaemon.emulation.handles import Kind, decode_device, decode_serial
+from nodedaemon.emulation.handles import Kind, concerned, decode_device, decode_serial
 from nodedaemon.emulation.holders import Holders, ProcHolders
+from nodedaemon.emulation.injection import Injection
+from nodedaemon.emulation.operator import Operator
 from nodedaemon.emulation.refusal import Code, Refusal
 from nodedaemon.emulation.state import (
     ComputeInstance,
@@ -33,10 +34,6 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 class CardsChangedError(ValueError):
     """The state directory belongs to a node with other cards."""
-
-
-class CardBusyError(RuntimeError):
-    """A process holds a slice of the card that is to be reset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +56,17 @@ class EmulatedDriver:
         cards: The cards, in index order; on a directory with state they must be those it has.
         mig_enabled: Whether MIG mode is on when the cards are first made, and again after the host
             was rebooted (a boot service enables it on real nodes).
-        uuid_policy: Whether a MIG device created again gets a new UUID.
-        latency: How slow each call is.
+        uuid_policy: Whether a MIG device created again gets a new UUID; None leaves it as the state
+            has it, which is new at first.
+        latency: How slow each call of this process is; None for what the state says.
         caller: For whom this process passes.
         holders: How processes that hold a cap node are found.
 
     Attributes:
         state_dir: As given.
         caps: The cap nodes and the minors file.
-        faults: Calls of this process that are to fail.
-        uuid_policy: As given.
+        faults: What calls of this process alone are to meet.
+        operator: What an operator does: faults for all processes, latency, resets, reboots.
         samples: The GPM sample buffers of this process.
         gpm_counters: What GPM samples are filled from.
 
@@ -83,33 +81,33 @@ class EmulatedDriver:
         cards: Sequence[CardSpec],
         *,
         mig_enabled: bool = True,
-        uuid_policy: UuidPolicy = UuidPolicy.NEW,
+        uuid_policy: UuidPolicy | None = None,
         latency: Latency | None = None,
         caller: Caller | None = None,
         holders: Holders | None = None,
     ) -> None:
         self.state_dir = state_dir
         self.caps = CapNodes(state_dir)
-        self.faults = FaultPlan()
-        self.uuid_policy = uuid_policy
-        self._latency = latency or Latency()
         self._caller = caller or ThisProcess()
         self._holders = holders or ProcHolders()
         self._store = StateStore(state_dir)
+        self.operator = Operator(state_dir, holders=self._holders)
+        self._injection = Injection(self._store, latency)
+        self.faults: FaultPlan = self._injection.plan
         self.samples = Samples()
         self.gpm_counters = GpmCounters(self._store, self.caps, self._holders)
         self._init_lock = threading.Lock()
         self._init_count = 0
         state_dir.mkdir(parents=True, exist_ok=True)
-        self._power_on(models_of(cards), mig_enabled=mig_enabled)
+        self._power_on(models_of(cards), mig_enabled=mig_enabled, uuid_policy=uuid_policy)
 
-    def _power_on(self, models: list[str], *, mig_enabled: bool) -> None:
+    def _power_on(self, models: list[str], *, mig_enabled: bool, uuid_policy: UuidPolicy | None) -> None:
         boot_id = _BOOT_ID.read_text(encoding="ascii").strip()
         with self._store.locked():
             if not self._store.exists():
                 node = new_node(models, boot_id=boot_id, mig_enabled=mig_enabled)
             else:
-                node = self._store.read()
+                node = self._store.load()
                 present = [gpu.model for gpu in node.gpus]
                 if present != models:
                     raise CardsChangedError(
@@ -122,49 +120,50 @@ class EmulatedDriver:
                     node.boot_id = boot_id
                     for gpu in node.gpus:
                         gpu.mig = gpu.mig_pending = mig_enabled
+            if uuid_policy is not None:
+                node.uuid_policy = uuid_policy
             self._store.write(node)
             self.caps.prepare(node)
 
     # What an operator does, not what NVML offers.
 
     def reboot(self) -> None:
-        """Reboot the node: instances are gone, and MIG mode is off on Hopper and later."""
-        with self._store.transaction() as change:
-            mig_mode.reboot(change.node)
-            change.after_commit(lambda: self.caps.prepare(change.node))
+        """Reboot the node, as `Operator.reboot` does."""
+        self.operator.reboot()
 
     def reset_gpu(self, index: int) -> None:
-        """Reset one card: instances are gone, and a pending MIG mode holds.
-
-        Raises:
-            CardBusyError: A process holds one of its slices.
-            IndexError: There is no such card.
-        """
-        with self._store.transaction() as change:
-            gpu = change.node.gpus[index]
-            for node in self.caps.of_gpu(gpu):
-                if self._holders.is_held(node):
-                    raise CardBusyError(f"GPU {index} is in use: a process holds {node}. End it, then reset.")
-            mig_mode.reset(gpu)
-            change.after_commit(lambda: self.caps.prepare(change.node))
+        """Reset one card, as `Operator.reset_gpu` does."""
+        self.operator.reset_gpu(index)
 
     # What the calls are made of.
 
-    def enter(self, function: str, *, needs_init: bool) -> None:
-        """Begin a call: its latency, its fault, its need of nvmlInit.
+    @contextmanager
+    def call(self, function: str, subject: Any, *, needs_init: bool) -> Iterator[None]:
+        """Run one call inside its latency, its fault and its need of nvmlInit.
+
+        Args:
+            function: NVML function name, without ``_v2``.
+            subject: Its first argument, which may be a handle, or None.
+            needs_init: Whether it answers UNINITIALIZED before nvmlInit.
 
         Raises:
             Refusal: The injected fault's code, or UNINITIALIZED.
         """
-        name = function.removesuffix("_v2").removesuffix("_v3")
-        seconds = self._latency.of(name)
-        if seconds > 0:
-            time.sleep(seconds)
-        code = self.faults.take(name)
-        if code is not None:
-            raise Refusal(code)
-        if needs_init and not self._init_count:
-            raise Refusal(Code.UNINITIALIZED)
+        with self._injection.around(function, lambda: self._gpu_index(subject)):
+            if needs_init and not self._init_count:
+                raise Refusal(Code.UNINITIALIZED)
+            yield
+
+    def _gpu_index(self, subject: Any) -> int | None:
+        """Return the index of the card that a handle is about, or None."""
+        about = concerned(subject)
+        if about is None or about.gpu is not None:
+            return None if about is None else about.gpu
+        for gpu in self._store.read().gpus:
+            for instance in gpu.instances:
+                if about.serial in (instance.serial, *(c.serial for c in instance.compute_instances)):
+                    return gpu.minor
+        return None
 
     def init(self) -> None:
         """Count one nvmlInit of this process."""
@@ -183,8 +182,8 @@ class EmulatedDriver:
             self._init_count -= 1
 
     def read(self) -> Node:
-        """Return the state of this moment, to look at."""
-        return self._store.read()
+        """Return the state of this moment, or as an injected fault shows it; only to look at."""
+        return self._injection.view or self._store.read()
 
     @contextmanager
     def change(self) -> Iterator[Transaction]:

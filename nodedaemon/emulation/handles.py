@@ -69,6 +69,27 @@ def decode_device(handle: Any) -> DeviceHandle:
     raise Refusal(Code.INVALID_ARGUMENT)
 
 
+class Concerned(NamedTuple):
+    """What a handle is about: a card, or the instance with a serial."""
+
+    gpu: int | None
+    serial: int | None
+
+
+def concerned(argument: Any) -> Concerned | None:
+    """Return what any argument of a call is about; None when it is no handle."""
+    if not isinstance(argument, ctypes._Pointer):
+        return None
+    kind, payload = _decode(argument)
+    if kind == Kind.GPU:
+        return Concerned(payload, None)
+    if kind == Kind.MIG_DEVICE:
+        return Concerned(payload >> _MIG_SHIFT, None)
+    if kind in (Kind.GPU_INSTANCE, Kind.COMPUTE_INSTANCE):
+        return Concerned(None, payload)
+    return None
+
+
 def decode_serial(handle: Any, wanted: Kind) -> int:
     """Read the serial out of the handle of an instance or a GPM sample.
 

@@ -14,7 +14,7 @@ from nodedaemon.emulation import (
     mig_calls,
     system_calls,
 )
-from nodedaemon.emulation.abi import c_function
+from nodedaemon.emulation.abi import c_function, public_name
 from nodedaemon.emulation.driver import EmulatedDriver
 
 _TABLES = (
@@ -25,6 +25,11 @@ _TABLES = (
     compute_instance_calls.table,
     gpm_calls.table,
 )
+
+
+def functions() -> frozenset[str]:
+    """Return the name of every function that the emulation has, without ``_v2`` and ``_v3``."""
+    return frozenset(public_name(call.name) for table in _TABLES for call in table.calls)
 
 
 class RealDriverLoadedError(RuntimeError):

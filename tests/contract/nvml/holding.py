@@ -1,10 +1,12 @@
-"""Real processes that hold a slice's cap node open, as a job's process does."""
+"""Other processes of the node: those that hold a slice's cap node open, and those that call NVML."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.contract.nvml.conftest import CARDS
 
 HOLD = "import sys; held = open(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
 """Holds a node and does nothing."""
@@ -19,6 +21,18 @@ while True:
         pass
 """
 """Holds a node and never rests; prints a line for every 150 ms of CPU time."""
+
+OTHER = f"""
+import sys
+from pathlib import Path
+import pynvml
+from nodedaemon.emulation import install, parse_cards
+from tests.contract.nvml import calls
+install(Path(sys.argv[1]), parse_cards({CARDS!r}))
+pynvml.nvmlInit()
+device = pynvml.nvmlDeviceGetHandleByIndex(0)
+"""
+"""Another process of the same node, with the H100 as ``device``."""
 
 
 @contextmanager

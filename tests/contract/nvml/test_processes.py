@@ -12,19 +12,7 @@ import pytest
 from nodedaemon.emulation import EmulatedDriver
 from tests.contract.nvml import calls
 from tests.contract.nvml.conftest import CARDS, started
-from tests.contract.nvml.holding import HOLD, python_process
-
-# Another process of the same node, with the H100 as `device`.
-OTHER = f"""
-import sys
-from pathlib import Path
-import pynvml
-from nodedaemon.emulation import install, parse_cards
-from tests.contract.nvml import calls
-install(Path(sys.argv[1]), parse_cards({CARDS!r}))
-pynvml.nvmlInit()
-device = pynvml.nvmlDeviceGetHandleByIndex(0)
-"""
+from tests.contract.nvml.holding import HOLD, OTHER, python_process
 
 
 @pytest.fixture
