@@ -18,6 +18,7 @@ from nodedaemon.daemon import serve as serve_until
 from nodedaemon.doctor import Asked, as_json, examine, print_table
 from nodedaemon.doctor.cards import CardFacts, look_at_cards
 from nodedaemon.emulation import UnknownCardError, parse_cards
+from nodedaemon.emulation_commands import app as emulation_commands
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.prepare import Host, PrepareError
 from nodedaemon.prepare import prepare as prepare_host
@@ -26,6 +27,7 @@ from puhui.rpc.logs import configure_logs
 __all__ = ["app"]
 
 app = typer.Typer(name="puhui-nodedaemon", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(emulation_commands)
 
 
 @app.callback()
@@ -106,7 +108,10 @@ async def _serve(settings: Settings) -> None:
 @app.command()
 def doctor(
     state: Annotated[
-        Path, typer.Option(envvar="PUHUI_NODE_STATE", help="State directory that the daemon has, or is to have.")
+        Path,
+        typer.Option(
+            envvar="PUHUI_NODE_STATE", readable=False, help="State directory that the daemon has, or is to have."
+        ),
     ] = Path("/var/lib/puhui/node"),
     emulate: Annotated[
         str | None,

@@ -17,7 +17,16 @@ from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import DriverError, Mig
 from nodedaemon.host import has_real_gpu
 
-__all__ = ["Card", "CardFacts", "how_to_enable", "judge_cards", "look_at_cards", "slices_of_journal"]
+__all__ = [
+    "Card",
+    "CardFacts",
+    "ask_driver",
+    "how_to_enable",
+    "judge_cards",
+    "look_at_cards",
+    "slices_of_journal",
+    "within",
+]
 
 # A sick GPU can keep NVML waiting for ever; nobody waits for a doctor that long.
 _PATIENCE_S = 8.0
@@ -65,7 +74,7 @@ def look_at_cards(state: Path | None) -> CardFacts:
     """
     if not has_real_gpu():
         return CardFacts(loaded=False)
-    facts = within(_PATIENCE_S, lambda: _ask_driver(state))
+    facts = within(_PATIENCE_S, lambda: ask_driver(state))
     if facts is None:
         return CardFacts(loaded=True, trouble=f"NVML has not answered for {_PATIENCE_S:g} s")
     return facts
@@ -80,7 +89,8 @@ def within(seconds: float, call: Callable[[], _T]) -> _T | None:
     return answers[0] if answers else None
 
 
-def _ask_driver(state: Path | None) -> CardFacts:
+def ask_driver(state: Path | None) -> CardFacts:
+    """Asks the driver, as `look_at_cards` does, for as long as it takes."""
     try:
         driver = Driver()
     except DriverError as error:

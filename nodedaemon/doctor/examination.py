@@ -78,9 +78,10 @@ def examine(asked: Asked) -> Report:
     # Plain processes only matter where containers may not work.
     if emulated and any(Ability.CONTAINERS in one.needed_for for one in containers):
         sections.append(Section("Processes", tuple(judge_processes(_processes(asked, person)))))
-    state = look_at_state(asked.state, user, person.may if person else None)
+    may = person.may if person else None
+    state = look_at_state(asked.state, user, may)
     sections.append(Section("State", tuple(judge_state(state, emulated=emulated))))
-    sections.append(Section("Host", tuple(judge_host(look_at_host(asked.user)))))
+    sections.append(Section("Host", tuple(judge_host(look_at_host(asked.user, state.holder, may)))))
     findings = [finding for section in sections for finding in section.findings]
     return Report(tuple(sections), verdict(findings, emulated=emulated), emulated)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,17 +27,18 @@ _TIME_ERROR = 5  # <sys/timex.h>: the clock is not synchronised
 
 @dataclass(frozen=True)
 class HostFacts:
-    """The host around a daemon that this process would start."""
+    """The host around a daemon: one that runs, or one that this process would start."""
 
+    who: str
+    """Which of the two, in words."""
     layout: str
     """As `cgroup_layout` returns it."""
-    by_root: bool
     controllers: frozenset[str] | None
-    """Controllers of this process's own cgroup; None when they cannot be read. Meaningful on v2 only."""
-    cgroup_writable: bool
-    """Whether this process may make cgroups below its own."""
-    files: int
-    """Most files that one process may have open."""
+    """Controllers of the daemon's cgroup; None when they cannot be read. Meaningful on v2 only."""
+    delegated: bool | None
+    """Whether the containers' user may make cgroups below it; None when that cannot be said."""
+    files: int | None
+    """Most files that the daemon may have open; None when that cannot be said."""
     inotify_instances: int | None
     synchronised: bool | None
     """Whether the kernel's clock is kept right; None when it does not tell."""
@@ -56,24 +57,26 @@ class ProcessFacts:
     """Why not; empty when they may."""
 
 
-def look_at_host(user: str) -> HostFacts:
+def look_at_host(user: str, daemon: int | None, may: Callable[[str, Path], bool | None] | None) -> HostFacts:
     """Looks at the host.
 
     Args:
         user: the user that was asked for.
+        daemon: process id of the daemon that runs; None when none does.
+        may: says whether test(1) with a flag holds for the containers' user; None when there is no such user.
     """
-    own = _own_cgroup()
+    cgroup = _cgroup(daemon or os.getpid())
     account = None
     with contextlib.suppress(PodmanUnusableError):  # told of where containers are looked at
         account = PodmanAccount.look(user)
     runtime_dir = str(account.runtime_dir) if account else ""
     name = account.name if account else user
     return HostFacts(
+        who="the running daemon" if daemon else "a daemon started from here",
         layout=cgroup_layout(Path("/proc/self/mounts").read_text()),
-        by_root=os.geteuid() == 0,
-        controllers=_controllers(own),
-        cgroup_writable=own is not None and os.access(own, os.W_OK),
-        files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        controllers=_controllers(cgroup),
+        delegated=may("-w", cgroup) if may and cgroup else None,
+        files=_most_files(daemon or os.getpid()),
         inotify_instances=_number(Path("/proc/sys/fs/inotify/max_user_instances")),
         synchronised=_synchronised(),
         runtime_dir=runtime_dir,
@@ -82,9 +85,10 @@ def look_at_host(user: str) -> HostFacts:
     )
 
 
-def _own_cgroup() -> Path | None:
+def _cgroup(pid: int) -> Path | None:
+    """Returns where the v2 cgroup of a process is; None when it has none, or has ended."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc", str(pid), "cgroup").read_text().splitlines()
     except OSError:
         return None
     for line in lines:
@@ -100,6 +104,15 @@ def _controllers(cgroup: Path | None) -> frozenset[str] | None:
         return frozenset((cgroup / "cgroup.controllers").read_text().split())
     except OSError:
         return None
+
+
+def _most_files(pid: int) -> int | None:
+    try:
+        lines = Path("/proc", str(pid), "limits").read_text().splitlines()
+    except OSError:
+        return None
+    hard = next((line.split()[4] for line in lines if line.startswith("Max open files")), "")
+    return int(hard) if hard.isdecimal() else None
 
 
 def _number(file: Path) -> int | None:
@@ -128,21 +141,20 @@ def _limits(facts: HostFacts) -> Finding:
             f"cgroups are {facts.layout}: containers have no limits on CPU, memory and processes",
             _BOOT_WITH_V2,
         )
-    if facts.controllers is None:
-        return unknown(check, "the controllers of this cgroup cannot be read", "cat /proc/self/cgroup")
+    if facts.controllers is None or facts.delegated is None:
+        return unknown(check, f"the cgroup of {facts.who} cannot be looked at", "systemd-cgls")
     missing = [name for name in _CONTROLLERS if name not in facts.controllers]
     if missing:
         return notice(
             check,
-            f"a daemon started from here cannot limit {', '.join(missing)}: its unit, with Delegate=yes, can",
-            "systemctl start puhui-nodedaemon",
+            f"{facts.who} cannot limit {', '.join(missing)}: its unit, with Delegate=yes, lets it where the kernel can",
+            "systemctl restart puhui-nodedaemon",
         )
-    if facts.by_root or not facts.cgroup_writable:
+    if not facts.delegated:
         return notice(
             check,
-            f"a daemon started from here cannot limit containers: this cgroup is not delegated to user {facts.user}; "
-            "its unit delegates one",
-            "systemctl start puhui-nodedaemon",
+            f"{facts.who} cannot limit containers: its cgroup is not delegated to user {facts.user}",
+            "systemctl restart puhui-nodedaemon",
         )
     return ok(check, "CPU, memory and processes of containers can be limited")
 
@@ -158,13 +170,15 @@ def _pause(facts: HostFacts) -> Finding:
 
 
 def _files(facts: HostFacts) -> Finding:
+    if facts.files is None:
+        return unknown("open-files", f"how many files {facts.who} may open cannot be said", "ulimit -Hn")
     if facts.files < _FILES:
         return notice(
             "open-files",
-            f"a daemon started from here may open {facts.files} files, and many jobs need more",
+            f"{facts.who} may open {facts.files} files, and many jobs need more",
             "sudo prlimit --pid $$ --nofile=65536",
         )
-    return ok("open-files", f"a daemon started from here may open {facts.files} files")
+    return ok("open-files", f"{facts.who} may open {facts.files} files")
 
 
 def _inotify(facts: HostFacts) -> Finding:
