@@ -1,6 +1,6 @@
 """`python -m nodedaemon`, also installed as `puhui-nodedaemon`."""
 
-from nodedaemon.serve import app
+from nodedaemon.cli import app
 
 
 def main() -> None:

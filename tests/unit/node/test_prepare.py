@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from nodedaemon.doctor.cards import Card, CardFacts
 from nodedaemon.driver_facts import Mig
 from nodedaemon.prepare import Done, Host, PrepareError, prepare
-from nodedaemon.serve import app
+from nodedaemon.cli import app
 
 _USER = pwd.getpwnam("daemon")
 _CAPS = 508

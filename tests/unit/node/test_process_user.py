@@ -16,7 +16,7 @@ from nodedaemon.process_user import (
     find_process_user,
     require_no_real_gpu,
 )
-from nodedaemon.serve import app
+from nodedaemon.cli import app
 
 _USER = ProcessUser("puhui", 990, 990)
 _ROOT = ProcessUser("root", 0, 0)

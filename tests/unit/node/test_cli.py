@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from nodedaemon.serve import app
+from nodedaemon.cli import app
 
 
 @pytest.mark.parametrize(
