@@ -22,8 +22,15 @@ def container_name(node_id: str, owner: Owner) -> str:
     return f"puhui-{owner.job_id}-{owner.attempt}-{tail}"
 
 
-def environment(owner: Owner, slices: Sequence[SliceRecord], *, emulated: bool) -> dict[str, str]:
-    """Returns what Puhui adds to the environment of a command."""
+def environment(owner: Owner, slices: Sequence[SliceRecord], *, emulated: bool, caps: str = "") -> dict[str, str]:
+    """Returns what Puhui adds to the environment of a command.
+
+    Args:
+        owner: whose command it is.
+        slices: the slices that it is given.
+        emulated: whether the cards are emulated.
+        caps: where it finds the cap nodes of its slices; empty leaves that out.
+    """
     visible = ",".join(one.uuid for one in slices)
     env = {
         # Empty hides every card; unset would show them all.
@@ -37,6 +44,8 @@ def environment(owner: Owner, slices: Sequence[SliceRecord], *, emulated: bool) 
     if slices:
         env["PUHUI_SLICE_PROFILE"] = ",".join(one.profile for one in slices)
         env["PUHUI_SLICE_MEMORY_MIB"] = str(sum(one.memory_mib for one in slices))
+    if caps:
+        env["PUHUI_CAPS"] = caps
     if emulated:
         env["PUHUI_EMULATED"] = "1"
     return env

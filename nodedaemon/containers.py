@@ -8,16 +8,17 @@ from dataclasses import replace
 import grpc
 import structlog
 
+from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.container_ends import ContainerEnds
 from nodedaemon.container_request import container_name, environment, require_sound
 from nodedaemon.descriptions import describe_container
-from nodedaemon.devices import CardDevices, SliceIds, mounts_for, read_minors, require_cap_nodes
+from nodedaemon.devices import CardDevices
 from nodedaemon.events import EventLog
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
+from nodedaemon.journal import ContainerRecord, ContainerStage, Journal, SliceRecord
 from nodedaemon.owner import Owner
 from nodedaemon.results import known_container
-from nodedaemon.runtime import ContainerRuntime, ContainerSpec, ContainerStatus, Mount
+from nodedaemon.runtime import ContainerRuntime, ContainerSpec, ContainerStatus
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal
@@ -44,6 +45,7 @@ class Containers:
         attempts: where their things are.
         cards: where the driver keeps its device files.
         default_image: image of a container that asks for none.
+        attachments: what they see of their slices.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Containers:
         attempts: Attempts,
         cards: CardDevices,
         default_image: str,
+        attachments: Attachments,
     ) -> None:
         self._runtime = runtime
         self._journal = journal
@@ -65,6 +68,7 @@ class Containers:
         self._attempts = attempts
         self._cards = cards
         self._default_image = default_image
+        self._attachments = attachments
         self._node_id = journal.fact("node_id", "")
         self._kind = runtime.describe().kind
         self.ends = ContainerEnds(runtime, journal, events)
@@ -92,7 +96,7 @@ class Containers:
         require_sound(request)
         slices = [self._slices.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id)
-        mounts = self._devices([SliceIds(gpu.minor, one.gi or 0, one.ci or 0) for one, gpu in slices])
+        nodes = self._attachments.require_nodes(slices)
         record = self._journal.put_container(
             ContainerRecord(
                 owner=owner,
@@ -112,7 +116,7 @@ class Containers:
                 name=self._name(owner),
                 image=record.image,
                 command=list(request.command),
-                env={**request.env, **environment(owner, [one for one, _ in slices], emulated=self._cards.emulated)},
+                env={**request.env, **self._environment(owner, [one for one, _ in slices])},
                 labels={
                     "puhui.centre": owner.centre,
                     "puhui.job": owner.job_id,
@@ -122,7 +126,7 @@ class Containers:
                 code=code,
                 workspace=folder.workspace,
                 log=folder.log,
-                mounts=mounts,
+                mounts=await self._attachments.prepare(owner, nodes),
                 network=request.network,
                 cpus=request.limits.cpus,
                 host_memory_mib=request.limits.host_memory_mib,
@@ -170,13 +174,8 @@ class Containers:
     def _name(self, owner: Owner) -> str:
         return container_name(self._node_id, owner)
 
-    def _devices(self, slices: list[SliceIds]) -> list[Mount]:
-        if not slices:
-            return []
-        minors = read_minors(self._cards.minors.read_text())
-        mounts = mounts_for(slices, self._cards, minors)
-        require_cap_nodes(mounts, minors)
-        return mounts
+    def _environment(self, owner: Owner, slices: list[SliceRecord]) -> dict[str, str]:
+        return environment(owner, slices, emulated=self._cards.emulated, caps=self._attachments.place(owner))
 
     async def _roll_back(self, record: ContainerRecord) -> None:
         record = self._journal.container(record.owner) or record

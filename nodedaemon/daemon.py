@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from nodedaemon.answers import Mutations
+from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
@@ -24,6 +25,8 @@ from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import has_real_gpu
+from nodedaemon.hotplug import HotPlug, LinkPlug
+from nodedaemon.hotplug_mounts import MountPlug
 from nodedaemon.inventory import Inventory, Revision
 from nodedaemon.journal import Journal
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
@@ -43,6 +46,7 @@ from puhui.rpc.identity import new_id
 from puhui.rpc.moment import now
 from puhui.rpc.notify import notify_ready, notify_stopping
 from puhui.rpc.server import RpcServer
+from puhui.v1.node_pb2 import RuntimeKind
 from puhui.v1.node_service_pb2_grpc import add_NodeServiceServicer_to_server
 
 __all__ = ["CannotServeError", "Settings", "serve"]
@@ -112,12 +116,17 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         inventory = Inventory(settings.name, node_id, gpus, slices, runtime, revision)
         bundles = Bundles(settings.state / "bundles")
         attempts = Attempts(settings.state / "attempts", user.uid, user.gid)
-        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image)
+        hotplug = _open_hotplug(runtime, user, cards)
+        stack.push_async_callback(hotplug.close)
+        kind = runtime.describe().kind
+        attachments = Attachments(journal, events, gpus, slices, attempts, cards, hotplug, kind, changed=revision.grow)
+        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image, attachments)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
         recovery = Recovery(journal, events, gpus, slices, containers, runtime, revision)
         try:
             await recovery.run()
+            await attachments.restore()
         except Refusal as error:
             raise CannotServeError(f"what an earlier daemon left cannot be looked at: {error.message}") from error
 
@@ -125,9 +134,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         server.add(
             "puhui.v1.NodeService",
             add_NodeServiceServicer_to_server,
-            NodeService(inventory, mutations, slices, containers, results, bundles, events),
+            NodeService(inventory, mutations, slices, containers, attachments, results, bundles, events),
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
+        await stack.enter_async_context(_background(attachments.keep(), stop))
         await stack.enter_async_context(_background(_prune(journal), stop))
         await stack.enter_async_context(_background(recovery.keep(), stop))
         try:
@@ -197,6 +207,12 @@ async def _open_runtime(settings: Settings, node_id: str, emulated: bool) -> tup
     except ProcessesRefusedError as error:
         raise CannotServeError(f"{error} (no containers: {why})" if why else str(error)) from error
     return ProcessRuntime(settings.state / "processes", user, why), user
+
+
+def _open_hotplug(runtime: ContainerRuntime, user: ProcessUser, cards: CardDevices) -> HotPlug:
+    if runtime.describe().kind == RuntimeKind.RUNTIME_KIND_PODMAN:
+        return MountPlug(user.uid, user.gid, device=not cards.emulated)
+    return LinkPlug()
 
 
 def _open_state(state: Path, account: PodmanAccount) -> None:

@@ -12,9 +12,9 @@ __all__ = ["describe_container", "describe_foreign", "describe_slice"]
 
 _SLICE_STATES = {
     SliceStage.CREATING: SliceState.SLICE_STATE_CREATING,
-    SliceStage.ACTIVE: SliceState.SLICE_STATE_ACTIVE,
     SliceStage.DESTROYING: SliceState.SLICE_STATE_DESTROYING,
     SliceStage.ERROR: SliceState.SLICE_STATE_ERROR,
+    SliceStage.DESTROYED: SliceState.SLICE_STATE_UNSPECIFIED,
 }
 _CONTAINER_STATES = {
     ContainerStage.CREATING: ContainerState.CONTAINER_STATE_CREATING,
@@ -25,8 +25,16 @@ _CONTAINER_STATES = {
 }
 
 
-def describe_slice(record: SliceRecord, gpu: GpuFacts, *, emulated: bool) -> Slice:
-    """Returns a slice of this daemon."""
+def describe_slice(record: SliceRecord, gpu: GpuFacts, *, emulated: bool, viewer: str) -> Slice:
+    """Returns a slice of this daemon.
+
+    Args:
+        record: the slice.
+        gpu: its GPU.
+        emulated: whether the GPU is emulated.
+        viewer: id of the living container that sees it; empty when none does.
+    """
+    whole = SliceState.SLICE_STATE_ACTIVE if viewer else SliceState.SLICE_STATE_IDLE
     return Slice(
         uuid=record.uuid,
         gpu_uuid=gpu.uuid,
@@ -36,11 +44,12 @@ def describe_slice(record: SliceRecord, gpu: GpuFacts, *, emulated: bool) -> Sli
         gpu_instance_id=record.gi or 0,
         compute_instance_id=record.ci or 0,
         memory_mib=record.memory_mib,
-        state=_SLICE_STATES.get(record.stage, SliceState.SLICE_STATE_UNSPECIFIED),
+        state=_SLICE_STATES.get(record.stage, whole),
         owner=record.owner.ref(record.token),
         emulated=emulated,
         create_time=timestamp(record.create_time),
         notice=record.notice,
+        container_id=viewer,
     )
 
 

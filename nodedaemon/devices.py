@@ -1,14 +1,14 @@
 """What a container must be given to see its slices, and no others.
 
 A process may use a slice when it can open the cap nodes of its GPU instance and of its compute instance. Pure, but for
-reading where the nodes are: facts in, mounts out.
+reading where the nodes are: facts in, nodes and mounts out.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,16 @@ import grpc
 from nodedaemon.runtime import Mount
 from puhui.rpc.errors import Refusal
 
-__all__ = ["CAPS_PATH", "CardDevices", "SliceIds", "library_mounts", "mounts_for", "read_minors", "require_cap_nodes"]
+__all__ = [
+    "CAPS_PATH",
+    "CardDevices",
+    "SliceIds",
+    "cap_nodes",
+    "card_mounts",
+    "library_mounts",
+    "read_minors",
+    "require_cap_nodes",
+]
 
 CAPS_PATH = "/dev/nvidia-caps"
 """Where a container looks for cap nodes."""
@@ -73,8 +82,8 @@ def read_minors(text: str) -> dict[str, int]:
     return {name: int(minor) for name, _, minor in (line.rpartition(" ") for line in text.splitlines()) if name}
 
 
-def mounts_for(slices: Sequence[SliceIds], cards: CardDevices, minors: Mapping[str, int]) -> list[Mount]:
-    """Returns what a container must be given to see these slices.
+def cap_nodes(slices: Sequence[SliceIds], cards: CardDevices, minors: Mapping[str, int]) -> dict[str, Path]:
+    """Returns where the cap nodes of slices are on the host, by the name that a container finds them under.
 
     Args:
         slices: the slices; none is nothing.
@@ -82,9 +91,9 @@ def mounts_for(slices: Sequence[SliceIds], cards: CardDevices, minors: Mapping[s
         minors: as `read_minors` returns them.
 
     Raises:
-        Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING, the driver or this host has no cap node of a slice.
+        Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING, the driver has no cap node of a slice.
     """
-    mounts: dict[str, Mount] = {}
+    nodes: dict[str, Path] = {}
     for one in slices:
         name = f"gpu{one.gpu_minor}/gi{one.gi}"
         for cap in (f"{name}/access", f"{name}/ci{one.ci}/access"):
@@ -93,42 +102,53 @@ def mounts_for(slices: Sequence[SliceIds], cards: CardDevices, minors: Mapping[s
                     f"the driver's list of minors has no {cap}: destroy the slice and make it anew", cap
                 )
             node = f"nvidia-cap{minors[cap]}"
-            _add(mounts, Mount(cards.caps / node, f"{CAPS_PATH}/{node}", device=not cards.emulated))
-    if slices and not cards.emulated:
-        for node in ("nvidiactl", "nvidia-uvm", *sorted({f"nvidia{one.gpu_minor}" for one in slices})):
-            _add(mounts, Mount(Path("/dev", node), f"/dev/{node}", read_only=False, device=True))
-        for library in cards.libraries:
-            _add(mounts, Mount(library, str(library)))
-    return list(mounts.values())
+            nodes[node] = cards.caps / node
+    return nodes
 
 
-def require_cap_nodes(mounts: Sequence[Mount], minors: Mapping[str, int]) -> None:
+def card_mounts(gpu_minors: Iterable[int], cards: CardDevices) -> list[Mount]:
+    """Returns what a container must be given to use any slice that it sees now or later.
+
+    That is the driver's control nodes and libraries, and the node of every GPU that is cut. The node of such a GPU
+    gives nothing to compute with by itself: that takes the cap nodes of a slice. A GPU that is not cut is all
+    behind its node, and must never be given so.
+
+    Args:
+        gpu_minors: minors of the GPUs that have MIG mode on.
+        cards: where the device files are; emulated cards have none but the cap nodes.
+    """
+    if cards.emulated:
+        return []
+    nodes = ["nvidiactl", "nvidia-uvm", *(f"nvidia{minor}" for minor in sorted(gpu_minors))]
+    return [
+        *(Mount(Path("/dev", node), f"/dev/{node}", read_only=False, device=True) for node in nodes),
+        *(Mount(library, str(library)) for library in cards.libraries),
+    ]
+
+
+def require_cap_nodes(nodes: Mapping[str, Path], minors: Mapping[str, int]) -> None:
     """Refuses when a cap node is missing on this host: Podman would only say that some file is.
 
     Args:
-        mounts: as `mounts_for` returns them.
+        nodes: as `cap_nodes` returns them.
         minors: as `read_minors` returns them.
 
     Raises:
         Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING.
     """
     names = {f"nvidia-cap{minor}": name for name, minor in minors.items()}
-    for mount in mounts:
-        if mount.target.startswith(CAPS_PATH) and not mount.source.exists():
-            gpu, _, rest = names[mount.source.name].partition("/")
+    for node, source in nodes.items():
+        if not source.exists():
+            gpu, _, rest = names[node].partition("/")
             raise _cap_node_missing(
-                f"this host has no {mount.source}: make it, as root, with "
+                f"this host has no {source}: make it, as root, with "
                 f"`nvidia-modprobe -f /proc/driver/nvidia/capabilities/{gpu}/mig/{rest}`",
-                mount.source.name,
+                node,
             )
 
 
 def _cap_node_missing(message: str, node: str) -> Refusal:
     return Refusal(grpc.StatusCode.FAILED_PRECONDITION, "CAP_NODE_MISSING", message, node=node)
-
-
-def _add(mounts: dict[str, Mount], mount: Mount) -> None:
-    mounts[mount.target] = mount
 
 
 def library_mounts(listed: str) -> tuple[Path, ...]:

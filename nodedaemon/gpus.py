@@ -123,6 +123,14 @@ class Gpus:
         self._facts.update({gpu.uuid: gpu for gpu in found if gpu.uuid})
         return found
 
+    async def cut_minors(self) -> list[int]:
+        """Returns the device minors of the GPUs that have MIG mode on now, ascending.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED.
+        """
+        return sorted(gpu.minor for gpu in await self.refresh() if gpu.mig is Mig.ENABLED)
+
     async def profile(self, gpu: GpuFacts, name: str) -> ProfileFacts:
         """Returns a profile that a GPU offers.
 

@@ -259,6 +259,14 @@ class Journal:
         """Returns every container, removed ones whose results are kept too, the oldest first."""
         return [_container_record(row) for row in self._db.query("SELECT * FROM containers ORDER BY create_time")]
 
+    def viewers(self) -> dict[str, str]:
+        """Returns the id of the living container that sees each slice, by the slice's UUID."""
+        alive = [stage for stage in ContainerStage if stage.is_alive]
+        rows = self._db.execute(
+            f"SELECT slice_uuids, container_id FROM containers WHERE stage IN ({', '.join('?' * len(alive))})", alive
+        )
+        return {uuid: str(container_id) for uuids, container_id in rows for uuid in json.loads(uuids)}
+
     # Events -----------------------------------------------------------------------------------------------
 
     def add_event(self, time: float, message: bytes) -> int:

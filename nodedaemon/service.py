@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from nodedaemon.answers import Mutations
+from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
 from nodedaemon.driver_facts import Span
@@ -69,6 +70,7 @@ class NodeService(NodeServiceServicer):
         mutations: Mutations,
         slices: Slices,
         containers: Containers,
+        attachments: Attachments,
         results: Results,
         bundles: Bundles,
         events: EventLog,
@@ -77,6 +79,7 @@ class NodeService(NodeServiceServicer):
         self._mutations = mutations
         self._slices = slices
         self._containers = containers
+        self._attachments = attachments
         self._results = results
         self._bundles = bundles
         self._events = events
@@ -136,6 +139,18 @@ class NodeService(NodeServiceServicer):
     ) -> ListContainersResponse:
         return ListContainersResponse(containers=self._containers.describe_all())
 
+    async def AttachSlice(self, request: AttachSliceRequest, context: Any) -> AttachSliceResponse:  # noqa: D102, N802
+        async def act(owner: Owner, token: int) -> AttachSliceResponse:
+            return AttachSliceResponse(container=await self._attachments.attach(owner, request.slice_uuid))
+
+        return await self._mutations.carry_out(request, AttachSliceResponse, act)
+
+    async def DetachSlice(self, request: DetachSliceRequest, context: Any) -> DetachSliceResponse:  # noqa: D102, N802
+        async def act(owner: Owner, token: int) -> DetachSliceResponse:
+            return DetachSliceResponse(container=await self._attachments.detach(owner, request.slice_uuid))
+
+        return await self._mutations.carry_out(request, DetachSliceResponse, act)
+
     # Code, output, results
 
     async def PutBundle(  # noqa: D102, N802
@@ -172,12 +187,6 @@ class NodeService(NodeServiceServicer):
             yield WatchEventsResponse(event=event)
 
     # In the contract, not yet served
-
-    async def AttachSlice(self, request: AttachSliceRequest, context: Any) -> AttachSliceResponse:  # noqa: D102, N802
-        raise unimplemented("NodeService.AttachSlice")
-
-    async def DetachSlice(self, request: DetachSliceRequest, context: Any) -> DetachSliceResponse:  # noqa: D102, N802
-        raise unimplemented("NodeService.DetachSlice")
 
     async def SuspendContainer(  # noqa: D102, N802
         self, request: SuspendContainerRequest, context: Any

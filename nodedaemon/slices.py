@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -395,7 +395,8 @@ class Slices:
         """
         instances = (await self._gpus.list_all()).instances if foreign else []
         records = self._journal.slices()
-        found = [self.describe(record) for record in records]
+        viewers = self._journal.viewers()
+        found = [self._described(record, viewers) for record in records]
         found.extend(
             describe_foreign(instance, gpu, emulated=self._gpus.emulated)
             for gpu, instance in instances
@@ -405,7 +406,15 @@ class Slices:
 
     def describe(self, record: SliceRecord) -> Slice:
         """Returns a slice for the wire."""
-        return describe_slice(record, self._gpus.known(record.gpu_uuid), emulated=self._gpus.emulated)
+        return self._described(record, self._journal.viewers())
+
+    def _described(self, record: SliceRecord, viewers: Mapping[str, str]) -> Slice:
+        return describe_slice(
+            record,
+            self._gpus.known(record.gpu_uuid),
+            emulated=self._gpus.emulated,
+            viewer=viewers.get(record.uuid, ""),
+        )
 
     def owned(self, owner: Owner, uuid: str) -> tuple[SliceRecord, GpuFacts]:
         """Returns an active slice of an attempt, and its GPU.

@@ -2,6 +2,7 @@
 
 attempts/CENTRE/JOB/ATTEMPT/
     workspace/           the container's /workspace; code/ is where the code is mounted, outputs/ is kept
+    caps/                the container's /dev/nvidia-caps
     output.log           all output, in the k8s-file format
     artifacts.tar.gz     what was in outputs/, packed when it is first asked for
 """
@@ -33,6 +34,11 @@ class AttemptFolder:
     def outputs(self) -> Path:
         """The container's /workspace/outputs."""
         return self.workspace / "outputs"
+
+    @property
+    def caps(self) -> Path:
+        """The container's /dev/nvidia-caps."""
+        return self.path / "caps"
 
     @property
     def log(self) -> Path:

@@ -34,7 +34,7 @@ _NOT_FOUND = grpc.StatusCode.NOT_FOUND
 async def test_code_runs_on_a_slice_and_everything_is_given_back(node: Node, state: Path) -> None:
     owner = node.attempt()
     one = await node.cut(owner, "3g.40gb", start=4)
-    assert one.state == SliceState.SLICE_STATE_ACTIVE
+    assert one.state == SliceState.SLICE_STATE_IDLE
     assert one.uuid.startswith("MIG-")
     assert one.emulated
 
@@ -80,7 +80,7 @@ print(json.dumps({
     'interfaces': [name for _, name in socket.if_nameindex()],
     'env': {name: os.environ.get(name) for name in (
         'HOME', 'PUHUI_OUTPUTS', 'PUHUI_CENTRE', 'PUHUI_EMULATED', 'CUDA_VISIBLE_DEVICES', 'EPOCHS')},
-    'caps_folder': os.path.exists('/dev/nvidia-caps'),
+    'cards': os.listdir('/dev/nvidia-caps'), 'card': write('/dev/nvidia-caps/x'),
 }))
 """,
         env={"EPOCHS": "3"},
@@ -105,7 +105,8 @@ print(json.dumps({
             "CUDA_VISIBLE_DEVICES": "",
             "EPOCHS": "3",
         },
-        "caps_folder": False,
+        "cards": [],
+        "card": False,
     }
 
 

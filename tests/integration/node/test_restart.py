@@ -118,7 +118,7 @@ async def test_what_was_removed_by_hand_is_told_and_not_made_up(start: Start, ho
             assert await node.slices() == []
             # The same request makes it again: what it was answered is not so any more.
             again = await node.cut(owner)
-            assert again.state == SliceState.SLICE_STATE_ACTIVE
+            assert again.state == SliceState.SLICE_STATE_IDLE
             await node.clear()
 
 

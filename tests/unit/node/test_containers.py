@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from nodedaemon.answers import Mutations
+from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
@@ -20,6 +21,7 @@ from nodedaemon.driver import Driver
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
+from nodedaemon.hotplug import LinkPlug
 from nodedaemon.journal import ContainerStage, Journal
 from nodedaemon.owner import Owner
 from nodedaemon.process_runtime import ProcessRuntime
@@ -125,7 +127,11 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
         bundles = Bundles(folder / "bundles")
         attempts = Attempts(folder / "attempts", user.uid, user.gid)
         cards = CardDevices(emulated.caps.directory, emulated.caps.minors_file, True)
-        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image")
+        kind = runtime.describe().kind
+        attachments = Attachments(
+            journal, events, gpus, slices, attempts, cards, LinkPlug(), kind, changed=lambda: None
+        )
+        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image", attachments)
         if fault is not None:
             emulated.faults.inject(*fault)
         await Recovery(journal, events, gpus, slices, containers, runtime).run()

@@ -9,7 +9,15 @@ import pytest
 from nodedaemon.bundles import StoredBundle, evictions
 from nodedaemon.commands import Found, candidates
 from nodedaemon.container_request import container_name, environment
-from nodedaemon.devices import CardDevices, SliceIds, library_mounts, mounts_for, read_minors, require_cap_nodes
+from nodedaemon.devices import (
+    CardDevices,
+    SliceIds,
+    cap_nodes,
+    card_mounts,
+    library_mounts,
+    read_minors,
+    require_cap_nodes,
+)
 from nodedaemon.owner import Owner
 from nodedaemon.podman_account import PodmanUnusableError, cgroup_layout, choose_oci_runtime
 from nodedaemon.registration import backoff_s
@@ -22,22 +30,20 @@ _MINORS = (
 
 def test_an_emulated_slice_is_seen_through_its_two_cap_nodes_only() -> None:
     cards = CardDevices(Path("/state/caps"), Path("/state/mig-minors"), emulated=True)
-    mounts = mounts_for([SliceIds(0, 1, 0)], cards, read_minors(_MINORS))
-    assert [(str(mount.source), mount.target) for mount in mounts] == [
-        ("/state/caps/nvidia-cap12", "/dev/nvidia-caps/nvidia-cap12"),
-        ("/state/caps/nvidia-cap13", "/dev/nvidia-caps/nvidia-cap13"),
-    ]
-    assert all(mount.read_only and not mount.device for mount in mounts)
-    assert mounts_for([], cards, {}) == []
+    assert cap_nodes([SliceIds(0, 1, 0)], cards, read_minors(_MINORS)) == {
+        "nvidia-cap12": Path("/state/caps/nvidia-cap12"),
+        "nvidia-cap13": Path("/state/caps/nvidia-cap13"),
+    }
+    assert cap_nodes([], cards, {}) == {}
+    assert card_mounts([0, 1], cards) == []
 
 
-def test_a_real_slice_needs_its_gpu_the_control_nodes_and_the_libraries() -> None:
+def test_a_container_on_real_gpus_gets_those_that_are_cut_the_control_nodes_and_the_libraries() -> None:
     library = Path("/usr/lib/x86_64-linux-gnu/libcuda.so.1")
     cards = CardDevices(Path("/dev/nvidia-caps"), Path("/minors"), emulated=False, libraries=(library,))
-    mounts = mounts_for([SliceIds(0, 1, 0), SliceIds(1, 2, 0)], cards, read_minors(_MINORS))
+    mounts = card_mounts([3, 1], cards)
     assert sorted(mount.target for mount in mounts if mount.device) == [
-        *(f"/dev/nvidia-caps/nvidia-cap{minor}" for minor in (12, 13, 156, 157)),
-        *("/dev/nvidia-uvm", "/dev/nvidia0", "/dev/nvidia1", "/dev/nvidiactl"),
+        *("/dev/nvidia-uvm", "/dev/nvidia1", "/dev/nvidia3", "/dev/nvidiactl"),
     ]
     assert [mount.target for mount in mounts if not mount.device] == [str(library)]
 
@@ -45,14 +51,14 @@ def test_a_real_slice_needs_its_gpu_the_control_nodes_and_the_libraries() -> Non
 def test_a_cap_node_that_is_missing_is_refused_with_what_makes_it(tmp_path: Path) -> None:
     cards, minors = CardDevices(tmp_path, tmp_path / "minors", emulated=True), read_minors(_MINORS)
     with pytest.raises(Refusal, match="no gpu3/gi1/access") as caught:
-        mounts_for([SliceIds(3, 1, 0)], cards, minors)
+        cap_nodes([SliceIds(3, 1, 0)], cards, minors)
     assert caught.value.reason == "CAP_NODE_MISSING"
-    mounts = mounts_for([SliceIds(0, 1, 0)], cards, minors)
+    nodes = cap_nodes([SliceIds(0, 1, 0)], cards, minors)
     (tmp_path / "nvidia-cap12").touch()
     with pytest.raises(Refusal, match="nvidia-modprobe -f /proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access"):
-        require_cap_nodes(mounts, minors)
+        require_cap_nodes(nodes, minors)
     (tmp_path / "nvidia-cap13").touch()
-    require_cap_nodes(mounts, minors)
+    require_cap_nodes(nodes, minors)
 
 
 def test_only_the_drivers_64_bit_libraries_are_taken() -> None:

@@ -1,0 +1,327 @@
+"""Which slices living containers see: attached and detached while their commands run.
+
+The journal says what is meant. A slice is attached in the journal before it is shown, and hidden before it is detached
+in the journal, so that after a crash at any moment showing what the journal says makes both agree again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import grpc
+import structlog
+
+from nodedaemon.descriptions import describe_container
+from nodedaemon.devices import CardDevices, SliceIds, cap_nodes, card_mounts, read_minors, require_cap_nodes
+from nodedaemon.driver_facts import GpuFacts, Mig
+from nodedaemon.events import EventLog
+from nodedaemon.gpus import Gpus
+from nodedaemon.holders import Holder, holder
+from nodedaemon.hotplug import HotPlug
+from nodedaemon.journal import ContainerRecord, Journal, SliceRecord, SliceStage
+from nodedaemon.owner import Owner
+from nodedaemon.results import known_container
+from nodedaemon.runtime import Mount
+from nodedaemon.slices import Slices
+from nodedaemon.workspace import Attempts
+from puhui.rpc.errors import Refusal
+from puhui.v1.node_pb2 import Container, NodeEventKind, RuntimeKind
+
+__all__ = ["Attachments"]
+
+_log = structlog.get_logger(__name__)
+
+_MOST_NAMED = 8
+
+
+class Attachments:
+    """What the containers of this node see of its slices.
+
+    Args:
+        journal: where what is meant is kept.
+        events: where what happens is told.
+        gpus: the GPUs that the slices are on.
+        slices: the slices.
+        attempts: where the containers' directories are.
+        cards: where the driver keeps its device files.
+        hotplug: what makes nodes appear in containers.
+        kind: what runs the containers.
+        changed: called after any change of what a container sees.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        events: EventLog,
+        gpus: Gpus,
+        slices: Slices,
+        attempts: Attempts,
+        cards: CardDevices,
+        hotplug: HotPlug,
+        kind: RuntimeKind.ValueType,
+        *,
+        changed: Callable[[], None],
+    ) -> None:
+        self._journal = journal
+        self._events = events
+        self._gpus = gpus
+        self._slices = slices
+        self._attempts = attempts
+        self._cards = cards
+        self._hotplug = hotplug
+        self._kind = kind
+        self._changed = changed
+        # A lock is there for as long as somebody holds or awaits it.
+        self._locks: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
+
+    # A container from its start ---------------------------------------------------------------------------
+
+    def place(self, owner: Owner) -> str:
+        """Returns where a command of an attempt finds the cap nodes of its slices."""
+        return self._hotplug.place(self._attempts.folder(owner).caps)
+
+    def require_nodes(self, slices: Sequence[tuple[SliceRecord, GpuFacts]]) -> dict[str, Path]:
+        """Returns where the cap nodes of slices are on the host, by name.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING.
+        """
+        nodes = self._sources(slices)
+        if nodes:
+            require_cap_nodes(nodes, self._minors())
+        return nodes
+
+    async def prepare(self, owner: Owner, nodes: dict[str, Path]) -> list[Mount]:
+        """Returns what a container that is to be created must be given to see these nodes, and others later.
+
+        Raises:
+            Refusal: INTERNAL with DRIVER_REFUSED.
+            OSError: the disk is full.
+        """
+        cut = [] if self._cards.emulated else await self._gpus.cut_minors()
+        return [*card_mounts(cut, self._cards), *await self._hotplug.prepare(self._attempts.folder(owner).caps, nodes)]
+
+    # A living container -----------------------------------------------------------------------------------
+
+    async def attach(self, owner: Owner, uuid: str) -> Container:
+        """Makes a slice appear in an attempt's living container. One that is there already stays.
+
+        Raises:
+            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with CONTAINER_NOT_RUNNING,
+                SLICE_NOT_FOUND, CAP_NODE_MISSING or HOTPLUG_UNAVAILABLE; INTERNAL with DRIVER_REFUSED. The container
+                sees then what it saw before.
+        """
+        async with self._lock(owner):
+            before = self._living(owner)
+            one, _ = self._slices.owned(owner, uuid)
+            new = uuid not in before.slice_uuids
+            wanted = (*before.slice_uuids, uuid) if new else before.slice_uuids
+            nodes = self._nodes(owner, wanted)
+            self._write(owner, wanted)
+            try:
+                await self._show(before, nodes)
+            except BaseException:
+                if new:
+                    await self._take_back(owner, before.slice_uuids)
+                raise
+            message = f"attached slice {uuid} ({one.profile}) to container {before.container_id[:12]}"
+            if new:
+                self._tell(owner, NodeEventKind.NODE_EVENT_KIND_SLICE_ATTACHED, "SLICE_ATTACHED", message, one)
+            return self._describe(owner)
+
+    async def _take_back(self, owner: Owner, uuids: Sequence[str]) -> None:
+        """Makes a container see what it saw before something failed."""
+        record = self._write(owner, uuids)
+        try:
+            await self._show(record, self._nodes(owner, uuids))
+        except Refusal as error:
+            # A slice that it saw may be hidden. The next change and the next start show what the journal says.
+            _log.error("a container may not see what it should", owner=str(owner), error=str(error))
+
+    async def detach(self, owner: Owner, uuid: str) -> Container:
+        """Makes a slice vanish from an attempt's living container. One that is not there stays away.
+
+        Raises:
+            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with CONTAINER_NOT_RUNNING, SLICE_IN_USE,
+                naming who holds it, HOLDERS_UNKNOWN or HOTPLUG_UNAVAILABLE; INTERNAL with DRIVER_REFUSED. The
+                container sees then what it saw before.
+        """
+        async with self._lock(owner):
+            before = self._living(owner)
+            if uuid not in before.slice_uuids:
+                return self._describe(owner)
+            one, gpu = self._slices.owned(owner, uuid)
+            rest = tuple(other for other in before.slice_uuids if other != uuid)
+            nodes = self._nodes(owner, rest)
+            try:
+                # Hidden first: whoever does not hold it by then cannot come to hold it while this looks.
+                await self._show(before, nodes)
+                holders = await self._holders(before, one, gpu)
+                if holders:
+                    raise _in_use(before, one, holders)
+            except BaseException:
+                await self._take_back(owner, before.slice_uuids)
+                raise
+            self._write(owner, rest)
+            message = f"detached slice {uuid} ({one.profile}) from container {before.container_id[:12]}"
+            self._tell(owner, NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED, "SLICE_DETACHED", message, one)
+            return self._describe(owner)
+
+    async def _holders(self, record: ContainerRecord, one: SliceRecord, gpu: GpuFacts) -> list[Holder]:
+        """Returns the processes of a container that hold a slice, as the driver says or as their open files do.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with HOLDERS_UNKNOWN; as `HotPlug.holders` does.
+        """
+        files = [source for source in self._sources([(one, gpu)]).values() if source.exists()]
+        found: dict[int, Holder] = {}
+        try:
+            listed = await self._gpus.holders(gpu, one.gi or 0)
+            found = {held.pid: held for held in listed if held.container == record.container_id}
+        except Refusal as error:
+            # NVML does not show processes to every user. A process that computes has the GPU itself open, on whichever
+            # of its slices; what cannot be told apart counts as held.
+            _log.info("the driver does not name who holds a slice", gpu=gpu.index, error=error.message)
+            if not self._cards.emulated:
+                files.append(Path(f"/dev/nvidia{gpu.minor}"))
+        for pid in await self._hotplug.holders(record.pid, files):
+            found.setdefault(pid, replace(holder(pid), container=record.container_id))
+        return [found[pid] for pid in sorted(found)]
+
+    # What should be so ------------------------------------------------------------------------------------
+
+    async def restore(self) -> None:
+        """Makes every living container see what the journal says, and lets go of slices that are there no more."""
+        for record in self._journal.containers():
+            await self._restore(record.owner)
+
+    async def keep(self) -> None:
+        """Takes slices that vanish under a container out of it, until the events end.
+
+        A cap node is but a number: the next slice in that place would be seen by whoever sees this one.
+        """
+        async for event in self._events.watch(self._journal.last_cursor()):
+            uuid = event.slice.uuid
+            if event.kind == NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED and uuid:
+                for record in self._journal.containers():
+                    if uuid in record.slice_uuids:
+                        await self._restore(record.owner)
+
+    async def _restore(self, owner: Owner) -> None:
+        async with self._lock(owner):
+            record = self._journal.container(owner)
+            if record is None or not record.stage.is_alive:
+                return
+            there = tuple(uuid for uuid in record.slice_uuids if self._is_there(owner, uuid))
+            try:
+                changed = await self._show(record, self._nodes(owner, there))
+            except Refusal as error:
+                changed = False
+                message = f"container {record.container_id[:12]} may not see its slices: {error.message}"
+                self._reconciled(owner, error.reason, message)
+            for uuid in set(record.slice_uuids) - set(there):
+                self._write(owner, [one for one in known_container(self._journal, owner).slice_uuids if one != uuid])
+                self._tell(
+                    owner,
+                    NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED,
+                    "SLICE_VANISHED",
+                    f"slice {uuid} is gone, and with it from container {record.container_id[:12]}",
+                    self._journal.slice(uuid),
+                )
+            if changed and there == record.slice_uuids:
+                message = f"container {record.container_id[:12]} sees its {len(there)} slices again"
+                self._reconciled(owner, "ATTACHMENTS_RESTORED", message)
+
+    def _is_there(self, owner: Owner, uuid: str) -> bool:
+        one = self._journal.slice(uuid)
+        return one is not None and one.owner == owner and one.stage is SliceStage.ACTIVE
+
+    # Parts ------------------------------------------------------------------------------------------------
+
+    def _lock(self, owner: Owner) -> asyncio.Lock:
+        return self._locks.setdefault(owner, asyncio.Lock())
+
+    def _living(self, owner: Owner) -> ContainerRecord:
+        record = known_container(self._journal, owner)
+        if not record.stage.is_alive:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "CONTAINER_NOT_RUNNING",
+                f"the command of {owner} is not running, so its container sees no slice; a new attempt gets a new one",
+            )
+        return record
+
+    def _nodes(self, owner: Owner, uuids: Iterable[str]) -> dict[str, Path]:
+        """Returns where the cap nodes of an attempt's slices are on the host, by name.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND or CAP_NODE_MISSING; INTERNAL with DRIVER_REFUSED.
+        """
+        return self.require_nodes([self._slices.owned(owner, uuid) for uuid in uuids])
+
+    def _sources(self, slices: Sequence[tuple[SliceRecord, GpuFacts]]) -> dict[str, Path]:
+        for _, gpu in slices:
+            if gpu.mig is Mig.UNKNOWN:
+                raise Refusal(
+                    grpc.StatusCode.INTERNAL,
+                    "DRIVER_REFUSED",
+                    f"GPU {gpu.index} does not answer, so which nodes are its slices' is not known: {gpu.notice}",
+                    gpu_uuid=gpu.uuid,
+                )
+        ids = [SliceIds(gpu.minor, one.gi or 0, one.ci or 0) for one, gpu in slices]
+        return cap_nodes(ids, self._cards, self._minors()) if ids else {}
+
+    def _minors(self) -> dict[str, int]:
+        return read_minors(self._cards.minors.read_text())
+
+    async def _show(self, record: ContainerRecord, nodes: dict[str, Path]) -> bool:
+        try:
+            return await self._hotplug.show(self._attempts.folder(record.owner).caps, nodes, record.pid)
+        except OSError as error:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "HOTPLUG_UNAVAILABLE",
+                f"the container's directory of nodes cannot be changed: {error}; see that the disk is not full",
+            ) from error
+
+    def _write(self, owner: Owner, uuids: Sequence[str]) -> ContainerRecord:
+        # What the journal says now: the command may have ended while something was awaited.
+        record = known_container(self._journal, owner)
+        return self._journal.put_container(replace(record, slice_uuids=tuple(uuids)))
+
+    def _describe(self, owner: Owner) -> Container:
+        return describe_container(known_container(self._journal, owner), self._kind)
+
+    def _tell(
+        self, owner: Owner, kind: NodeEventKind.ValueType, reason: str, message: str, one: SliceRecord | None
+    ) -> None:
+        container = self._describe(owner)
+        self._events.add(
+            kind,
+            reason,
+            message,
+            owner=container.owner,
+            slice=self._slices.describe(one) if one is not None else None,
+            container=container,
+        )
+        self._changed()
+
+    def _reconciled(self, owner: Owner, reason: str, message: str) -> None:
+        self._events.add(NodeEventKind.NODE_EVENT_KIND_RECONCILED, reason, message, owner=owner.ref())
+
+
+def _in_use(record: ContainerRecord, one: SliceRecord, holders: Sequence[Holder]) -> Refusal:
+    who = ", ".join(str(held) for held in holders[:_MOST_NAMED])
+    more = f" and {len(holders) - _MOST_NAMED} more" if len(holders) > _MOST_NAMED else ""
+    return Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "SLICE_IN_USE",
+        f"slice {one.uuid} is held by process {who}{more}; end it, or have it close the card, then detach again",
+        slice_uuid=one.uuid,
+        container_id=record.container_id,
+        holders=who,
+    )
