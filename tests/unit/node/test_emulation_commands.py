@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
-from nodedaemon.serve import app
+from nodedaemon.cli import app
 from tests.contract.nvml import calls
 from tests.contract.nvml.holding import HOLD, python_process
 
