@@ -20,6 +20,9 @@ _CONTROLLERS = ("cpu", "memory", "pids")
 _BOOT_WITH_V2 = (
     "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&systemd.unified_cgroup_hierarchy=1 /' /etc/default/grub && update-grub"
 )
+# Rootless Podman with the cgroupfs manager leaves a container in its starter's cgroup unless a parent was named (libpod's
+# getOCICgroupPath). Seen with 4.3.1 under systemd 252: "cannot pause the container without a cgroup".
+_SHOW_CGROUP = "puhui-nodedaemon podman -- inspect --latest --format '{{.State.CgroupPath}}'"
 _FILES = 65536
 _INOTIFY_INSTANCES = 128
 _TIME_ERROR = 5  # <sys/timex.h>: the clock is not synchronised
@@ -156,15 +159,23 @@ def _limits(facts: HostFacts) -> Finding:
             f"{facts.who} cannot limit containers: its cgroup is not delegated to user {facts.user}",
             "systemctl restart puhui-nodedaemon",
         )
-    return ok(check, "CPU, memory and processes of containers can be limited")
+    return unknown(
+        check,
+        "CPU, memory and processes can be limited if Podman gives containers cgroups of their own, as a running one shows",
+        _SHOW_CGROUP,
+    )
 
 
 def _pause(facts: HostFacts) -> Finding:
     if facts.layout == "v2":
-        return ok("pause", "containers can be suspended")
+        return unknown(
+            "pause",
+            "containers can be frozen if Podman gives them cgroups of their own, as a running one shows",
+            _SHOW_CGROUP,
+        )
     return notice(
         "pause",
-        f"cgroups are {facts.layout}: rootless containers cannot be suspended",
+        f"cgroups are {facts.layout}: rootless containers cannot be frozen",
         _BOOT_WITH_V2,
     )
 
