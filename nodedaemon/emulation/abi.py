@@ -43,10 +43,21 @@ class PointerTo:
         """
         if isinstance(value, self.target):
             raise TypeError(f"{self.target.__name__} passed by value; pass byref() of it")
-        referent = getattr(value, "_obj", None)
-        if isinstance(referent, ctypes.Array) and referent._type_ is self.target:
+        referent = getattr(value, "_obj", value if isinstance(value, ctypes.Array) else None)
+        declared = referent._type_ if isinstance(referent, ctypes.Array) else type(referent)
+        if isinstance(referent, ctypes.Array) and declared is self.target:
             return value
+        if _same_layout(declared, self.target):
+            return ctypes.cast(value, self.native)
         return self.native.from_param(value)
+
+
+def _same_layout(one: Any, other: Any) -> bool:
+    """Say whether two classes describe one C structure: some programs declare nvml.h's again."""
+    if not (issubclass(one, ctypes.Structure) and issubclass(other, ctypes.Structure)):
+        return False
+    mine, theirs = ([field[1] for field in kind._fields_] for kind in (one, other))
+    return ctypes.sizeof(one) == ctypes.sizeof(other) and mine == theirs
 
 
 UINT = ctypes.c_uint

@@ -1,9 +1,7 @@
-"""NVML calls that read one device: what it is, its memory, its sensors, who runs on it."""
+"""NVML calls that read one device: what it is, its sensors, who runs on it."""
 
 import ctypes
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pynvml
 
@@ -25,14 +23,11 @@ from nodedaemon.emulation.refusal import Code, Refusal
 from nodedaemon.emulation.state import Gpu
 from nodedaemon.emulation.system_calls import DEVICE, DEVICE_OUT, pci_bus
 
-_MIB = 1 << 20
-_NO_ID = 0xFFFFFFFF
 _ARCHITECTURES = {
     Architecture.AMPERE: pynvml.NVML_DEVICE_ARCH_AMPERE,
     Architecture.HOPPER: pynvml.NVML_DEVICE_ARCH_HOPPER,
     Architecture.BLACKWELL: pynvml.NVML_DEVICE_ARCH_BLACKWELL,
 }
-_PROCESSES = (DEVICE, UINT_OUT, PointerTo(pynvml.c_nvmlProcessInfo_v2_t, nullable=True))
 
 table = CallTable()
 
@@ -113,48 +108,16 @@ def _capability(driver: EmulatedDriver, handle: Any, major: Any, minor: Any) -> 
     major[0], minor[0] = gpu.card.compute_capability
 
 
-def _total_bytes(driver: EmulatedDriver, handle: Any) -> int:
-    """Memory of a card or of a MIG device; an emulated process never uses any of it."""
-    device = driver.device(driver.read(), handle)
-    if isinstance(device, MigDevice):
-        return known(owner_profile(device.gpu, device.instance).memory_mib) * _MIB
-    return known(device.card.memory_total_mib) * _MIB
-
-
-@table.export("nvmlDeviceGetMemoryInfo", arguments=(DEVICE, PointerTo(pynvml.c_nvmlMemory_t)))
-def _memory(driver: EmulatedDriver, handle: Any, memory: Any) -> None:
-    total = _total_bytes(driver, handle)
-    set_fields(memory, total=total, free=total, used=0)
-
-
-@table.export("nvmlDeviceGetMemoryInfo_v2", arguments=(DEVICE, PointerTo(pynvml.c_nvmlMemory_v2_t)))
-def _memory_v2(driver: EmulatedDriver, handle: Any, memory: Any) -> None:
-    if memory.contents.version != pynvml.nvmlMemory_v2:
-        raise Refusal(Code.INVALID_ARGUMENT)
-    total = _total_bytes(driver, handle)
-    set_fields(memory, total=total, reserved=0, free=total, used=0)
-
-
 def _sensor_gpu(driver: EmulatedDriver, handle: Any) -> Gpu:
     """Return the card; what is read of a whole card is not supported on a MIG device."""
     return driver.gpu(driver.read(), handle, on_mig=Code.NOT_SUPPORTED)
-
-
-def _busy_share(driver: EmulatedDriver, gpu: Gpu) -> float:
-    nodes = {
-        driver.caps.compute_instance(gpu, instance, compute): compute.size for instance, compute in gpu.mig_devices()
-    }
-    if not nodes:
-        return 0.0
-    held = driver.processes(nodes)
-    return sum(size for node, size in nodes.items() if held[node]) / gpu.card.compute_slices
 
 
 @table.export("nvmlDeviceGetPowerUsage", arguments=(DEVICE, UINT_OUT))
 def _power(driver: EmulatedDriver, handle: Any, milliwatts: Any) -> None:
     gpu = _sensor_gpu(driver, handle)
     limit = known(gpu.card.power_limit_watts)
-    milliwatts[0] = sensors.power_milliwatts(limit, _busy_share(driver, gpu))
+    milliwatts[0] = sensors.power_milliwatts(limit, sensors.busy_share(driver, gpu))
 
 
 @table.export(
@@ -172,7 +135,7 @@ def _temperature(driver: EmulatedDriver, handle: Any, sensor: int, celsius: Any)
     if sensor != pynvml.NVML_TEMPERATURE_GPU:
         raise Refusal(Code.INVALID_ARGUMENT)
     gpu = _sensor_gpu(driver, handle)
-    celsius[0] = sensors.temperature_celsius(_busy_share(driver, gpu))
+    celsius[0] = sensors.temperature_celsius(sensors.busy_share(driver, gpu))
 
 
 @table.export("nvmlDeviceGetTemperatureV", arguments=(DEVICE, PointerTo(pynvml.c_nvmlTemperature_v1_t)))
@@ -183,7 +146,7 @@ def _temperature_v(driver: EmulatedDriver, handle: Any, reading: Any) -> None:
     ):
         raise Refusal(Code.INVALID_ARGUMENT)
     gpu = _sensor_gpu(driver, handle)
-    set_fields(reading, temperature=sensors.temperature_celsius(_busy_share(driver, gpu)))
+    set_fields(reading, temperature=sensors.temperature_celsius(sensors.busy_share(driver, gpu)))
 
 
 @table.export("nvmlDeviceGetEccMode", arguments=(DEVICE, UINT_OUT, UINT_OUT))
@@ -227,6 +190,8 @@ def _utilization(driver: EmulatedDriver, handle: Any, rates: Any) -> None:
 @table.export(
     "nvmlDeviceGetEncoderUtilization",
     "nvmlDeviceGetDecoderUtilization",
+    "nvmlDeviceGetJpgUtilization",
+    "nvmlDeviceGetOfaUtilization",
     arguments=(DEVICE, UINT_OUT, UINT_OUT),
 )
 def _codec_utilization(driver: EmulatedDriver, handle: Any, percent: Any, period: Any) -> None:
@@ -246,64 +211,3 @@ def _codec_utilization(driver: EmulatedDriver, handle: Any, percent: Any, period
 def _process_utilization(driver: EmulatedDriver, handle: Any, samples: Any, count: Any, since: int) -> None:
     _idle_gpu(driver, handle)
     raise Refusal(Code.NOT_FOUND)
-
-
-class _Running(NamedTuple):
-    pid: int
-    gpu_instance: int
-    compute_instance: int
-
-
-@table.export(
-    "nvmlDeviceGetComputeRunningProcesses_v2",
-    "nvmlDeviceGetComputeRunningProcesses_v3",
-    arguments=_PROCESSES,
-)
-def _compute_processes(driver: EmulatedDriver, handle: Any, count: Any, infos: Any) -> None:
-    device = driver.device(driver.read(), handle)
-    running = list(_running(driver, device))
-    capacity, count[0] = count[0], len(running)
-    if running and (not infos or capacity < len(running)):
-        raise Refusal(Code.INSUFFICIENT_SIZE)
-    for position, process in enumerate(running):
-        info = infos[position]
-        info.pid = process.pid
-        info.gpuInstanceId = process.gpu_instance
-        info.computeInstanceId = process.compute_instance
-        info.usedGpuMemory = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
-
-
-def _running(driver: EmulatedDriver, device: Gpu | MigDevice) -> Iterator[_Running]:
-    """Yield who holds a compute instance, and for a whole card who holds only a GPU instance."""
-    nodes: dict[Path, tuple[int, int]] = {}
-    if isinstance(device, MigDevice):
-        node = driver.caps.compute_instance(device.gpu, device.instance, device.compute)
-        nodes[node] = (device.instance.id, device.compute.id)
-    else:
-        for instance, compute in device.mig_devices():
-            node = driver.caps.compute_instance(device, instance, compute)
-            nodes[node] = (instance.id, compute.id)
-        for instance in device.instances:
-            nodes[driver.caps.gpu_instance(device, instance)] = (instance.id, _NO_ID)
-    if not nodes:
-        return
-    seen: set[tuple[int, int]] = set()
-    for node, pids in driver.processes(nodes).items():
-        gpu_instance, compute_instance = nodes[node]
-        for pid in pids:
-            if compute_instance == _NO_ID and (pid, gpu_instance) in seen:
-                continue
-            seen.add((pid, gpu_instance))
-            yield _Running(pid, gpu_instance, compute_instance)
-
-
-@table.export(
-    "nvmlDeviceGetGraphicsRunningProcesses_v2",
-    "nvmlDeviceGetGraphicsRunningProcesses_v3",
-    "nvmlDeviceGetMPSComputeRunningProcesses_v2",
-    "nvmlDeviceGetMPSComputeRunningProcesses_v3",
-    arguments=_PROCESSES,
-)
-def _other_processes(driver: EmulatedDriver, handle: Any, count: Any, infos: Any) -> None:
-    driver.device(driver.read(), handle)
-    count[0] = 0

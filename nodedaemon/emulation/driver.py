@@ -9,8 +9,9 @@ from typing import Any
 
 from nodedaemon.emulation import mig_mode
 from nodedaemon.emulation.caller import Caller, ThisProcess
-from nodedaemon.emulation.caps import CONFIG_MINOR, CapNodes
+from nodedaemon.emulation.caps import CONFIG_MINOR, MONITOR_MINOR, CapNodes
 from nodedaemon.emulation.cards import CardSpec, models_of
+from nodedaemon.emulation.events import EventSets
 from nodedaemon.emulation.faults import FaultPlan, Latency
 from nodedaemon.emulation.gpm import Samples
 from nodedaemon.emulation.gpm_counters import GpmCounters
@@ -68,6 +69,7 @@ class EmulatedDriver:
         faults: What calls of this process alone are to meet.
         operator: What an operator does: faults for all processes, latency, resets, reboots.
         samples: The GPM sample buffers of this process.
+        event_sets: The event sets of this process.
         gpm_counters: What GPM samples are filled from.
 
     Raises:
@@ -95,6 +97,7 @@ class EmulatedDriver:
         self._injection = Injection(self._store, latency)
         self.faults: FaultPlan = self._injection.plan
         self.samples = Samples()
+        self.event_sets = EventSets()
         self.gpm_counters = GpmCounters(self._store, self.caps, self._holders)
         self._init_lock = threading.Lock()
         self._init_count = 0
@@ -202,6 +205,14 @@ class EmulatedDriver:
         That takes root, or read access to the ``config`` cap node.
         """
         if not (self._caller.is_root() or self._caller.may_read(self.caps.path(CONFIG_MINOR))):
+            raise Refusal(Code.NO_PERMISSION)
+
+    def require_monitor(self, gpu: Gpu) -> None:
+        """Refuse with NO_PERMISSION whoever may not see all instances of a card in MIG mode at once.
+
+        That takes root, or read access to the ``monitor`` cap node.
+        """
+        if gpu.mig and not (self._caller.is_root() or self._caller.may_read(self.caps.path(MONITOR_MINOR))):
             raise Refusal(Code.NO_PERMISSION)
 
     def refuse_if_held(self, node: Path) -> None:

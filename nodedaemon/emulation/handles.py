@@ -22,6 +22,7 @@ class Kind(IntEnum):
     GPU_INSTANCE = 3
     COMPUTE_INSTANCE = 4
     GPM_SAMPLE = 5
+    EVENT_SET = 6
 
 
 class DeviceHandle(NamedTuple):

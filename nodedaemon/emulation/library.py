@@ -7,11 +7,16 @@ from typing import Any
 import pynvml
 
 from nodedaemon.emulation import (
+    board_calls,
     compute_instance_calls,
     device_calls,
+    event_calls,
+    field_calls,
     gpm_calls,
     gpu_instance_calls,
+    memory_calls,
     mig_calls,
+    process_calls,
     system_calls,
 )
 from nodedaemon.emulation.abi import c_function, public_name
@@ -24,6 +29,11 @@ _TABLES = (
     gpu_instance_calls.table,
     compute_instance_calls.table,
     gpm_calls.table,
+    board_calls.table,
+    memory_calls.table,
+    process_calls.table,
+    field_calls.table,
+    event_calls.table,
 )
 
 

@@ -13,6 +13,7 @@ class Code(IntEnum):
     NO_PERMISSION = 4
     NOT_FOUND = 6
     INSUFFICIENT_SIZE = 7
+    TIMEOUT = 10
     RESET_REQUIRED = 16
     IN_USE = 19
     NO_DATA = 21

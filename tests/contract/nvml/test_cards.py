@@ -148,4 +148,4 @@ def test_what_no_recording_shows_is_not_supported(start_driver: StartDriver) -> 
 
 def test_a_symbol_that_is_missing_says_function_not_found(h100: Any) -> None:
     with pytest.raises(pynvml.NVMLError_FunctionNotFound):
-        pynvml.nvmlDeviceGetFanSpeed(h100)
+        pynvml.nvmlDeviceGetBridgeChipInfo(h100)
