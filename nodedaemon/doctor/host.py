@@ -20,8 +20,8 @@ _CONTROLLERS = ("cpu", "memory", "pids")
 _BOOT_WITH_V2 = (
     "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&systemd.unified_cgroup_hierarchy=1 /' /etc/default/grub && update-grub"
 )
-# Rootless Podman with the cgroupfs manager leaves a container in its starter's cgroup unless a parent was named (libpod's
-# getOCICgroupPath). Seen with 4.3.1 under systemd 252: "cannot pause the container without a cgroup".
+# Rootless Podman with the cgroupfs manager leaves a container in its starter's cgroup unless a parent was named:
+# libpod's getOCICgroupPath. Seen with 4.3.1 under systemd 252: "cannot pause the container without a cgroup".
 _SHOW_CGROUP = "puhui-nodedaemon podman -- inspect --latest --format '{{.State.CgroupPath}}'"
 _FILES = 65536
 _INOTIFY_INSTANCES = 128
@@ -161,7 +161,7 @@ def _limits(facts: HostFacts) -> Finding:
         )
     return unknown(
         check,
-        "CPU, memory and processes can be limited if Podman gives containers cgroups of their own, as a running one shows",
+        "CPU, memory and processes can be limited if Podman gives containers their own cgroups, as a running one shows",
         _SHOW_CGROUP,
     )
 
