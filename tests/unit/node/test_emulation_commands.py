@@ -14,8 +14,8 @@ import pynvml
 import pytest
 from typer.testing import CliRunner, Result
 
-from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.cli import app
+from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from tests.contract.nvml import calls
 from tests.contract.nvml.holding import HOLD, python_process
 

@@ -13,10 +13,10 @@ import pynvml
 import pytest
 from typer.testing import CliRunner
 
+from nodedaemon.cli import app
 from nodedaemon.doctor.cards import Card, CardFacts
 from nodedaemon.driver_facts import Mig
 from nodedaemon.prepare import Done, Host, PrepareError, prepare
-from nodedaemon.cli import app
 
 _USER = pwd.getpwnam("daemon")
 _CAPS = 508

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from nodedaemon.cli import app
 from nodedaemon.process_runtime import ProcessRuntime
 from nodedaemon.process_user import (
     ProcessesRefusedError,
@@ -16,7 +17,6 @@ from nodedaemon.process_user import (
     find_process_user,
     require_no_real_gpu,
 )
-from nodedaemon.cli import app
 
 _USER = ProcessUser("puhui", 990, 990)
 _ROOT = ProcessUser("root", 0, 0)
