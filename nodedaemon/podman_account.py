@@ -220,6 +220,21 @@ class PodmanAccount:
             check=False,
         )
 
+    def forbid_nested_namespaces(self) -> None:
+        """Keeps what runs in containers from making user namespaces of its own, for as long as this user's one lives.
+
+        In one it could mount the cap nodes of its slices elsewhere, where detaching them would not reach.
+
+        Raises:
+            PodmanUnusableError: it cannot be done; the text says why.
+        """
+        done = self.run("podman", "unshare", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces")
+        if done.returncode:
+            raise PodmanUnusableError(
+                f"containers of {self.name} cannot be kept from making user namespaces: {done.stderr.strip()[-500:]}; "
+                "look at `podman unshare true` as that user"
+            )
+
     def network_problem(self) -> str:
         """Returns why containers of this user cannot have a network, and what to do; empty when they can."""
         if shutil.which("slirp4netns", path=PROGRAM_PATH) is None:

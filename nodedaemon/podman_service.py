@@ -76,6 +76,8 @@ class PodmanService:
                 os.close(descriptor)
 
     async def _launch(self) -> None:
+        # First: the service, and so all that it starts, joins the user namespace that is made or found here.
+        await asyncio.to_thread(self._account.forbid_nested_namespaces)
         self.socket.unlink(missing_ok=True)
         process = await asyncio.create_subprocess_exec(
             *self._account.command(

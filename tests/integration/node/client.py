@@ -18,9 +18,11 @@ from puhui.rpc.moment import duration
 from puhui.v1.card_pb2 import AttemptRef, Placement, Slice
 from puhui.v1.node_pb2 import Container, NodeEvent, NodeEventKind, NodeInventory
 from puhui.v1.node_service_pb2 import (
+    AttachSliceRequest,
     CreateContainerRequest,
     CreateSliceRequest,
     DestroySliceRequest,
+    DetachSliceRequest,
     GetNodeRequest,
     ListContainersRequest,
     ListSlicesRequest,
@@ -75,7 +77,10 @@ class Node:
     async def put_code(self, code: str) -> str:
         return (await self.put_archive(pack_files({"main.py": code.encode()}))).bundle.id
 
-    async def cut(self, owner: AttemptRef, profile: str = "1g.10gb", start: int = 0, gpu: int = 0) -> Slice:
+    async def cut(
+        self, owner: AttemptRef, profile: str = "1g.10gb", start: int = 0, gpu: int = 0, name: str = "slice"
+    ) -> Slice:
+        """Cuts a slice; the same name for the same attempt is the same request."""
         inventory = await self.inventory()
         size = next(p for p in inventory.gpus[gpu].profiles if p.name == profile).placements[0].size
         request = CreateSliceRequest(
@@ -83,7 +88,7 @@ class Node:
             gpu_uuid=inventory.gpus[gpu].uuid,
             profile=profile,
             placement=Placement(start=start, size=size),
-            request_id=f"{owner.job_id}/slice",
+            request_id=f"{owner.job_id}/{name}",
         )
         return (await self.stub.CreateSlice(request)).slice
 
@@ -170,6 +175,14 @@ class Node:
 
     async def destroy(self, owner: AttemptRef, one: Slice) -> None:
         await self.stub.DestroySlice(DestroySliceRequest(owner=owner, slice_uuid=one.uuid), timeout=30)
+
+    async def attach(self, owner: AttemptRef, one: Slice, request_id: str = "") -> Container:
+        request = AttachSliceRequest(owner=owner, slice_uuid=one.uuid, request_id=request_id)
+        return (await self.stub.AttachSlice(request, timeout=30)).container
+
+    async def detach(self, owner: AttemptRef, one: Slice, request_id: str = "") -> Container:
+        request = DetachSliceRequest(owner=owner, slice_uuid=one.uuid, request_id=request_id)
+        return (await self.stub.DetachSlice(request, timeout=30)).container
 
     async def clear(self) -> None:
         """Removes everything, as one that has taken command."""
