@@ -9,7 +9,11 @@ recorded on real cards. Nothing it does is taken for real: the driver version sa
 
 State lives in ``state_dir``: it is shared by every process that installs the same directory,
 survives a kill -9 of any of them, and is wiped by `EmulatedDriver.reboot`. A slice's cap nodes are
-files in ``EmulatedDriver.caps.directory``; whoever holds one open is a process running there.
+files in ``EmulatedDriver.caps.directory``; whoever holds one open is a process running there, and
+its CPU share is the slice's utilization.
+
+What goes wrong, how slow calls are, and whether UUIDs come back, `Operator` sets for all processes
+of the node at once; `EmulatedDriver.faults` is this process's alone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,6 +11,7 @@ from nodedaemon.emulation import (
     compute_instance_calls,
     device_calls,
     event_calls,
+    feature_calls,
     field_calls,
     gpm_calls,
     gpu_instance_calls,
@@ -33,6 +34,7 @@ _TABLES = (
     memory_calls.table,
     process_calls.table,
     field_calls.table,
+    feature_calls.table,
     event_calls.table,
 )
 

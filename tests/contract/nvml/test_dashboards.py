@@ -72,6 +72,7 @@ def test_an_idle_h100_in_mig_mode_reads_as_recorded(h100: Any) -> None:
         pynvml.nvmlDeviceGetRetiredPagesPendingStatus,
         lambda device: pynvml.nvmlDeviceGetRetiredPages(device, pynvml.NVML_PAGE_RETIREMENT_CAUSE_DOUBLE_BIT_ECC_ERROR),
         lambda device: pynvml.nvmlDeviceGetNvLinkState(device, 0),
+        pynvml.nvmlDeviceGetGpuOperationMode,
     ],
 )
 def test_mig_mode_does_not_support_what_it_does_not_on_hardware(h100: Any, call: Callable[[Any], Any]) -> None:
@@ -84,6 +85,20 @@ def test_without_mig_mode_the_card_tells_more(start_driver: StartDriver) -> None
     device = pynvml.nvmlDeviceGetHandleByIndex(0)
     assert pynvml.nvmlDeviceGetUtilizationRates(device).gpu == 0
     assert list(pynvml.nvmlDeviceGetRemappedRows(device)) == [0, 0, 0, 0]
+
+
+def test_features_that_no_emulated_card_has_are_off(h100: Any) -> None:
+    assert pynvml.nvmlDeviceGetVirtualizationMode(h100) == pynvml.NVML_GPU_VIRTUALIZATION_MODE_NONE
+    assert pynvml.nvmlDeviceGetEncoderStats(h100) == (0, 0, 0)
+    assert pynvml.nvmlDeviceGetAccountingMode(h100) == pynvml.NVML_FEATURE_DISABLED
+    assert pynvml.nvmlUnitGetCount() == 0
+
+
+def test_what_cannot_be_derived_is_not_invented(h100: Any) -> None:
+    with pytest.raises(pynvml.NVMLError_NotSupported):
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(h100)
+    with pytest.raises(pynvml.NVMLError_NotSupported):
+        pynvml.nvmlDeviceGetTemperatureThreshold(h100, pynvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN)
 
 
 def test_clocks_rise_while_a_process_holds_a_slice(driver: EmulatedDriver, h100: Any) -> None:
