@@ -16,6 +16,7 @@ from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
 from nodedaemon.owner import Owner
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerExit, ContainerGone, ContainerRuntime, ContainerStatus
+from nodedaemon.suspension import Suspension
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1.node_pb2 import NodeEventKind
@@ -46,10 +47,12 @@ class ContainerEnds:
         runtime: what runs them.
         journal: where what is known of them is kept.
         events: where their ends are told.
+        suspension: thaws one that is to be ended.
     """
 
-    def __init__(self, runtime: ContainerRuntime, journal: Journal, events: EventLog) -> None:
+    def __init__(self, runtime: ContainerRuntime, journal: Journal, events: EventLog, suspension: Suspension) -> None:
         self._runtime = runtime
+        self._suspension = suspension
         self._journal = journal
         self._events = events
         self._kind = runtime.describe().kind
@@ -173,11 +176,14 @@ class ContainerEnds:
         )
 
     async def end(self, record: ContainerRecord, grace_s: float) -> ContainerRecord:
-        """Ends a command, if it has not ended, and waits for it: SIGTERM, grace, SIGKILL.
+        """Ends a command, if it has not ended, and waits for it: SIGTERM, grace, SIGKILL. What is suspended is thawed.
 
         Raises:
             Refusal: DEADLINE_EXCEEDED with CONTAINER_STUCK; as the runtime does.
         """
+        if record.stage is ContainerStage.SUSPENDED:
+            await self._suspension.thaw(record)
+            record = known_container(self._journal, record.owner)
         for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _KILL_S)):
             life = self._lives.get(record.owner)
             if not record.stage.is_alive or life is None or life.ended.is_set():

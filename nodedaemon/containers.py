@@ -15,11 +15,13 @@ from nodedaemon.container_request import container_name, environment, require_so
 from nodedaemon.descriptions import describe_container
 from nodedaemon.devices import CardDevices
 from nodedaemon.events import EventLog
+from nodedaemon.execs import Execs
 from nodedaemon.journal import ContainerRecord, ContainerStage, Journal, SliceRecord
 from nodedaemon.owner import Owner
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerRuntime, ContainerSpec, ContainerStatus
 from nodedaemon.slices import Slices
+from nodedaemon.suspension import Suspension
 from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, seconds
@@ -71,8 +73,12 @@ class Containers:
         self._attachments = attachments
         self._node_id = journal.fact("node_id", "")
         self._kind = runtime.describe().kind
-        self.ends = ContainerEnds(runtime, journal, events)
+        self.suspension = Suspension(runtime, journal, events)
+        """How they are frozen and thawed."""
+        self.ends = ContainerEnds(runtime, journal, events, self.suspension)
         """How they end."""
+        self.execs = Execs(runtime, journal, events, attempts, self._current_environment)
+        """What runs in them beside their own commands."""
 
     # Making one -------------------------------------------------------------------------------------------
 
@@ -177,6 +183,10 @@ class Containers:
     def _environment(self, owner: Owner, slices: list[SliceRecord]) -> dict[str, str]:
         return environment(owner, slices, emulated=self._cards.emulated, caps=self._attachments.place(owner))
 
+    def _current_environment(self, record: ContainerRecord) -> dict[str, str]:
+        attached = (self._journal.slice(uuid) for uuid in record.slice_uuids)
+        return self._environment(record.owner, [one for one in attached if one is not None])
+
     async def _roll_back(self, record: ContainerRecord) -> None:
         record = self._journal.container(record.owner) or record
         try:
@@ -226,6 +236,7 @@ class Containers:
                 container=self.describe(record),
             )
         if discard_results:
+            await self.execs.settle(owner)
             await self._discard(owner)
             self._journal.delete_container(owner)
             self.ends.forget(owner)
@@ -251,7 +262,7 @@ class Containers:
         record = self._journal.put_container(
             replace(
                 record,
-                stage=ContainerStage.RUNNING,
+                stage=record.stage if record.stage.is_alive else ContainerStage.RUNNING,
                 container_id=status.id,
                 pid=status.pid,
                 start_time=record.start_time or status.start_time or now(),

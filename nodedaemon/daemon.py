@@ -23,6 +23,7 @@ from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import DriverError
 from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
+from nodedaemon.execs import Execs
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import has_real_gpu
 from nodedaemon.hotplug import HotPlug, LinkPlug
@@ -138,7 +139,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         await stack.enter_async_context(_background(attachments.keep(), stop))
-        await stack.enter_async_context(_background(_prune(journal), stop))
+        stack.push_async_callback(containers.execs.close)
+        await stack.enter_async_context(_background(_prune(journal, containers.execs), stop))
         await stack.enter_async_context(_background(recovery.keep(), stop))
         try:
             port = await server.start()
@@ -153,6 +155,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await stop.wait()
         notify_stopping()
         events.close()
+        containers.execs.stop()
         await server.stop(_GRACE_S)
         await mutations.settle(_SETTLE_S)
 
@@ -239,8 +242,9 @@ async def _background(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> A
             await task
 
 
-async def _prune(journal: Journal) -> None:
+async def _prune(journal: Journal, execs: Execs) -> None:
     while True:
+        execs.prune(now())
         await asyncio.sleep(_PRUNE_S)
         journal.prune(now())
 

@@ -24,7 +24,16 @@ from sqlite_utils.migrations import Migrations
 from nodedaemon.driver_facts import Span
 from nodedaemon.owner import Owner
 
-__all__ = ["Answer", "ContainerRecord", "ContainerStage", "Journal", "SliceRecord", "SliceStage"]
+__all__ = [
+    "Answer",
+    "ContainerRecord",
+    "ContainerStage",
+    "ExecRecord",
+    "ExecStage",
+    "Journal",
+    "SliceRecord",
+    "SliceStage",
+]
 
 _ANSWERS_KEPT_S = 24 * 3600
 _EVENTS_KEPT_S = 7 * 24 * 3600
@@ -99,6 +108,32 @@ class ContainerRecord:
     timed_out: bool = False
 
 
+class ExecStage(StrEnum):
+    """How far the daemon has come with a command that it runs in a living container."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class ExecRecord:
+    """A command beside a container's own. Times are seconds since the epoch."""
+
+    id: str
+    owner: Owner
+    token: int
+    request_id: str
+    digest: str
+    """Of the request, to tell a repetition from another one with the same request_id."""
+    stage: ExecStage
+    tty: bool
+    stop_grace_s: float
+    start_time: float
+    end_time: float | None = None
+    exit_code: int | None = None
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a mutation answered, kept so that its repetition answers the same."""
@@ -132,6 +167,18 @@ def m001_first(db: Database) -> None:
         "CREATE TABLE events (cursor INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, message BLOB NOT NULL)",
     ):
         db.execute(statement)
+
+
+@_migrations()  # type: ignore[untyped-decorator]
+def m_execs(db: Database) -> None:
+    """Creates the table of commands beside those of containers."""
+    db.execute(
+        """CREATE TABLE execs (id TEXT PRIMARY KEY, centre TEXT NOT NULL, job_id TEXT NOT NULL,
+        attempt INTEGER NOT NULL, token INTEGER NOT NULL, request_id TEXT NOT NULL, digest TEXT NOT NULL,
+        stage TEXT NOT NULL, tty INTEGER NOT NULL, stop_grace_s REAL NOT NULL, start_time REAL NOT NULL,
+        end_time REAL, exit_code INTEGER)"""
+    )
+    db.execute("CREATE INDEX execs_by_request ON execs (centre, request_id)")
 
 
 class Journal:
@@ -247,8 +294,10 @@ class Journal:
         return record
 
     def delete_container(self, owner: Owner) -> None:
-        """Forgets a container whose results are discarded, or that never came to be."""
-        self._write(f"DELETE FROM containers WHERE {_OWNED}", _key(owner))
+        """Forgets a container whose results are discarded, or that never came to be, and what ran in it beside."""
+        with self._db.atomic():
+            self._db.execute(f"DELETE FROM execs WHERE {_OWNED}", _key(owner))
+            self._db.execute(f"DELETE FROM containers WHERE {_OWNED}", _key(owner))
 
     def container(self, owner: Owner) -> ContainerRecord | None:
         """Returns the container of an attempt, removed ones whose results are kept too."""
@@ -266,6 +315,39 @@ class Journal:
             f"SELECT slice_uuids, container_id FROM containers WHERE stage IN ({', '.join('?' * len(alive))})", alive
         )
         return {uuid: str(container_id) for uuids, container_id in rows for uuid in json.loads(uuids)}
+
+    # Commands beside those of containers -------------------------------------------------------------------
+
+    def put_exec(self, record: ExecRecord) -> ExecRecord:
+        """Adds or changes a command, and returns it."""
+        row = {field.name: getattr(record, field.name) for field in fields(record)}
+        row = {**asdict(row.pop("owner")), **row}
+        self._write(
+            f"INSERT OR REPLACE INTO execs ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values())
+        )
+        return record
+
+    def delete_exec(self, exec_id: str) -> None:
+        """Forgets a command."""
+        self._write("DELETE FROM execs WHERE id = ?", (exec_id,))
+
+    def exec(self, exec_id: str) -> ExecRecord | None:
+        """Returns a command by its id."""
+        return next(self._execs("id = ?", exec_id), None)
+
+    def exec_by_request(self, centre: str, request_id: str) -> ExecRecord | None:
+        """Returns the command that a request started."""
+        return next(self._execs("centre = ? AND request_id = ?", centre, request_id), None)
+
+    def execs(self, owner: Owner | None = None) -> list[ExecRecord]:
+        """Returns the commands of an attempt, or all there are, the oldest first."""
+        return list(self._execs(_OWNED, *_key(owner)) if owner is not None else self._execs("true"))
+
+    def _execs(self, condition: str, *values: Any) -> Iterator[ExecRecord]:
+        for row in self._db.query(f"SELECT * FROM execs WHERE {condition} ORDER BY start_time", values):
+            owner = Owner(row.pop("centre"), row.pop("job_id"), row.pop("attempt"))
+            changed = {"owner": owner, "stage": ExecStage(row["stage"]), "tty": bool(row["tty"])}
+            yield ExecRecord(**{**row, **changed})
 
     # Events -----------------------------------------------------------------------------------------------
 

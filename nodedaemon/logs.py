@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from datetime import datetime
 from pathlib import Path
 
@@ -73,7 +73,9 @@ def _moment(text: str) -> float:
     return datetime.fromisoformat(text[:26] + text[29:]).timestamp()
 
 
-async def follow_log(log: Path, *, offset: int, tail_lines: int, end: asyncio.Event | None) -> AsyncIterator[LogChunk]:
+async def follow_log(
+    log: Path, *, offset: int, tail_lines: int, end: asyncio.Event | None
+) -> AsyncGenerator[LogChunk, None]:
     """Yields output from `offset` on.
 
     Args:

@@ -23,7 +23,10 @@ import structlog
 from podman.api.client import APIClient
 
 from nodedaemon.commands import SEARCH_PATH, Found, candidates
+from nodedaemon.exec_process import ExecProcess
+from nodedaemon.frozen import continue_all, processes_in_namespace, stop_all
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
+from nodedaemon.podman_exec import ContainerPlace, PodmanExecs
 from nodedaemon.podman_service import API_VERSION, PodmanService
 from nodedaemon.podman_spec import enforced_limits, spec_generator
 from nodedaemon.runtime import (
@@ -32,6 +35,7 @@ from nodedaemon.runtime import (
     ContainerPhase,
     ContainerSpec,
     ContainerStatus,
+    ExecSpec,
 )
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
@@ -72,6 +76,10 @@ class PodmanRuntime:
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="podman")
         self._local = threading.local()
         self._known_commands: set[tuple[str, str, str]] = set()
+        self._execs = PodmanExecs(account, str(info["host"]["conmon"]["path"]), str(info["host"]["ociRuntime"]["path"]))
+        self._places: dict[str, ContainerPlace] = {}
+        # Podman freezes with cgroup v2 only.
+        self._freezer = account.layout == "v2"
 
     @classmethod
     async def open(cls, account: PodmanAccount, node_id: str) -> PodmanRuntime:
@@ -175,7 +183,53 @@ class PodmanRuntime:
         if answer.status_code not in (204, 404, 409) and _NOT_RUNNING not in answer.text:
             raise _refused("signal the container", answer)
 
+    async def start_exec(self, container_id: str, spec: ExecSpec) -> ExecProcess | None:  # noqa: D102
+        return await self._execs.start(await self._place(container_id), spec)
+
+    async def _place(self, container_id: str) -> ContainerPlace:
+        """Returns where a living container is, which does not change while it lives."""
+        known = self._places.get(container_id)
+        if known is not None:
+            return known
+        facts = _json(await self._call("GET", f"/containers/{container_id}/json"), "look at the container")
+        if not facts["State"].get("Pid"):
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_NOT_RUNNING", "the container has ended; start another"
+            )
+        told = await asyncio.to_thread(Path(facts["OCIConfigPath"]).read_text)
+        place = self._places[container_id] = ContainerPlace(
+            id=container_id,
+            init=int(facts["State"]["Pid"]),
+            conmon=int(facts["State"]["ConmonPid"]),
+            process=json.loads(told)["process"],
+        )
+        return place
+
+    async def suspend(self, container_id: str) -> None:  # noqa: D102
+        if self._freezer:
+            await self._freeze("pause", container_id)
+        else:
+            place = await self._place(container_id)
+            await stop_all(functools.partial(processes_in_namespace, place.init))
+
+    async def resume(self, container_id: str) -> None:  # noqa: D102
+        if self._freezer:
+            await self._freeze("unpause", container_id)
+        else:
+            place = await self._place(container_id)
+            continue_all(await asyncio.to_thread(processes_in_namespace, place.init))
+
+    async def _freeze(self, what: str, container_id: str) -> None:
+        answer = await self._call("POST", f"/containers/{container_id}/{what}")
+        # 409, or 500 from older services: it is as it should be already.
+        done = (
+            answer.status_code in (200, 204, 409) or "is not paused" in answer.text or "already paused" in answer.text
+        )
+        if not done and _NOT_RUNNING not in answer.text:
+            raise _refused(f"{what} the container", answer)
+
     async def remove(self, container_id: str) -> None:  # noqa: D102
+        self._places.pop(container_id, None)
         answer = await self._call(
             "DELETE", f"/containers/{container_id}", params={"force": "true", "timeout": "0", "v": "true"}
         )
@@ -261,6 +315,11 @@ class PodmanRuntime:
             notices.append(
                 f"limits on {', '.join(missing)} cannot be enforced: that needs cgroup v2 with its controllers "
                 f"delegated to user {self._account.name}, and this host's layout is {self._account.layout}"
+            )
+        if not self._freezer:
+            notices.append(
+                "containers are suspended by SIGSTOP to each of their processes, because freezing needs cgroup v2, and "
+                f"this host's layout is {self._account.layout}"
             )
         if self._network_problem:
             notices.append(f"containers cannot have a network: {self._network_problem}")

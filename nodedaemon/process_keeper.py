@@ -41,15 +41,15 @@ def main(folder: Path) -> int:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                **_dropped(spec),
-                preexec_fn=_restore_signals,
+                **dropped(spec),
+                preexec_fn=restore_signals,
             )
         except OSError as error:
-            _tell({"error": f"{spec['command'][0]}: {error.strerror}"})
+            tell({"error": f"{spec['command'][0]}: {error.strerror}"})
             return 0
         # Before the daemon is told: it may want to signal the process at once.
         _write(folder / "running.json", {"pid": process.pid, "start_time": time.time()})
-        _tell({"pid": process.pid})
+        tell({"pid": process.pid})
         _copy(process, log)
     code = process.wait()
     # As when a container's init ends: nothing of it lives on.
@@ -59,19 +59,20 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _dropped(spec: dict[str, Any]) -> dict[str, Any]:
+def dropped(spec: dict[str, Any]) -> dict[str, Any]:
     """Returns how the process gives up root, when this is root and it is to run as somebody else."""
     if os.geteuid() != 0 or spec["uid"] == 0:
         return {}
     return {"user": spec["uid"], "group": spec["gid"], "extra_groups": []}
 
 
-def _restore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+def restore_signals() -> None:
+    """Gives a new process the signals back that its keeper ignores."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
 
 
-def _tell(facts: dict[str, object]) -> None:
+def tell(facts: dict[str, object]) -> None:
     """Answers the daemon, which may have gone meanwhile."""
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.write(json.dumps(facts) + "\n")
@@ -98,7 +99,7 @@ def _copy(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
                     continue
                 data = os.read(key.fd, _READ_BYTES)
                 if data:
-                    log.write(_lines(data, key.data))
+                    log.write(log_lines(data, key.data))
                 else:
                     selector.unregister(key.fileobj)
                     open_pipes -= 1
@@ -107,7 +108,8 @@ def _copy(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     os.close(ended)
 
 
-def _lines(data: bytes, stream: bytes) -> bytes:
+def log_lines(data: bytes, stream: bytes) -> bytes:
+    """Returns a piece of output in the k8s-file format."""
     stamp = time.time_ns()
     text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(stamp // 10**9)) + f".{stamp % 10**9:09d}+00:00"
     head = text.encode() + b" " + stream

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,8 +20,10 @@ from typing import Any
 
 import grpc
 
+from nodedaemon.exec_process import ExecProcess, TiedSocket, live_command
+from nodedaemon.frozen import continue_all, processes_in_sessions, stop_all
 from nodedaemon.process_user import ProcessUser
-from nodedaemon.runtime import ContainerExit, ContainerGone, ContainerPhase, ContainerSpec, ContainerStatus
+from nodedaemon.runtime import ContainerExit, ContainerGone, ContainerPhase, ContainerSpec, ContainerStatus, ExecSpec
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
@@ -121,6 +124,7 @@ class ProcessRuntime:
         keeper = self._keepers.pop(process_id, None)
         if keeper is not None:
             keeper.wait()
+        self._kill_execs(process_id)
         status = self._status(process_id)
         if status.exit_code is not None and status.end_time is not None:
             self._exits.put_nowait(ContainerExit(process_id, status.exit_code, False, status.end_time))
@@ -174,6 +178,50 @@ class ProcessRuntime:
                 else:
                     os.kill(status.pid, number)
 
+    async def start_exec(self, container_id: str, spec: ExecSpec) -> ExecProcess | None:  # noqa: D102
+        status = self._status(container_id)
+        if status.phase is not ContainerPhase.RUNNING:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_NOT_RUNNING", "the process has ended")
+        facts = _read(self._folder / container_id / "spec.json") or {}
+        env = {name: value for name, value in facts["env"].items() if name not in spec.without} | dict(spec.env)
+        told = {
+            "command": list(spec.command),
+            "env": env,
+            "cwd": spec.working_directory or facts["cwd"],
+            "tty": spec.tty,
+            "rows": spec.rows,
+            "columns": spec.columns,
+            "uid": self._user.uid,
+            "gid": self._user.gid,
+        }
+        # Before it begins: whoever ends the process ends this too.
+        known = self._folder / container_id / "execs"
+        known.mkdir(exist_ok=True)
+        (known / spec.folder.name).symlink_to(spec.folder)
+        with contextlib.closing(TiedSocket()) as tie:
+            answer = await asyncio.to_thread(_launch_exec, spec.folder, told, tie.inherited)
+            if "pid" not in answer:
+                raise _exec_refusal(answer, spec)
+            return ExecProcess.find(spec.folder, tty=spec.tty, tie=tie)
+
+    def _sessions(self, container_id: str) -> list[int]:
+        """Returns the session ids of a process and of what `start_exec` started beside it."""
+        leaders = [self._status(container_id).pid]
+        leaders += [live_command(folder) for folder in (self._folder / container_id).glob("execs/*")]
+        return [leader for leader in leaders if leader]
+
+    def _kill_execs(self, container_id: str) -> None:
+        for leader in self._sessions(container_id):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+
+    async def suspend(self, container_id: str) -> None:  # noqa: D102
+        leaders = frozenset(self._sessions(container_id))
+        await stop_all(functools.partial(processes_in_sessions, leaders))
+
+    async def resume(self, container_id: str) -> None:  # noqa: D102
+        continue_all(processes_in_sessions(frozenset(self._sessions(container_id))))
+
     async def remove(self, container_id: str) -> None:  # noqa: D102
         place = self._folder / container_id
         if not place.exists():
@@ -183,6 +231,7 @@ class ProcessRuntime:
             for one in named:
                 await self.remove(one.name)
             return
+        self._kill_execs(container_id)
         self._send(container_id, signal.SIGKILL)
         keeper = self._keeper_pid(container_id)
         if keeper is not None:
@@ -237,6 +286,44 @@ def _launch(place: Path) -> subprocess.Popen[bytes]:
         start_new_session=True,
         cwd=Path(__file__).parents[1],
     )
+
+
+def _launch_exec(folder: Path, told: dict[str, Any], inherited: int) -> dict[str, Any]:
+    """Starts a keeper for a command, and returns what it answers."""
+    descriptor = os.open(folder / "spec.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(told, file)
+    # In between, so that the keeper is nobody's child and outlives the daemon without a word.
+    command = 'setsid -f "$@"'
+    done = subprocess.run(
+        ["sh", "-c", command, "sh", sys.executable, "-m", "nodedaemon.exec_keeper", str(folder)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[inherited],
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    answer: dict[str, Any] = json.loads(done.stdout or b'{"error": "its keeper did not start"}')
+    return answer
+
+
+def _exec_refusal(answer: dict[str, Any], spec: ExecSpec) -> Refusal:
+    if answer.get("directory"):
+        return Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "SPEC_INVALID",
+            f"working_directory {spec.working_directory!r} cannot be entered: {answer['error']}",
+            field="working_directory",
+        )
+    if "directory" in answer:
+        return Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "COMMAND_NOT_FOUND",
+            f"this node cannot run {spec.command[0]!r}: {answer['error']}; name a program that it has",
+            command=spec.command[0],
+        )
+    return Refusal(grpc.StatusCode.INTERNAL, "RUNTIME_REFUSED", f"the command cannot be started: {answer['error']}")
 
 
 async def _gone(pid: int) -> None:

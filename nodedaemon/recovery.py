@@ -30,7 +30,7 @@ _log = structlog.get_logger(__name__)
 _LOOK_S = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recovery:
     """Makes the journal, the driver and the runtime agree again."""
 
@@ -42,6 +42,7 @@ class Recovery:
     runtime: ContainerRuntime
     revision: Revision = field(default_factory=Revision)
     boot: str = field(default_factory=boot_id)
+    _foreign: set[tuple[str, int]] | None = None
 
     async def run(self) -> None:
         """Recovers. Containers come first: a slice is in use for as long as its container is there.
@@ -58,19 +59,26 @@ class Recovery:
         Tries again what could not be destroyed, notices what somebody destroyed by hand, and settles doubts about a GPU
         once it answers.
         """
-        foreign: set[tuple[str, int]] | None = None
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                await self.gpus.refresh()
-                await self._slices(start=False)
-                seen = await self.slices.foreign()
+                await self.look()
             except (Refusal, OSError) as error:
                 _log.warning("cannot compare the journal with the driver now", error=str(error))
-                continue
-            if foreign is not None and seen != foreign:
-                self.revision.grow()  # what somebody else made or destroyed changes what there is room for
-            foreign = seen
+
+    async def look(self) -> None:
+        """Compares journal and driver once.
+
+        Raises:
+            Refusal: the driver does not answer.
+            OSError: the disk is full.
+        """
+        await self.gpus.refresh()
+        await self._slices(start=False)
+        foreign = await self.slices.foreign()
+        if self._foreign is not None and foreign != self._foreign:
+            self.revision.grow()  # what somebody else made or destroyed changes what there is room for
+        self._foreign = foreign
 
     async def _containers(self) -> None:
         plan = plan_containers(self.journal.containers(), await self.runtime.containers())
@@ -81,12 +89,18 @@ class Recovery:
             await self.containers.forget(record)
             self._tell(record.owner, "CONTAINER_FORGOTTEN", "rolled back a container that was half made")
         for record, status in plan.adopt:
-            self.containers.adopt(record, status)
+            adopted = self.containers.adopt(record, status)
             self._tell(record.owner, "CONTAINER_ADOPTED", f"container {status.id[:12]} ran on without the daemon")
+            try:
+                await self.containers.suspension.restore(adopted)
+            except Refusal as error:
+                self._tell(record.owner, error.reason, f"could not freeze the container again: {error.message}")
         for record, status in plan.ended:
             self.containers.ends.note_end(self.containers.adopt(record, status), status)
         for record in plan.lost:
             self.containers.ends.note_lost(record)
+        for command, message in await self.containers.execs.restore():
+            self._tell(command.owner, "EXEC_ADOPTED", message)
 
     async def _slices(self, *, start: bool) -> None:
         boot = self.boot

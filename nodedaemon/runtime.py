@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from nodedaemon.exec_process import ExecProcess
 from puhui.v1.node_pb2 import Runtime
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ContainerRuntime",
     "ContainerSpec",
     "ContainerStatus",
+    "ExecSpec",
     "Mount",
 ]
 
@@ -79,6 +81,25 @@ class ContainerSpec:
 
 
 @dataclass(frozen=True)
+class ExecSpec:
+    """What to run in a living container."""
+
+    folder: Path
+    """Directory on the host of this command alone, with `log` and `exit/` in it; see `nodedaemon.exec_process`."""
+    command: Sequence[str]
+    env: Mapping[str, str]
+    """Environment beside the container's own."""
+    without: Collection[str] = ()
+    """Names that the container's own environment has and the command's must not have."""
+    working_directory: str = ""
+    """Empty is that of the container's own command."""
+    tty: bool = False
+    columns: int = 0
+    """Width of the terminal, in characters; 0 is the runtime's default."""
+    rows: int = 0
+
+
+@dataclass(frozen=True)
 class ContainerStatus:
     """A container, as the runtime sees it. Times are seconds since the epoch."""
 
@@ -129,6 +150,34 @@ class ContainerRuntime(Protocol):
 
     async def signal(self, container_id: str, signal: int) -> None:
         """Signals a container's command. Nothing happens when it has ended.
+
+        Raises:
+            Refusal: INTERNAL with RUNTIME_REFUSED.
+        """
+
+    async def start_exec(self, container_id: str, spec: ExecSpec) -> ExecProcess | None:
+        """Starts a command in a living container, with the container's user, limits and lack of privileges.
+
+        Returns:
+            The command; None when it has ended already.
+
+        Raises:
+            Refusal: INVALID_ARGUMENT with COMMAND_NOT_FOUND or SPEC_INVALID; FAILED_PRECONDITION with
+                CONTAINER_NOT_RUNNING or CONTAINER_SUSPENDED; INTERNAL with RUNTIME_REFUSED. Nothing runs then.
+        """
+
+    async def suspend(self, container_id: str) -> None:
+        """Freezes every process of a container, those of `start_exec` too. What is frozen stays so.
+
+        Raises:
+            Refusal: DEADLINE_EXCEEDED with SUSPEND_STUCK, and some processes may be frozen; INTERNAL with
+                RUNTIME_REFUSED.
+        """
+
+    async def resume(self, container_id: str) -> None:
+        """Thaws every process of a container.
+
+        Where signals do it, a process that had stopped itself before goes on as well.
 
         Raises:
             Refusal: INTERNAL with RUNTIME_REFUSED.

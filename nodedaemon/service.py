@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -151,6 +152,31 @@ class NodeService(NodeServiceServicer):
 
         return await self._mutations.carry_out(request, DetachSliceResponse, act)
 
+    async def SuspendContainer(  # noqa: D102, N802
+        self, request: SuspendContainerRequest, context: Any
+    ) -> SuspendContainerResponse:
+        async def act(owner: Owner, token: int) -> SuspendContainerResponse:
+            record = await self._containers.suspension.suspend(owner)
+            return SuspendContainerResponse(container=self._containers.describe(record))
+
+        return await self._mutations.carry_out(request, SuspendContainerResponse, act)
+
+    async def ResumeContainer(  # noqa: D102, N802
+        self, request: ResumeContainerRequest, context: Any
+    ) -> ResumeContainerResponse:
+        async def act(owner: Owner, token: int) -> ResumeContainerResponse:
+            record = await self._containers.suspension.resume(owner)
+            return ResumeContainerResponse(container=self._containers.describe(record))
+
+        return await self._mutations.carry_out(request, ResumeContainerResponse, act)
+
+    async def Exec(  # noqa: D102, N802
+        self, request_iterator: AsyncIterator[ExecRequest], context: Any
+    ) -> AsyncIterator[ExecResponse]:
+        async with contextlib.aclosing(self._containers.execs.serve(request_iterator, self._mutations)) as responses:
+            async for response in responses:
+                yield response
+
     # Code, output, results
 
     async def PutBundle(  # noqa: D102, N802
@@ -187,21 +213,6 @@ class NodeService(NodeServiceServicer):
             yield WatchEventsResponse(event=event)
 
     # In the contract, not yet served
-
-    async def SuspendContainer(  # noqa: D102, N802
-        self, request: SuspendContainerRequest, context: Any
-    ) -> SuspendContainerResponse:
-        raise unimplemented("NodeService.SuspendContainer")
-
-    async def ResumeContainer(  # noqa: D102, N802
-        self, request: ResumeContainerRequest, context: Any
-    ) -> ResumeContainerResponse:
-        raise unimplemented("NodeService.ResumeContainer")
-
-    def Exec(  # noqa: D102, N802
-        self, request_iterator: AsyncIterator[ExecRequest], context: Any
-    ) -> AsyncIterator[ExecResponse]:
-        raise unimplemented("NodeService.Exec")
 
     def WatchUtilization(  # noqa: D102, N802
         self, request: WatchUtilizationRequest, context: Any

@@ -5,6 +5,7 @@ attempts/CENTRE/JOB/ATTEMPT/
     caps/                the container's /dev/nvidia-caps
     output.log           all output, in the k8s-file format
     artifacts.tar.gz     what was in outputs/, packed when it is first asked for
+    execs/ID/            a command that ran in the container beside its own; see nodedaemon.exec_process
 """
 
 from __future__ import annotations
@@ -82,6 +83,24 @@ class Attempts:
         self._make(folder.workspace / "code")
         folder.log.touch(mode=0o600)  # so that it can be followed before anything is written
         self._give(folder.log)
+        return folder
+
+    def exec_folder(self, owner: Owner, exec_id: str) -> Path:
+        """Returns where the things of a command beside the container's own are, or would be."""
+        return self.folder(owner).path / "execs" / exec_id
+
+    def make_exec(self, owner: Owner, exec_id: str) -> Path:
+        """Makes the directory of a command beside the container's own.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        folder = self.exec_folder(owner, exec_id)
+        for path in (folder.parent, folder, folder / "exit"):
+            self._make(path)
+        log = folder / "log"
+        log.touch(mode=0o600)  # so that it can be followed before anything is written
+        self._give(log)
         return folder
 
     def _make(self, path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodedaemon.logs import LogDecoder, follow_log
-from nodedaemon.process_keeper import _lines as keeper_lines
+from nodedaemon.process_keeper import log_lines as keeper_lines
 
 _STAMP = b"2026-11-22T16:57:39.033616047+00:00"
 

@@ -1,0 +1,446 @@
+"""Commands in living containers. The daemon owns them, not who started them.
+
+What a command writes goes to a file of its attempt, and callers are served from there: a slow one costs disk, not
+memory, and one that went away takes the output up where it left it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.wrappers_pb2 import StringValue
+
+from nodedaemon.answers import Mutations
+from nodedaemon.events import EventLog
+from nodedaemon.exec_process import ExecProcess, exit_code, never_began, settle_start
+from nodedaemon.exec_request import first_start, identity, require_sound_input, require_sound_start
+from nodedaemon.journal import ContainerRecord, ContainerStage, ExecRecord, ExecStage, Journal
+from nodedaemon.logs import follow_log
+from nodedaemon.owner import Owner
+from nodedaemon.runtime import ContainerRuntime, ExecSpec
+from nodedaemon.suspension import living_container
+from nodedaemon.workspace import Attempts
+from puhui.rpc.errors import Refusal
+from puhui.rpc.identity import new_id, request_digest
+from puhui.rpc.moment import now
+from puhui.v1.node_pb2 import NodeEventKind
+from puhui.v1.node_service_pb2 import ExecRequest, ExecResponse, ExecStart
+from puhui.v1.stream_pb2 import LogChunk
+
+__all__ = ["Execs"]
+
+_log = structlog.get_logger(__name__)
+
+_MOST_LIVE = 64
+_KEPT_S = 24 * 3600
+_KILL_S = 20.0
+_HELD_MESSAGES = 4  # of standard input, each up to 1 MiB
+# What the container's own environment may say of slices that are not attached any more.
+_OF_SLICES = ("PUHUI_SLICE_PROFILE", "PUHUI_SLICE_MEMORY_MIB")
+
+
+@dataclass
+class _Live:
+    """A command that runs."""
+
+    process: ExecProcess
+    ended: asyncio.Event
+    watching: asyncio.Task[None] | None = None
+
+
+class Execs:
+    """The commands that run in containers of this node beside their own.
+
+    Args:
+        runtime: what runs them.
+        journal: where what is intended is kept.
+        events: where what happens is told.
+        attempts: where their output goes.
+        environment: returns what Puhui adds to the environment of a command that starts now in a container.
+    """
+
+    def __init__(
+        self,
+        runtime: ContainerRuntime,
+        journal: Journal,
+        events: EventLog,
+        attempts: Attempts,
+        environment: Callable[[ContainerRecord], dict[str, str]],
+    ) -> None:
+        self._runtime = runtime
+        self._journal = journal
+        self._events = events
+        self._attempts = attempts
+        self._environment = environment
+        self._live: dict[str, _Live] = {}
+        self._readers: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = asyncio.Event()
+
+    # Serving a caller -------------------------------------------------------------------------------------
+
+    async def serve(
+        self, requests: AsyncIterator[ExecRequest], mutations: Mutations
+    ) -> AsyncGenerator[ExecResponse, None]:
+        """Starts a command, or comes back to one, and yields its output and at last its exit code.
+
+        A caller that goes away leaves a command with a request_id running, with its standard input open. One without
+        is hung up: nobody could come back to it. For the same reason the end of the requests is the end of standard
+        input for a command without a request_id, and only `stdin_closed` is for one that has it.
+
+        Args:
+            requests: the start, then input.
+            mutations: fence the start, and answer a repeated one.
+
+        Raises:
+            Refusal: INVALID_ARGUMENT with SPEC_INVALID or COMMAND_NOT_FOUND; NOT_FOUND with CONTAINER_NOT_FOUND;
+                FAILED_PRECONDITION with CONTAINER_NOT_RUNNING or CONTAINER_SUSPENDED; RESOURCE_EXHAUSTED with
+                EXEC_LIMIT; UNAVAILABLE with DAEMON_STOPPING; DATA_LOSS with EXEC_LOST; and as `Mutations` does.
+        """
+        start = first_start(await anext(aiter(requests), None))
+        require_sound_start(start)
+        exec_id = await self._started(start, mutations)
+        record = self._journal.exec(exec_id)
+        if record is None:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND,
+                "CONTAINER_NOT_FOUND",
+                "the results of this attempt were discarded, and this command's output with them",
+            )
+        live = self._live.get(exec_id)
+        if live is not None and start.HasField("terminal_size"):
+            live.process.resize(start.terminal_size.columns, start.terminal_size.rows)
+        self._readers[exec_id] = self._readers.get(exec_id, 0) + 1
+        try:
+            feeding = self._feed(requests, live, record)
+            async with contextlib.aclosing(self._output(record, start.output_offset, live, feeding)) as output:
+                async for chunk in output:
+                    yield ExecResponse(output=chunk)
+            ended = self._journal.exec(exec_id) or record
+            if ended.exit_code is None:
+                raise _lost(record)
+            yield ExecResponse(exit_code=ended.exit_code)
+        finally:
+            self._readers[exec_id] -= 1
+            self._left(record)
+
+    async def _started(self, start: ExecStart, mutations: Mutations) -> str:
+        """Starts a command unless that was done already, and returns its id."""
+        started: list[str] = []
+        gone = False
+
+        async def act(owner: Owner, token: int) -> StringValue:
+            record = await self._start(owner, token, start)
+            started.append(record.id)
+            if gone:
+                self._left(record)
+            return StringValue(value=record.id)
+
+        try:
+            return (await mutations.carry_out(identity(start), StringValue, act)).value
+        except asyncio.CancelledError:
+            # The start itself is carried out even so.
+            gone = True
+            record = self._journal.exec(started[0]) if started else None
+            if record is not None:
+                self._left(record)
+            raise
+
+    async def _output(
+        self, record: ExecRecord, offset: int, live: _Live | None, feeding: Coroutine[Any, Any, None]
+    ) -> AsyncGenerator[LogChunk, None]:
+        """Yields output until the command has ended, and lets input be fed meanwhile."""
+        ended = live.ended if live is not None else _set_event()
+        log = self._attempts.exec_folder(record.owner, record.id) / "log"
+        output = follow_log(log, offset=offset, tail_lines=0, end=ended)
+        feeder = asyncio.create_task(feeding)
+        stopping = asyncio.create_task(self._stopping.wait())
+        step: asyncio.Future[LogChunk | None] | None = None
+        try:
+            while True:
+                step = asyncio.ensure_future(anext(output, None))
+                aside = {task for task in (feeder, stopping) if not task.done()}
+                while not step.done():
+                    await asyncio.wait({step, *aside}, return_when=asyncio.FIRST_COMPLETED)
+                    aside = {task for task in aside if not task.done()}
+                    if feeder.done():
+                        feeder.result()
+                    if stopping.done():
+                        raise Refusal(
+                            grpc.StatusCode.UNAVAILABLE,
+                            "DAEMON_STOPPING",
+                            "the daemon is stopping; the command runs on: repeat the start with the same request_id",
+                            retry_after_s=1,
+                        )
+                chunk = step.result()
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            tasks = [task for task in (step, feeder, stopping) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await output.aclose()
+
+    async def _feed(self, requests: AsyncIterator[ExecRequest], live: _Live | None, record: ExecRecord) -> None:
+        """Passes input on. Signals and sizes do not wait for input that the command does not take yet."""
+        held: asyncio.Queue[bytes | None] = asyncio.Queue(_HELD_MESSAGES)
+        writing = asyncio.create_task(_write(held, live.process)) if live is not None else None
+        try:
+            async for request in requests:
+                part = require_sound_input(request, tty=record.tty)
+                if live is None or live.ended.is_set():
+                    continue
+                if part == "stdin":
+                    await held.put(request.stdin)
+                elif part == "stdin_closed" and request.stdin_closed:
+                    await held.put(None)
+                elif part == "signal":
+                    live.process.signal(request.signal)
+                elif part == "terminal_size":
+                    live.process.resize(request.terminal_size.columns, request.terminal_size.rows)
+            if live is not None and not record.request_id:
+                await held.put(None)
+            if writing is not None:
+                await held.join()
+        finally:
+            if writing is not None:
+                writing.cancel()
+
+    # Starting and ending ----------------------------------------------------------------------------------
+
+    async def _start(self, owner: Owner, token: int, start: ExecStart) -> ExecRecord:
+        digest = request_digest(_without_token(start).SerializeToString(deterministic=True))
+        known = self._journal.exec_by_request(owner.centre, start.request_id) if start.request_id else None
+        if known is not None:
+            if known.digest != digest:
+                raise Refusal(
+                    grpc.StatusCode.ALREADY_EXISTS,
+                    "REQUEST_ID_REUSED",
+                    f"request_id {start.request_id!r} was used for another command; use a new one",
+                    request_id=start.request_id,
+                )
+            return known
+        container = self._ready(owner)
+        record = self._journal.put_exec(
+            ExecRecord(
+                id=new_id("exec"),
+                owner=owner,
+                token=token,
+                request_id=start.request_id,
+                digest=digest,
+                stage=ExecStage.STARTING,
+                tty=start.tty,
+                stop_grace_s=container.stop_grace_s,
+                start_time=now(),
+            )
+        )
+        try:
+            spec = ExecSpec(
+                folder=await asyncio.to_thread(self._attempts.make_exec, owner, record.id),
+                command=list(start.command),
+                env={**start.env, **self._environment(container)},
+                without=_OF_SLICES,
+                working_directory=start.working_directory,
+                tty=start.tty,
+                columns=start.terminal_size.columns,
+                rows=start.terminal_size.rows,
+            )
+            process = await self._runtime.start_exec(container.container_id, spec)
+        except OSError as error:
+            self._discard(record)
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "WORKSPACE_UNAVAILABLE",
+                f"the command's output cannot be kept on this node: {error.strerror}",
+            ) from error
+        except BaseException:
+            self._discard(record)
+            raise
+        record = self._journal.put_exec(replace(record, stage=ExecStage.RUNNING))
+        program = start.command[0][-100:]
+        self._tell(record, NodeEventKind.NODE_EVENT_KIND_EXEC_STARTED, "EXEC_STARTED", f"{record.id} runs {program}")
+        self._watch(record, process)
+        return record
+
+    def _ready(self, owner: Owner) -> ContainerRecord:
+        container = living_container(self._journal, owner)
+        if container.stage is ContainerStage.SUSPENDED:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "CONTAINER_SUSPENDED",
+                f"the container of {owner} is suspended; resume it with ResumeContainer first",
+            )
+        live = sum(1 for record in self._journal.execs(owner) if record.stage is not ExecStage.ENDED)
+        if live >= _MOST_LIVE:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "EXEC_LIMIT",
+                f"{live} commands run in the container of {owner} beside its own, and more may not; end one of them",
+                limit=str(_MOST_LIVE),
+            )
+        return container
+
+    def _watch(self, record: ExecRecord, process: ExecProcess | None) -> None:
+        if process is None:
+            self._note_end(record, exit_code(self._folder(record)))
+            return
+        live = self._live[record.id] = _Live(process, asyncio.Event())
+        live.watching = self._run(self._await_end(record, live), f"end of {record.id}")
+
+    async def _await_end(self, record: ExecRecord, live: _Live) -> None:
+        code = await live.process.wait()
+        if code is None:
+            # Nobody stays with it any more, and nobody would read what it writes.
+            live.process.signal(signal.SIGKILL)
+        live.process.close()
+        self._note_end(record, code)
+        live.ended.set()
+        del self._live[record.id]
+        if not self._readers.get(record.id):
+            self._left(record)
+
+    def _note_end(self, record: ExecRecord, code: int | None) -> None:
+        if self._journal.exec(record.id) is None:
+            return  # discarded with its attempt
+        record = self._journal.put_exec(replace(record, stage=ExecStage.ENDED, end_time=now(), exit_code=code))
+        if code is None:
+            reason, message = "EXEC_LOST", f"how {record.id} ended is not known: what stayed with it was killed"
+        else:
+            reason, message = "EXEC_ENDED", f"{record.id} ended with exit code {code}"
+        self._tell(record, NodeEventKind.NODE_EVENT_KIND_EXEC_ENDED, reason, message)
+
+    def _left(self, record: ExecRecord) -> None:
+        """Hangs up a command that nobody can come back to, or discards it when it has ended."""
+        if self._readers.get(record.id):
+            return
+        self._readers.pop(record.id, None)
+        if record.request_id or self._stopping.is_set():
+            return
+        live = self._live.get(record.id)
+        if live is None:
+            self._discard(record)
+        else:
+            self._run(self._hang_up(record, live), f"hang-up of {record.id}")
+
+    async def _hang_up(self, record: ExecRecord, live: _Live) -> None:
+        for number, wait_s in ((signal.SIGHUP, record.stop_grace_s), (signal.SIGKILL, _KILL_S)):
+            if live.ended.is_set():
+                return
+            live.process.signal(number)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await live.ended.wait()
+        if not live.ended.is_set():
+            _log.warning("a command that was hung up did not end", exec=record.id)
+
+    def _discard(self, record: ExecRecord) -> None:
+        self._journal.delete_exec(record.id)
+        shutil.rmtree(self._folder(record), ignore_errors=True)
+
+    # With the daemon and the container --------------------------------------------------------------------
+
+    async def restore(self) -> list[tuple[ExecRecord, str]]:
+        """Takes the commands back that outlived an earlier daemon, and finishes what it left half done.
+
+        Returns:
+            Each of them, and what became of it, in a sentence.
+        """
+        told = []
+        for record in self._journal.execs():
+            if record.stage is ExecStage.ENDED:
+                if not record.request_id:
+                    self._discard(record)
+                continue
+            folder = self._folder(record)
+            await settle_start(folder)
+            process = ExecProcess.find(folder, tty=record.tty)
+            if process is None and never_began(folder):
+                self._discard(record)
+                told.append((record, f"{record.id} had not begun"))
+                continue
+            record = self._journal.put_exec(replace(record, stage=ExecStage.RUNNING))
+            told.append((record, f"{record.id} ran on without the daemon"))
+            self._watch(record, process)
+            self._left(record)
+        return told
+
+    async def settle(self, owner: Owner) -> None:
+        """Waits until the ends of the commands of a container that is gone are noted."""
+        live = [self._live[record.id] for record in self._journal.execs(owner) if record.id in self._live]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILL_S):
+                for one in live:
+                    await one.ended.wait()
+
+    def prune(self, moment: float) -> None:
+        """Drops commands that ended 24 h before a time (seconds since the epoch), with their output."""
+        for record in self._journal.execs():
+            if record.end_time is not None and record.end_time < moment - _KEPT_S and not self._readers.get(record.id):
+                self._discard(record)
+
+    def stop(self) -> None:
+        """Ends every call: the daemon is stopping. Commands live on."""
+        self._stopping.set()
+
+    async def close(self) -> None:
+        """Lets go of the commands, which live on."""
+        self.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for live in self._live.values():
+            live.process.close()
+
+    def _folder(self, record: ExecRecord) -> Path:
+        return self._attempts.exec_folder(record.owner, record.id)
+
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _tell(self, record: ExecRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
+        self._events.add(kind, reason, message, owner=record.owner.ref(record.token))
+
+
+async def _write(held: asyncio.Queue[bytes | None], process: ExecProcess) -> None:
+    while True:
+        data = await held.get()
+        if data is None:
+            await process.close_input()
+        else:
+            await process.write(data)
+        held.task_done()
+
+
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+def _without_token(start: ExecStart) -> ExecStart:
+    same = identity(start)
+    same.owner.fencing_token = 0
+    return same
+
+
+def _lost(record: ExecRecord) -> Refusal:
+    return Refusal(
+        grpc.StatusCode.DATA_LOSS,
+        "EXEC_LOST",
+        f"how {record.id} ended is not known, because the process that stayed with it was killed; its output up to "
+        "then is complete",
+    )
