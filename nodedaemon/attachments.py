@@ -117,7 +117,8 @@ class Attachments:
         """
         async with self._lock(owner):
             before = self._living(owner)
-            one, _ = self._slices.owned(owner, uuid)
+            one, gpu = self._slices.owned(owner, uuid)
+            self.require_nodes([(one, gpu)])
             new = uuid not in before.slice_uuids
             wanted = (*before.slice_uuids, uuid) if new else before.slice_uuids
             nodes = self._nodes(owner, wanted)
@@ -199,17 +200,32 @@ class Attachments:
         for record in self._journal.containers():
             await self._restore(record.owner)
 
-    async def keep(self) -> None:
-        """Takes slices that vanish under a container out of it, until the events end.
+    async def let_go(self, one: SliceRecord) -> None:
+        """Takes a slice that is gone, without anybody having asked for that, out of the container that sees it.
 
-        A cap node is but a number: the next slice in that place would be seen by whoever sees this one.
+        A cap node is but a number: whoever sees it would see the next slice in that place.
+
+        Raises:
+            Refusal: as `detach` does, but for what is about holders.
         """
-        async for event in self._events.watch(self._journal.last_cursor()):
-            uuid = event.slice.uuid
-            if event.kind == NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED and uuid:
-                for record in self._journal.containers():
-                    if uuid in record.slice_uuids:
-                        await self._restore(record.owner)
+        async with self._lock(one.owner):
+            record = self._journal.container(one.owner)
+            if record is None or not record.stage.is_alive or one.uuid not in record.slice_uuids:
+                return
+            rest = tuple(other for other in record.slice_uuids if other != one.uuid)
+            await self._show(record, self._nodes(one.owner, rest))
+            self._let_go(one.owner, one.uuid)
+
+    def _let_go(self, owner: Owner, uuid: str) -> None:
+        record = known_container(self._journal, owner)
+        self._write(owner, [one for one in record.slice_uuids if one != uuid])
+        self._tell(
+            owner,
+            NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED,
+            "SLICE_VANISHED",
+            f"slice {uuid} is gone, and with it from container {record.container_id[:12]}",
+            self._journal.slice(uuid),
+        )
 
     async def _restore(self, owner: Owner) -> None:
         async with self._lock(owner):
@@ -224,14 +240,7 @@ class Attachments:
                 message = f"container {record.container_id[:12]} may not see its slices: {error.message}"
                 self._reconciled(owner, error.reason, message)
             for uuid in set(record.slice_uuids) - set(there):
-                self._write(owner, [one for one in known_container(self._journal, owner).slice_uuids if one != uuid])
-                self._tell(
-                    owner,
-                    NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED,
-                    "SLICE_VANISHED",
-                    f"slice {uuid} is gone, and with it from container {record.container_id[:12]}",
-                    self._journal.slice(uuid),
-                )
+                self._let_go(owner, uuid)
             if changed and there == record.slice_uuids:
                 message = f"container {record.container_id[:12]} sees its {len(there)} slices again"
                 self._reconciled(owner, "ATTACHMENTS_RESTORED", message)
@@ -258,10 +267,13 @@ class Attachments:
     def _nodes(self, owner: Owner, uuids: Iterable[str]) -> dict[str, Path]:
         """Returns where the cap nodes of an attempt's slices are on the host, by name.
 
+        A slice that vanished may have none any more, and it is not for the others to wait until that is noticed.
+
         Raises:
-            Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND or CAP_NODE_MISSING; INTERNAL with DRIVER_REFUSED.
+            Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING; INTERNAL with DRIVER_REFUSED.
         """
-        return self.require_nodes([self._slices.owned(owner, uuid) for uuid in uuids])
+        slices = [self._slices.owned(owner, uuid) for uuid in uuids if self._is_there(owner, uuid)]
+        return {name: source for name, source in self._sources(slices).items() if source.exists()}
 
     def _sources(self, slices: Sequence[tuple[SliceRecord, GpuFacts]]) -> dict[str, Path]:
         for _, gpu in slices:

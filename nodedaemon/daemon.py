@@ -121,6 +121,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         stack.push_async_callback(hotplug.close)
         kind = runtime.describe().kind
         attachments = Attachments(journal, events, gpus, slices, attempts, cards, hotplug, kind, changed=revision.grow)
+        slices.on_vanished = attachments.let_go
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image, attachments)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
@@ -138,7 +139,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             NodeService(inventory, mutations, slices, containers, attachments, results, bundles, events),
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
-        await stack.enter_async_context(_background(attachments.keep(), stop))
         stack.push_async_callback(containers.execs.close)
         await stack.enter_async_context(_background(_prune(journal, containers.execs), stop))
         await stack.enter_async_context(_background(recovery.keep(), stop))

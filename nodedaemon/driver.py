@@ -319,6 +319,16 @@ class Driver:
             f"no compute instance profile spans {compute_slices} slices",
         )
 
+    def has_compute_instance(self, gpu_uuid: str, gi: int) -> bool:
+        """Says whether a GPU instance has a compute instance, of whichever width.
+
+        Raises:
+            DriverError: NOT_FOUND, there is no such GPU instance.
+        """
+        handle = self._gpu_instance(gpu_uuid, gi)
+        profile = self._profile(gpu_uuid, int(_ask(pynvml.nvmlGpuInstanceGetInfo, handle).profileId))
+        return bool(self._compute_instances(gpu_uuid, profile, handle))
+
     def destroy_compute_instance(self, gpu_uuid: str, gi: int, ci: int) -> None:
         """Destroys a compute instance.
 

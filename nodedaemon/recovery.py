@@ -117,7 +117,7 @@ class Recovery:
         sure = [one for one in records if one in gone or one not in doubtful]
         plan = plan_slices([one for one in sure if now.get(one.id) == one], instances, boot)
         for one, why in plan.drop:
-            self.slices.drop(one, why)
+            await self.slices.drop(one, why)
         for one in plan.adopt:
             self.slices.trust(one)
             if start:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -66,6 +66,8 @@ class Slices:
         self._release_s = release_s
         self._boot_id = boot_id() if boot is None else boot
         self._hands: Counter[int] = Counter()
+        self.on_vanished: Callable[[SliceRecord], Awaitable[None]] = _nobody_cares
+        """Called before a slice that vanished is forgotten: takes it out of the container that sees it, or refuses."""
 
     # Making one -------------------------------------------------------------------------------------------
 
@@ -87,6 +89,7 @@ class Slices:
                 if same == (gpu_uuid, owner, profile_name, span) and record.stage is SliceStage.ACTIVE:
                     return self.describe(record)  # made before a crash that swallowed the answer
             await self._require_free(gpu, span)
+            await self._bury(gpu, span)
             record = self._journal.add_slice(
                 SliceRecord(
                     id=0,
@@ -106,13 +109,7 @@ class Slices:
                 return self.describe(await self._make(gpu, profile, record))
 
     async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
-        for instance in await self._gpus.instances(gpu, compute=False):
-            if not instance.span.overlaps(span):
-                continue
-            # The list may lag behind; what is asked for by its id does not.
-            really = await self._gpus.read(gpu, partial(self._gpus.driver.instance, gpu.uuid, instance.id))
-            if really is None or not really.span.overlaps(span):
-                continue
+        for really in await self._gpus.ask(gpu, _in_the_way, self._gpus.driver, gpu.uuid, span):
             mine = next((r for r in self._journal.slices() if is_same(r, really)), None)
             if mine is not None and mine.stage is SliceStage.ERROR and not mine.uuid:
                 # The rest of a slice that nobody was ever given; perhaps it can be removed by now.
@@ -127,6 +124,23 @@ class Slices:
                 gpu_uuid=gpu.uuid,
                 foreign=str(mine is None).lower(),
             )
+
+    async def _bury(self, gpu: GpuFacts, span: Span) -> None:
+        """Forgets slices of this place that somebody else destroyed: no container may see the next one in their stead.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with PLACEMENT_TAKEN, one still does.
+        """
+        for old in self._journal.slices():
+            if old.gpu_uuid == gpu.uuid and old.span.overlaps(span) and not self.in_hand(old):
+                await self.drop(old, "somebody else destroyed it")
+                if not self._is_destroyed(old):
+                    raise Refusal(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        "PLACEMENT_TAKEN",
+                        f"the place is free, but a container of {old.owner} still sees what was there: stop it first",
+                        gpu_uuid=gpu.uuid,
+                    )
 
     async def _make(self, gpu: GpuFacts, profile: ProfileFacts, record: SliceRecord) -> SliceRecord:
         try:
@@ -158,12 +172,10 @@ class Slices:
     ) -> SliceRecord:
         """Gives a GPU instance its full-width compute instance, and believes only what the driver then lists."""
         gi = _given(record.gi)
-        instance = await self._instance(gpu, gi)
-        if not (instance and instance.compute_instances):
-            await self._gpus.ask(gpu, self._gpus.driver.create_compute_instance, gpu.uuid, gi, compute_slices)
+        instance = await self._gpus.ask(gpu, _fill, self._gpus.driver, gpu.uuid, gi, compute_slices)
         deadline = time.monotonic() + _VERIFY_S
         pause = _FIRST_RETRY_S
-        while (whole := _whole(instance := await self._instance(gpu, gi), record, compute_slices)) is None:
+        while (whole := _whole(instance, record, compute_slices)) is None:
             if time.monotonic() > deadline:
                 raise Refusal(
                     grpc.StatusCode.INTERNAL,
@@ -173,11 +185,9 @@ class Slices:
                 )
             await asyncio.sleep(pause)  # its lists may lag behind
             pause *= 2
+            instance = await self._gpus.ask(gpu, self._gpus.driver.instance, gpu.uuid, gi)
         record = replace(record, ci=whole.id, uuid=whole.uuid, stage=SliceStage.ACTIVE, notice="")
         return self._keep(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, reason, message)
-
-    async def _instance(self, gpu: GpuFacts, gi: int) -> GpuInstance | None:
-        return await self._gpus.ask(gpu, self._gpus.driver.instance, gpu.uuid, gi)
 
     # Destroying one ---------------------------------------------------------------------------------------
 
@@ -349,13 +359,21 @@ class Slices:
                     await self._unmake(gpu, record)
                     raise
 
-    def drop(self, record: SliceRecord, why: str) -> None:
-        """Notes that a slice of the journal is there no more.
+    async def drop(self, record: SliceRecord, why: str) -> None:
+        """Notes that a slice of the journal is there no more. While a container still sees its nodes it stays noted.
 
         Args:
             record: the slice.
             why: what happened to it, as far as that is known.
         """
+        try:
+            await self.on_vanished(record)
+        except Refusal as error:
+            notice = f"it is gone ({why}), but its container still sees its nodes: {error.message}"
+            if record.notice != notice:
+                kind = NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR
+                self._keep(replace(record, notice=notice), kind, error.reason, "slice {slice}: " + notice)
+            return
         asked = record.stage in (SliceStage.DESTROYING, SliceStage.ERROR)
         with self._journal.atomic():
             if not asked:
@@ -447,6 +465,25 @@ class Slices:
             )
         self._changed()
         return record
+
+
+async def _nobody_cares(_: SliceRecord) -> None:
+    """Stands for the containers where there are none."""
+
+
+def _in_the_way(driver: Driver, gpu_uuid: str, span: Span) -> list[GpuInstance]:
+    """Returns the GPU instances that want a memory slice of a place, whoever made them."""
+    listed = [one for one in driver.instances(gpu_uuid, compute=False) if one.span.overlaps(span)]
+    # The list may lag behind; what is asked for by its id does not.
+    really = [driver.instance(gpu_uuid, one.id) for one in listed]
+    return [one for one in really if one is not None and one.span.overlaps(span)]
+
+
+def _fill(driver: Driver, gpu_uuid: str, gi: int, compute_slices: int) -> GpuInstance | None:
+    """Gives a GPU instance its full-width compute instance, if it has none, and returns what the driver lists then."""
+    if not driver.has_compute_instance(gpu_uuid, gi):
+        driver.create_compute_instance(gpu_uuid, gi, compute_slices)
+    return driver.instance(gpu_uuid, gi)
 
 
 def _find(driver: Driver, record: SliceRecord) -> GpuInstance | None:
