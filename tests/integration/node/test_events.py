@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from puhui.rpc.identity import new_id
-from puhui.v1.node_pb2 import NodeEventKind
+from puhui.v1.node_pb2 import NodeEvent, NodeEventKind
 from puhui.v1.node_service_pb2 import NodeServiceReadLogsRequest
 from tests.integration.node.client import Node
 from tests.integration.node.conftest import Start, podman
@@ -48,7 +48,8 @@ async def test_a_container_stopped_by_hand_is_noticed(node: Node) -> None:
 
 
 async def test_events_are_resumed_over_killed_daemons(start: Start) -> None:
-    centre, seen = new_id("centre"), []
+    centre = new_id("centre")
+    seen: list[NodeEvent] = []
     for life in range(4):
         with start() as running:
             async with connected(running, centre) as node:
@@ -70,7 +71,7 @@ async def test_events_are_resumed_over_killed_daemons(start: Start) -> None:
             # What is kept is what was told live.
             kept = []
             async for event in node.events():
-                kept.append(event.cursor)  # noqa: PERF401 - it does not end by itself
+                kept.append(event.cursor)
                 if len(kept) == len(seen):
                     break
             await node.clear()
