@@ -40,6 +40,8 @@ from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.service import NodeService
 from nodedaemon.slices import Slices
+from nodedaemon.telemetry import Telemetry
+from nodedaemon.utilization_meter import DriverMeter
 from nodedaemon.workspace import Attempts
 from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal
@@ -125,6 +127,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image, attachments)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
+        telemetry = Telemetry(gpus, DriverMeter())
         recovery = Recovery(journal, events, gpus, slices, containers, runtime, revision)
         try:
             await recovery.run()
@@ -136,12 +139,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         server.add(
             "puhui.v1.NodeService",
             add_NodeServiceServicer_to_server,
-            NodeService(inventory, mutations, slices, containers, attachments, results, bundles, events),
+            NodeService(inventory, mutations, slices, containers, attachments, results, bundles, events, telemetry),
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         stack.push_async_callback(containers.execs.close)
         await stack.enter_async_context(_background(_prune(journal, containers.execs), stop))
         await stack.enter_async_context(_background(recovery.keep(), stop))
+        await stack.enter_async_context(_background(telemetry.run(), stop))
         try:
             port = await server.start()
         except OSError as error:
@@ -156,6 +160,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         notify_stopping()
         events.close()
         containers.execs.stop()
+        telemetry.close()
         await server.stop(_GRACE_S)
         await mutations.settle(_SETTLE_S)
 

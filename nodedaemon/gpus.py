@@ -106,6 +106,10 @@ class Gpus:
             )
         return self._facts[uuid]
 
+    def every(self) -> list[GpuFacts]:
+        """Returns the GPUs as they were known last, by index."""
+        return sorted(self._facts.values(), key=lambda gpu: gpu.index)
+
     def known(self, uuid: str) -> GpuFacts:
         """Returns a GPU, or what its slices tell of it when this node does not have it any more."""
         gone = GpuFacts(uuid, 0, 0, "", 0, "", Mig.UNKNOWN, "this node does not show this GPU any more")

@@ -16,7 +16,8 @@ from nodedaemon.inventory import Inventory
 from nodedaemon.owner import Owner
 from nodedaemon.results import Results
 from nodedaemon.slices import Slices
-from puhui.rpc.errors import unimplemented
+from nodedaemon.telemetry import Telemetry
+from nodedaemon.utilization import DEFAULT_INTERVAL_S
 from puhui.rpc.moment import seconds
 from puhui.rpc.transfer import UploadPart, read_chunks
 from puhui.v1.node_service_pb2 import (
@@ -75,6 +76,7 @@ class NodeService(NodeServiceServicer):
         results: Results,
         bundles: Bundles,
         events: EventLog,
+        telemetry: Telemetry,
     ) -> None:
         self._inventory = inventory
         self._mutations = mutations
@@ -84,6 +86,7 @@ class NodeService(NodeServiceServicer):
         self._results = results
         self._bundles = bundles
         self._events = events
+        self._telemetry = telemetry
 
     async def GetNode(self, request: GetNodeRequest, context: Any) -> GetNodeResponse:  # noqa: D102, N802
         return GetNodeResponse(node=await self._inventory.read())
@@ -212,9 +215,10 @@ class NodeService(NodeServiceServicer):
         async for event in self._events.watch(request.after_cursor):
             yield WatchEventsResponse(event=event)
 
-    # In the contract, not yet served
-
-    def WatchUtilization(  # noqa: D102, N802
+    async def WatchUtilization(  # noqa: D102, N802
         self, request: WatchUtilizationRequest, context: Any
     ) -> AsyncIterator[WatchUtilizationResponse]:
-        raise unimplemented("NodeService.WatchUtilization")
+        interval_s = seconds(request.interval) if request.HasField("interval") else DEFAULT_INTERVAL_S
+        async with contextlib.aclosing(self._telemetry.watch(interval_s, request.uuids)) as responses:
+            async for response in responses:
+                yield response

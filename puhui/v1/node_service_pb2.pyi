@@ -38,6 +38,10 @@ class _UtilizationSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Uti
     """Presence of processes on the card; says busy or not, not how busy."""
     UTILIZATION_SOURCE_UNAVAILABLE: _UtilizationSource.ValueType  # 3
     """Nothing could be read. It counts as busy."""
+    UTILIZATION_SOURCE_DRIVER_RATES: _UtilizationSource.ValueType  # 4
+    """The driver's own utilization rate of a whole GPU without MIG mode that has no GPM: a mean over a time that the
+    driver chooses (1/6 s to 1 s, by model) and does not tell.
+    """
 
 class UtilizationSource(_UtilizationSource, metaclass=_UtilizationSourceEnumTypeWrapper):
     """Where a utilization figure comes from."""
@@ -50,6 +54,10 @@ UTILIZATION_SOURCE_PROCESSES: UtilizationSource.ValueType  # 2
 """Presence of processes on the card; says busy or not, not how busy."""
 UTILIZATION_SOURCE_UNAVAILABLE: UtilizationSource.ValueType  # 3
 """Nothing could be read. It counts as busy."""
+UTILIZATION_SOURCE_DRIVER_RATES: UtilizationSource.ValueType  # 4
+"""The driver's own utilization rate of a whole GPU without MIG mode that has no GPM: a mean over a time that the
+driver chooses (1/6 s to 1 s, by model) and does not tell.
+"""
 Global___UtilizationSource: _TypeAlias = UtilizationSource  # noqa: Y015
 
 @_typing.final
@@ -1132,11 +1140,15 @@ class WatchUtilizationRequest(_message.Message):
     UUIDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """Time between samples, 100 ms to 60 s. Absent is 1 s."""
+        """Time between samples, 100 ms to 60 s. Absent is 1 s. The driver wants more than 100 ms between two samples, so at
+        the shortest interval they come a little later than asked.
+        """
 
     @_builtins.property
     def uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """UUIDs of the GPUs and slices wanted. None is all there are at any time."""
+        """UUIDs of the GPUs and slices wanted, at most 512. None is all there are at any time. One that is not there is not
+        refused: a slice may come, go and come again.
+        """
 
     def __init__(
         self,
@@ -1167,6 +1179,7 @@ class UtilizationSample(_message.Message):
     MEMORY_USED_MIB_FIELD_NUMBER: _builtins.int
     PROCESSES_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     """UUID of the GPU or slice."""
     source: Global___UtilizationSource.ValueType
@@ -1181,13 +1194,17 @@ class UtilizationSample(_message.Message):
     """Processes that hold the card open; 0, with a notice, when the driver does not say."""
     notice: _builtins.str
     """Why something could not be read, in a sentence."""
+    emulated: _builtins.bool
+    """True when the card is emulated: its utilization is then the CPU share of the processes that hold it open."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it was measured: the end of the interval."""
 
     @_builtins.property
     def interval(self) -> _duration_pb2.Duration:
-        """What the figures really are a mean over; absent for the first sample, which has presence and memory only."""
+        """What the figures really are a mean over. Absent for the first sample, which has presence and memory only, and
+        wherever there is no mean: presence and memory are always those of `time`.
+        """
 
     def __init__(
         self,
@@ -1201,10 +1218,11 @@ class UtilizationSample(_message.Message):
         memory_used_mib: _builtins.int | None = ...,
         processes: _builtins.int = ...,
         notice: _builtins.str = ...,
+        emulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent", "_memory_used_mib", b"_memory_used_mib", "_multiprocessor_percent", b"_multiprocessor_percent", "engine_percent", b"engine_percent", "interval", b"interval", "memory_used_mib", b"memory_used_mib", "multiprocessor_percent", b"multiprocessor_percent", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent", "_memory_used_mib", b"_memory_used_mib", "_multiprocessor_percent", b"_multiprocessor_percent", "engine_percent", b"engine_percent", "interval", b"interval", "memory_used_mib", b"memory_used_mib", "multiprocessor_percent", b"multiprocessor_percent", "notice", b"notice", "processes", b"processes", "source", b"source", "time", b"time", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent", "_memory_used_mib", b"_memory_used_mib", "_multiprocessor_percent", b"_multiprocessor_percent", "emulated", b"emulated", "engine_percent", b"engine_percent", "interval", b"interval", "memory_used_mib", b"memory_used_mib", "multiprocessor_percent", b"multiprocessor_percent", "notice", b"notice", "processes", b"processes", "source", b"source", "time", b"time", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__engine_percent: _TypeAlias = _typing.Literal["engine_percent"]  # noqa: Y015
     _WhichOneofArgType__engine_percent: _TypeAlias = _typing.Literal["_engine_percent", b"_engine_percent"]  # noqa: Y015
@@ -1233,7 +1251,7 @@ class WatchUtilizationResponse(_message.Message):
     """Samples that were dropped since the last message because the reader was slow."""
     @_builtins.property
     def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___UtilizationSample]:
-        """One per GPU and slice."""
+        """At most one per GPU and slice. A GPU that takes long to answer comes in a later message, with its own time."""
 
     def __init__(
         self,

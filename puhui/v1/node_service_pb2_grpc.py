@@ -251,7 +251,9 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchUtilization(self, request, context):
-        """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples.
+        """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
+        or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
+        run at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

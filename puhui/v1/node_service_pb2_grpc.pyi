@@ -74,7 +74,10 @@ class NodeServiceStub:
     GetArtifacts: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
     WatchUtilization: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]
-    """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples."""
+    """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
+    or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
+    run at a time.
+    """
     WatchEvents: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchEventsRequest, _node_service_pb2.WatchEventsResponse]
     """Events, from a cursor on, live."""
 
@@ -124,7 +127,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     GetArtifacts: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]  # type: ignore[assignment]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
     WatchUtilization: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]  # type: ignore[assignment]
-    """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples."""
+    """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
+    or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
+    run at a time.
+    """
     WatchEvents: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchEventsRequest, _node_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Events, from a cursor on, live."""
 
@@ -273,7 +279,10 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.WatchUtilizationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.WatchUtilizationResponse], _abc.AsyncIterator[_node_service_pb2.WatchUtilizationResponse]]:
-        """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples."""
+        """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
+        or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
+        run at a time.
+        """
 
     @_abc_1.abstractmethod
     def WatchEvents(
