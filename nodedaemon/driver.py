@@ -21,6 +21,7 @@ __all__ = ["Driver"]
 _NO_SUCH_INSTANCE = (pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_INVALID_ARGUMENT)
 # Ids seen on hardware end at 14; a later architecture may go on.
 _GPU_INSTANCE_IDS = 32
+_MIG_DEVICES = 64
 
 
 class Driver:
@@ -276,10 +277,12 @@ class Driver:
 
     def _mig_devices(self, handle: Any) -> Iterator[Any]:
         # Indices have holes, and handles are given out anew: they are never kept.
-        for index in range(_ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, handle)):
+        for index in range(_MIG_DEVICES):
             try:
                 yield _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
             except DriverError as error:
+                if error.code == pynvml.NVML_ERROR_INVALID_ARGUMENT:
+                    return  # past the last index that this GPU has
                 if error.code != pynvml.NVML_ERROR_NOT_FOUND:
                     raise
 

@@ -170,7 +170,7 @@ def m001_first(db: Database) -> None:
 
 
 @_migrations()  # type: ignore[untyped-decorator]
-def m_execs(db: Database) -> None:
+def m002_execs(db: Database) -> None:
     """Creates the table of commands beside those of containers."""
     db.execute(
         """CREATE TABLE execs (id TEXT PRIMARY KEY, centre TEXT NOT NULL, job_id TEXT NOT NULL,
@@ -179,6 +179,14 @@ def m_execs(db: Database) -> None:
         end_time REAL, exit_code INTEGER)"""
     )
     db.execute("CREATE INDEX execs_by_request ON execs (centre, request_id)")
+
+
+@_migrations()  # type: ignore[untyped-decorator]
+def m003_indexes(db: Database) -> None:
+    """Lets a slice be found without a look at all those that were destroyed since yesterday."""
+    db.execute(f"CREATE INDEX slices_there ON slices (id) WHERE stage != '{SliceStage.DESTROYED}'")
+    db.execute("CREATE INDEX slices_by_uuid ON slices (uuid, id)")
+    db.execute("CREATE INDEX containers_by_stage ON containers (stage)")
 
 
 class Journal:
@@ -274,7 +282,8 @@ class Journal:
 
     def slices(self) -> list[SliceRecord]:
         """Returns every slice that is not destroyed, the oldest first."""
-        rows = self._db.query("SELECT * FROM slices WHERE stage != ? ORDER BY id", [SliceStage.DESTROYED])
+        # The stage is written out: an index over a part of the rows is not used for a parameter.
+        rows = self._db.query(f"SELECT * FROM slices WHERE stage != '{SliceStage.DESTROYED}' ORDER BY id")
         return [_slice_record(row) for row in rows]
 
     def slice(self, uuid: str) -> SliceRecord | None:

@@ -148,7 +148,7 @@ class Slices:
                 gpu, self._gpus.driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span
             )
             record = self._journal.update_slice(replace(record, gi=gi))
-            return await self._complete(gpu, record, profile.compute_slices, "SLICE_CREATED", "made slice {slice}")
+            return await self._complete(gpu, record, profile.compute_slices, new=True)
         except Refusal as error:
             if error.reason == "PLACEMENT_TAKEN" and record.gi is None:
                 self._journal.delete_slice(record)  # somebody else was quicker: what is there now is not ours
@@ -167,12 +167,10 @@ class Slices:
         else:
             self._journal.delete_slice(record)
 
-    async def _complete(
-        self, gpu: GpuFacts, record: SliceRecord, compute_slices: int, reason: str, message: str
-    ) -> SliceRecord:
+    async def _complete(self, gpu: GpuFacts, record: SliceRecord, compute_slices: int, *, new: bool) -> SliceRecord:
         """Gives a GPU instance its full-width compute instance, and believes only what the driver then lists."""
         gi = _given(record.gi)
-        instance = await self._gpus.ask(gpu, _fill, self._gpus.driver, gpu.uuid, gi, compute_slices)
+        instance = await self._gpus.ask(gpu, _fill, self._gpus.driver, record, compute_slices, new)
         deadline = time.monotonic() + _VERIFY_S
         pause = _FIRST_RETRY_S
         while (whole := _whole(instance, record, compute_slices)) is None:
@@ -187,7 +185,10 @@ class Slices:
             pause *= 2
             instance = await self._gpus.ask(gpu, self._gpus.driver.instance, gpu.uuid, gi)
         record = replace(record, ci=whole.id, uuid=whole.uuid, stage=SliceStage.ACTIVE, notice="")
-        return self._keep(record, NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED, reason, message)
+        kind = NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED
+        if new:
+            return self._keep(record, kind, "SLICE_CREATED", "made slice {slice}")
+        return self._keep(record, kind, "SLICE_COMPLETED", "completed slice {slice}, which was half made")
 
     # Destroying one ---------------------------------------------------------------------------------------
 
@@ -353,8 +354,7 @@ class Slices:
                 try:
                     profile = await self._gpus.profile(gpu, record.profile)
                     record = self._journal.update_slice(replace(record, gi=gi))
-                    message = "completed slice {slice}, which was half made"
-                    await self._complete(gpu, record, profile.compute_slices, "SLICE_COMPLETED", message)
+                    await self._complete(gpu, record, profile.compute_slices, new=False)
                 except Refusal:
                     await self._unmake(gpu, record)
                     raise
@@ -479,11 +479,13 @@ def _in_the_way(driver: Driver, gpu_uuid: str, span: Span) -> list[GpuInstance]:
     return [one for one in really if one is not None and one.span.overlaps(span)]
 
 
-def _fill(driver: Driver, gpu_uuid: str, gi: int, compute_slices: int) -> GpuInstance | None:
-    """Gives a GPU instance its full-width compute instance, if it has none, and returns what the driver lists then."""
-    if not driver.has_compute_instance(gpu_uuid, gi):
-        driver.create_compute_instance(gpu_uuid, gi, compute_slices)
-    return driver.instance(gpu_uuid, gi)
+def _fill(driver: Driver, record: SliceRecord, compute_slices: int, new: bool) -> GpuInstance | None:
+    """Gives a GPU instance its full-width compute instance, and returns what the driver lists then."""
+    gi = _given(record.gi)
+    # One that is not new may have been given its compute instance just before the daemon died.
+    if new or not driver.has_compute_instance(record.gpu_uuid, gi):
+        driver.create_compute_instance(record.gpu_uuid, gi, compute_slices)
+    return driver.instance(record.gpu_uuid, gi)
 
 
 def _find(driver: Driver, record: SliceRecord) -> GpuInstance | None:

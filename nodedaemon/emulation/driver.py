@@ -152,13 +152,15 @@ class EmulatedDriver:
         Raises:
             Refusal: The injected fault's code, or UNINITIALIZED.
         """
-        with self._injection.around(function, lambda: self._gpu_index(subject)):
+        with self._injection.around(function, lambda: self._gpu_index(function, subject)):
             if needs_init and not self._init_count:
                 raise Refusal(Code.UNINITIALIZED)
             yield
 
-    def _gpu_index(self, subject: Any) -> int | None:
-        """Return the index of the card that a handle is about, or None."""
+    def _gpu_index(self, function: str, subject: Any) -> int | None:
+        """Return the index of the card that a call is about, or None."""
+        if function == "nvmlDeviceGetHandleByIndex":
+            return int(subject)
         about = concerned(subject)
         if about is None or about.gpu is not None:
             return None if about is None else about.gpu

@@ -12,7 +12,7 @@ import pytest
 
 from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import Mig, Span
-from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
+from nodedaemon.emulation import EmulatedDriver, Fault, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.inventory import Inventory, Revision
@@ -39,13 +39,13 @@ def emulated(tmp_path: Path) -> Iterator[EmulatedDriver]:
 async def test_a_lost_gpu_is_shown_with_a_notice_and_the_other_goes_on(
     emulated: EmulatedDriver, tmp_path: Path, function: str
 ) -> None:
-    emulated.faults.inject(function, _LOST)
+    emulated.faults.add(Fault(function, _LOST, gpu=0))
     journal = Journal(tmp_path / "node.db")
     gpus = Gpus(Driver(), emulated=True)
     slices = Slices(gpus, journal, EventLog(journal), changed=lambda: None)
     runtime = ProcessRuntime(tmp_path / "processes", ProcessUser("me", os.geteuid(), os.getegid()), "")
     inventory = Inventory("node-1", "n-1", gpus, slices, runtime, Revision())
-    emulated.faults.inject(function, _LOST)
+    emulated.faults.add(Fault(function, _LOST, gpu=0))
     lost, well = (await inventory.read()).gpus
     assert lost.mig_mode == MigMode.MIG_MODE_UNSPECIFIED
     assert "does not answer" in lost.notice
