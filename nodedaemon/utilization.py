@@ -28,6 +28,8 @@ DEFAULT_INTERVAL_S = 1.0
 """Time between samples when none is asked for, in seconds."""
 LONGEST_S = 60.0
 """The longest interval between samples, in seconds."""
+# GPM wants more than 100 ms between two samples, and a look takes a while.
+_CLOSEST_S = 0.105
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def next_due(now_s: float, interval_s: float) -> float:
         now_s: when it got its last one, on the monotonic clock.
         interval_s: the time between samples that it asked for.
     """
-    return interval_s * math.ceil((now_s + interval_s / 2) / interval_s)
+    period_s = max(interval_s, _CLOSEST_S)
+    return period_s * math.ceil((now_s + period_s / 2) / period_s)
 
 
 def _told(means: Means) -> bool:
