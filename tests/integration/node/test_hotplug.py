@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import os
-import random
-import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from nodedaemon.driver import Driver
-from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
-from puhui.rpc.channel import open_channel
-from puhui.rpc.identity import new_id
 from puhui.v1.card_pb2 import AttemptRef, Slice, SliceState
-from puhui.v1.node_pb2 import Container, ContainerState, NodeEvent, NodeEventKind
-from tests.daemons import Daemon
+from puhui.v1.node_pb2 import ContainerState, NodeEventKind
 from tests.integration.node.client import Node, refused
-from tests.integration.node.conftest import CARDS, Start
+from tests.integration.node.watched import WATCHING, Watched, caps, told
 
 pytestmark = pytest.mark.podman
 
 _FAILED = grpc.StatusCode.FAILED_PRECONDITION
 _ATTACHED = NodeEventKind.NODE_EVENT_KIND_SLICE_ATTACHED
 _DETACHED = NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED
-
-# Prints the nodes that it may open, whenever they change.
-_WATCHING = """
-import os, time
-last = None
-while True:
-    here = os.environ['PUHUI_CAPS']
-    now = [name for name in sorted(os.listdir(here)) if os.access(here + '/' + name, os.R_OK)]
-    if now != last:
-        print(*now, flush=True)
-        last = now
-    time.sleep(.005)
-"""
 
 # Opens every node that it sees, says what it read, and keeps them open until it is told to let go, and then waits.
 _HOLDING = """
@@ -91,39 +67,6 @@ time.sleep(60)
 """
 
 
-def caps(*slices: Slice, minor: int = 0) -> str:
-    """Returns the names of the nodes of slices of one GPU, as a container lists them."""
-    numbers = []
-    for one in slices:
-        gi = 3 + 135 * minor + 9 * one.gpu_instance_id
-        numbers += [gi, gi + 1 + one.compute_instance_id]
-    return " ".join(sorted(f"nvidia-cap{number}" for number in numbers))
-
-
-class Watched:
-    """A container that says what it sees."""
-
-    def __init__(self, node: Node, owner: AttemptRef) -> None:
-        self._chunks = node.follow(owner)
-        self._lines: list[str] = []
-        self._rest = ""
-
-    async def sees(self, line: str) -> None:
-        """Waits until it says exactly this, from where the last wait ended."""
-        while True:
-            while self._lines:
-                if self._lines.pop(0) == line:
-                    return
-            chunk = await anext(self._chunks)
-            *self._lines, self._rest = (self._rest + chunk.data.decode()).split("\n")
-
-
-@contextlib.asynccontextmanager
-async def connected(running: Daemon, centre: str) -> AsyncIterator[Node]:
-    async with open_channel(running.address) as channel:
-        yield Node(channel, centre)
-
-
 async def state_of(node: Node, one: Slice) -> tuple[SliceState.ValueType, str]:
     (found,) = [other for other in await node.slices() if other.uuid == one.uuid]
     return found.state, found.container_id
@@ -136,7 +79,7 @@ def let_go(state: Path, owner: AttemptRef) -> None:
 async def test_each_container_sees_its_own_slices_come_and_go(node: Node, state: Path) -> None:
     ann, bob = node.attempt(), node.attempt()
     mine, yours = await node.cut(ann, start=0), await node.cut(bob, "2g.20gb", start=2)
-    first, second = await node.start(ann, _WATCHING), await node.start(bob, _WATCHING)
+    first, second = await node.start(ann, WATCHING), await node.start(bob, WATCHING)
     one, two = Watched(node, ann), Watched(node, bob)
     await one.sees("")
     await two.sees("")
@@ -184,7 +127,7 @@ async def test_each_container_sees_its_own_slices_come_and_go(node: Node, state:
 async def test_slices_of_two_gpus_and_from_the_start(node: Node) -> None:
     owner = node.attempt()
     first = await node.cut(owner, start=0)
-    container = await node.start(owner, _WATCHING, slices=[first])
+    container = await node.start(owner, WATCHING, slices=[first])
     watched = Watched(node, owner)
     await watched.sees(caps(first))
     inventory = await node.inventory()
@@ -225,7 +168,7 @@ async def test_a_slice_that_is_held_is_not_detached_and_the_holder_is_named(node
 async def test_a_holder_outside_the_container_does_not_keep_a_slice_in_it(node: Node, state: Path) -> None:
     owner = node.attempt()
     one = await node.cut(owner)
-    await node.start(owner, _WATCHING, slices=[one])
+    await node.start(owner, WATCHING, slices=[one])
     watched = Watched(node, owner)
     await watched.sees(caps(one))
     with (state / "emulation" / "caps" / caps(one).split()[0]).open():
@@ -249,7 +192,7 @@ async def test_what_cannot_be_attached_is_refused_in_words(node: Node) -> None:
         await node.attach(owner, one)
     with refused(grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND"):
         await node.detach(owner, one)
-    container = await node.start(owner, _WATCHING)
+    container = await node.start(owner, WATCHING)
     with refused(_FAILED, "SLICE_NOT_FOUND"):
         await node.attach(owner, foreign)
     with refused(_FAILED, "SLICE_NOT_FOUND"):
@@ -267,163 +210,3 @@ async def test_what_cannot_be_attached_is_refused_in_words(node: Node) -> None:
     for change in (node.attach, node.detach):
         with refused(_FAILED, "CONTAINER_NOT_RUNNING"):
             await change(owner, one)
-
-
-def mounters(daemon: Daemon) -> list[int]:
-    """Returns the processes of a daemon that mount nodes into containers."""
-    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"hotplug_mounter.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-async def test_the_mounter_has_no_rights_and_is_started_again_when_it_dies(start: Start) -> None:
-    with start() as running:
-        async with connected(running, new_id("centre")) as node:
-            owner = node.attempt()
-            one, two = await node.cut(owner, start=0), await node.cut(owner, start=1, name="two")
-            await node.start(owner, _WATCHING)
-            watched = Watched(node, owner)
-            await node.attach(owner, one)
-            await watched.sees(caps(one))
-            (mounter,) = mounters(running)
-            status = dict(
-                line.split(":\t", 1)
-                for line in Path(f"/proc/{mounter}/status").read_text().splitlines()
-                if ":\t" in line
-            )
-            assert {status[name] for name in ("CapPrm", "CapEff", "CapInh")} == {"0" * 16}
-            assert status["NoNewPrivs"] == "1"
-            assert "0" not in status["Uid"].split()
-            os.kill(mounter, signal.SIGKILL)
-            await node.attach(owner, two)
-            await watched.sees(caps(one, two))
-            (second,) = mounters(running)
-            assert second != mounter
-            await node.detach(owner, one)
-            await watched.sees(caps(two))
-            await node.clear()
-        process = os.pidfd_open(second)
-        running.kill()
-        # It ends with the daemon, however that ends.
-        await ended(process)
-
-
-def seen(container: Container) -> set[str]:
-    """Returns the nodes that a living container sees, as the kernel shows its files."""
-    here = Path(f"/proc/{container.pid}/root/dev/nvidia-caps")
-    return {entry.name for entry in here.iterdir() if entry.stat().st_mode & 0o444}
-
-
-async def test_after_a_crash_in_the_middle_containers_see_what_the_daemon_says(start: Start) -> None:
-    centre = new_id("centre")
-    chance = random.Random(3)
-    owners: list[AttemptRef] = []
-    slices: dict[str, list[Slice]] = {}
-    changes = 0
-
-    async def change(node: Node, owner: AttemptRef, running: Daemon, last: int) -> None:
-        """Attaches and detaches until the daemon is gone; kills it after so many changes of anybody."""
-        nonlocal changes
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            while True:
-                await chance.choice((node.attach, node.detach))(owner, chance.choice(slices[owner.job_id]))
-                changes += 1
-                if changes == last:
-                    running.kill()
-
-    for number in range(5):
-        with start() as running:
-            async with connected(running, centre) as node:
-                if number == 0:
-                    owners = [node.attempt(), node.attempt()]
-                    for at, owner in enumerate(owners):
-                        slices[owner.job_id] = [await node.cut(owner, start=2 * at + n, name=str(n)) for n in (0, 1)]
-                        await node.start(owner, _WATCHING)
-                containers = await node.containers()
-                assert len(containers) == len(owners)
-                for container in containers:
-                    mine = slices[container.owner.job_id]
-                    attached = [one for one in mine if one.uuid in container.slice_uuids]
-                    assert seen(container) == set(caps(*attached).split())
-                if number == 4:
-                    await node.clear()
-                    return
-                last = changes + chance.randint(5, 30)
-                await asyncio.gather(*(change(node, owner, running, last) for owner in owners))
-
-
-async def test_what_was_meddled_with_while_no_daemon_looked_is_put_right(start: Start, home: Path) -> None:
-    centre = new_id("centre")
-    with start() as running:
-        async with connected(running, centre) as node:
-            owner = node.attempt()
-            one = await node.cut(owner)
-            container = await node.start(owner, _WATCHING)
-            await node.attach(owner, one)
-        running.kill()
-    folder = home / "node" / "attempts" / centre / owner.job_id / "1" / "caps"
-    for file in folder.iterdir():
-        file.unlink()
-    (folder / "nvidia-cap1").touch()
-    assert seen(container) == {"nvidia-cap1"}
-    with start() as running:
-        async with connected(running, centre) as node:
-            assert seen(container) == set(caps(one).split())
-            reasons = [e.reason for e in await told(node, owner)]
-            assert "ATTACHMENTS_RESTORED" in reasons
-            await node.clear()
-
-
-async def told(node: Node, owner: AttemptRef) -> list[NodeEvent]:
-    """Returns what was told of an attempt until now."""
-    marker = node.attempt()
-    await node.cut(marker, start=6)
-    found = []
-    async for event in node.events():
-        if event.owner.job_id == owner.job_id:
-            found.append(event)
-        if event.owner.job_id == marker.job_id:
-            return found
-    raise AssertionError("the event stream ended")
-
-
-@pytest.mark.parametrize("alive", [True, False], ids=["under a running daemon", "while no daemon looked"])
-async def test_a_slice_that_vanishes_vanishes_from_its_container(start: Start, home: Path, alive: bool) -> None:
-    centre = new_id("centre")
-
-    def destroy(one: Slice) -> None:
-        with installed(EmulatedDriver(home / "node" / "emulation", parse_cards(CARDS))):
-            driver = Driver()
-            driver.destroy_compute_instance(one.gpu_uuid, one.gpu_instance_id, one.compute_instance_id)
-            driver.destroy_gpu_instance(one.gpu_uuid, one.gpu_instance_id)
-            driver.close()
-
-    with start() as first:
-        async with connected(first, centre) as node:
-            owner = node.attempt()
-            one, two = await node.cut(owner, start=0), await node.cut(owner, start=1, name="two")
-            container = await node.start(owner, _WATCHING, slices=[one, two])
-            if alive:
-                destroy(one)
-                event = await node.event(owner, _DETACHED)
-        first.kill()
-    if not alive:
-        destroy(one)
-    with start() as second:
-        async with connected(second, centre) as node:
-            event = await node.event(owner, _DETACHED)
-            assert (event.reason, event.slice.uuid) == ("SLICE_VANISHED", one.uuid)
-            assert list(event.container.slice_uuids) == [two.uuid]
-            assert seen(container) == set(caps(two).split())
-            (living,) = await node.containers()
-            assert living.state == ContainerState.CONTAINER_STATE_RUNNING
-            await node.clear()
-
-
-async def ended(process: int) -> None:
-    """Waits for the end of a process, of which this is a descriptor."""
-    over = asyncio.Event()
-    asyncio.get_running_loop().add_reader(process, over.set)
-    async with asyncio.timeout(10):
-        await over.wait()
-    asyncio.get_running_loop().remove_reader(process)
-    os.close(process)
