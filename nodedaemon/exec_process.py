@@ -148,8 +148,10 @@ class ExecProcess:
             if connection is None or self._input_over:
                 return
             # An empty packet is the end of a connection to conmon, read only when the command has taken all before it.
-            await self._send(b"")
+            taken = await self._send(b"")
             self._input_over = True
+            if not taken:
+                return
             await self._hung_up(connection)
             # Conmon 2.1 then closes standard input only if it could always write to the connection (otherwise it looks
             # at memory that it has freed). A fresh one, whose output is taken and thrown away, ends it for certain.
@@ -173,14 +175,16 @@ class ExecProcess:
             finally:
                 loop.remove_reader(hang_ups.fileno())
 
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, data: bytes) -> bool:
+        """Sends, and says whether the keeper took it."""
         connection = self._connect()
         if connection is None or self._input_over:
-            return
+            return False
         try:
             await asyncio.get_running_loop().sock_sendall(connection, data)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:  # it has ended, or takes no more
             self._input_over = True
+        return not self._input_over
 
     def _connect(self, tie: TiedSocket | None = None) -> socket.socket | None:
         if self._attach is not None:

@@ -21,10 +21,10 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from nodedaemon.answers import Mutations
 from nodedaemon.events import EventLog
-from nodedaemon.exec_process import ExecProcess, exit_code, never_began, settle_start
-from nodedaemon.exec_request import first_start, identity, require_sound_input, require_sound_start
+from nodedaemon.exec_process import LOG, ExecProcess, exit_code, never_began, settle_start
+from nodedaemon.exec_request import first_start, identity, require_sound_start
+from nodedaemon.exec_stream import feed, output
 from nodedaemon.journal import ContainerRecord, ContainerStage, ExecRecord, ExecStage, Journal
-from nodedaemon.logs import follow_log
 from nodedaemon.owner import Owner
 from nodedaemon.runtime import ContainerRuntime, ExecSpec
 from nodedaemon.suspension import living_container
@@ -34,7 +34,6 @@ from puhui.rpc.identity import new_id, request_digest
 from puhui.rpc.moment import now
 from puhui.v1.node_pb2 import NodeEventKind
 from puhui.v1.node_service_pb2 import ExecRequest, ExecResponse, ExecStart
-from puhui.v1.stream_pb2 import LogChunk
 
 __all__ = ["Execs"]
 
@@ -43,7 +42,6 @@ _log = structlog.get_logger(__name__)
 _MOST_LIVE = 64
 _KEPT_S = 24 * 3600
 _KILL_S = 20.0
-_HELD_MESSAGES = 4  # of standard input, each up to 1 MiB
 # What the container's own environment may say of slices that are not attached any more.
 _OF_SLICES = ("PUHUI_SLICE_PROFILE", "PUHUI_SLICE_MEMORY_MIB")
 
@@ -121,14 +119,17 @@ class Execs:
             live.process.resize(start.terminal_size.columns, start.terminal_size.rows)
         self._readers[exec_id] = self._readers.get(exec_id, 0) + 1
         try:
-            feeding = self._feed(requests, live, record)
-            async with contextlib.aclosing(self._output(record, start.output_offset, live, feeding)) as output:
-                async for chunk in output:
+            feeding = feed(requests, live.process if live is not None else None, record)
+            ended = live.ended if live is not None else None
+            log = self._folder(record) / LOG
+            reading = output(log, start.output_offset, ended, feeding, self._stopping)
+            async with contextlib.aclosing(reading) as chunks:
+                async for chunk in chunks:
                     yield ExecResponse(output=chunk)
-            ended = self._journal.exec(exec_id) or record
-            if ended.exit_code is None:
+            after = self._journal.exec(exec_id) or record
+            if after.exit_code is None:
                 raise _lost(record)
-            yield ExecResponse(exit_code=ended.exit_code)
+            yield ExecResponse(exit_code=after.exit_code)
         finally:
             self._readers[exec_id] -= 1
             self._left(record)
@@ -154,68 +155,6 @@ class Execs:
             if record is not None:
                 self._left(record)
             raise
-
-    async def _output(
-        self, record: ExecRecord, offset: int, live: _Live | None, feeding: Coroutine[Any, Any, None]
-    ) -> AsyncGenerator[LogChunk, None]:
-        """Yields output until the command has ended, and lets input be fed meanwhile."""
-        ended = live.ended if live is not None else _set_event()
-        log = self._attempts.exec_folder(record.owner, record.id) / "log"
-        output = follow_log(log, offset=offset, tail_lines=0, end=ended)
-        feeder = asyncio.create_task(feeding)
-        stopping = asyncio.create_task(self._stopping.wait())
-        step: asyncio.Future[LogChunk | None] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(anext(output, None))
-                aside = {task for task in (feeder, stopping) if not task.done()}
-                while not step.done():
-                    await asyncio.wait({step, *aside}, return_when=asyncio.FIRST_COMPLETED)
-                    aside = {task for task in aside if not task.done()}
-                    if feeder.done():
-                        feeder.result()
-                    if stopping.done():
-                        raise Refusal(
-                            grpc.StatusCode.UNAVAILABLE,
-                            "DAEMON_STOPPING",
-                            "the daemon is stopping; the command runs on: repeat the start with the same request_id",
-                            retry_after_s=1,
-                        )
-                chunk = step.result()
-                if chunk is None:
-                    return
-                yield chunk
-        finally:
-            tasks = [task for task in (step, feeder, stopping) if task is not None]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await output.aclose()
-
-    async def _feed(self, requests: AsyncIterator[ExecRequest], live: _Live | None, record: ExecRecord) -> None:
-        """Passes input on. Signals and sizes do not wait for input that the command does not take yet."""
-        held: asyncio.Queue[bytes | None] = asyncio.Queue(_HELD_MESSAGES)
-        writing = asyncio.create_task(_write(held, live.process)) if live is not None else None
-        try:
-            async for request in requests:
-                part = require_sound_input(request, tty=record.tty)
-                if live is None or live.ended.is_set():
-                    continue
-                if part == "stdin":
-                    await held.put(request.stdin)
-                elif part == "stdin_closed" and request.stdin_closed:
-                    await held.put(None)
-                elif part == "signal":
-                    live.process.signal(request.signal)
-                elif part == "terminal_size":
-                    live.process.resize(request.terminal_size.columns, request.terminal_size.rows)
-            if live is not None and not record.request_id:
-                await held.put(None)
-            if writing is not None:
-                await held.join()
-        finally:
-            if writing is not None:
-                writing.cancel()
 
     # Starting and ending ----------------------------------------------------------------------------------
 
@@ -413,22 +352,6 @@ class Execs:
 
     def _tell(self, record: ExecRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
         self._events.add(kind, reason, message, owner=record.owner.ref(record.token))
-
-
-async def _write(held: asyncio.Queue[bytes | None], process: ExecProcess) -> None:
-    while True:
-        data = await held.get()
-        if data is None:
-            await process.close_input()
-        else:
-            await process.write(data)
-        held.task_done()
-
-
-def _set_event() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
 
 
 def _without_token(start: ExecStart) -> ExecStart:

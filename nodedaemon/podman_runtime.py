@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-import structlog
 from podman.api.client import APIClient
 
 from nodedaemon.commands import SEARCH_PATH, Found, candidates
 from nodedaemon.exec_process import ExecProcess
 from nodedaemon.frozen import continue_all, processes_in_namespace, stop_all
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
+from nodedaemon.podman_events import container_events
 from nodedaemon.podman_exec import ContainerPlace, PodmanExecs
 from nodedaemon.podman_service import API_VERSION, PodmanService
 from nodedaemon.podman_spec import enforced_limits, spec_generator
@@ -41,8 +40,6 @@ from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
 
 __all__ = ["PodmanRuntime"]
-
-_log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -249,7 +246,7 @@ class PodmanRuntime:
             # Whoever reads must look for what happened while nobody listened.
             yield None
             with contextlib.suppress(Refusal):
-                async for event in self._events():
+                async for event in container_events(self._service.url, self._node_id):
                     container_id = str(event["Actor"]["ID"])
                     if event["Action"] == "remove":
                         yield ContainerGone(container_id)
@@ -259,37 +256,6 @@ class PodmanRuntime:
                     killed = code == _KILLED and await self._was_out_of_memory(container_id)
                     yield ContainerExit(container_id, code, killed, event["timeNano"] / 1e9)
             await asyncio.sleep(0.2)
-
-    async def _events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields what Podman tells of containers whose command has ended, until the stream breaks."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        client = APIClient(self._service.url, version=API_VERSION)
-        filters = {"label": [f"puhui.node={self._node_id}"], "event": ["died", "remove"], "type": ["container"]}
-        stream: list[Any] = []
-
-        def read() -> None:
-            try:
-                answer = client.get("/events", params={"stream": "true", "filters": json.dumps(filters)}, stream=True)
-                stream.append(answer)
-                for line in answer.iter_lines(chunk_size=1):
-                    if line:
-                        loop.call_soon_threadsafe(queue.put_nowait, json.loads(line))
-            except (OSError, ValueError) as error:
-                _log.debug("event stream of podman ended", error=str(error))
-            finally:
-                client.close()
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                    loop.call_soon_threadsafe(queue.put_nowait, None)
-
-        # A thread of its own: the pool's are for what ends.
-        threading.Thread(target=read, name="podman-events", daemon=True).start()
-        try:
-            while (event := await queue.get()) is not None:
-                yield event
-        finally:
-            for answer in stream:
-                _hang_up(answer)
 
     async def _was_out_of_memory(self, container_id: str) -> bool:
         answer = await self._call("GET", f"/containers/{container_id}/json")
@@ -360,14 +326,6 @@ class PodmanRuntime:
 
     async def _on_thread(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-
-
-def _hang_up(answer: Any) -> None:
-    """Ends a stream under its reader. Closing it would wait for the reader, which waits for the next event."""
-    connection = answer.raw.connection
-    if connection is not None and connection.sock is not None:
-        with contextlib.suppress(OSError):  # it has ended by itself
-            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _status(entry: dict[str, Any]) -> ContainerStatus:
