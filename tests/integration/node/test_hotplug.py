@@ -10,7 +10,9 @@ import pytest
 
 from puhui.v1.card_pb2 import AttemptRef, Slice, SliceState
 from puhui.v1.node_pb2 import ContainerState, NodeEventKind
+from puhui.v1.node_service_pb2 import ResumeContainerRequest, SuspendContainerRequest
 from tests.integration.node.client import Node, refused
+from tests.integration.node.exec_call import Exec, run
 from tests.integration.node.watched import WATCHING, Watched, caps, told
 
 pytestmark = pytest.mark.podman
@@ -210,3 +212,42 @@ async def test_what_cannot_be_attached_is_refused_in_words(node: Node) -> None:
     for change in (node.attach, node.detach):
         with refused(_FAILED, "CONTAINER_NOT_RUNNING"):
             await change(owner, one)
+
+
+async def test_a_command_beside_is_given_what_is_attached_and_holds_what_it_opens(node: Node) -> None:
+    owner = node.attempt()
+    one = await node.cut(owner)
+    container = await node.start(owner, WATCHING)
+    look = ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES:$(ls $PUHUI_CAPS | xargs)"]
+    assert (await run(node, owner, *look)).output == b":\n"
+    await node.attach(owner, one)
+    assert (await run(node, owner, *look)).output.decode() == f"{one.uuid}:{caps(one)}\n"
+    hold = f"exec 3< $PUHUI_CAPS/{caps(one).split()[0]}; echo holds; cat"
+    async with Exec(node, owner, ["sh", "-c", hold]) as call:
+        await call.until(b"holds\n")
+        with refused(_FAILED, "SLICE_IN_USE") as refusal:
+            await node.detach(owner, one)
+        assert "holds; cat" in refusal.message
+        assert f"in container {container.id[:12]}" in refusal.message
+        await call.send(stdin_closed=True)
+        await call.rest()
+    await node.detach(owner, one)
+    assert (await run(node, owner, *look)).output == b":\n"
+
+
+async def test_a_frozen_container_can_be_given_slices_too(node: Node) -> None:
+    owner = node.attempt()
+    one = await node.cut(owner)
+    container = await node.start(owner, WATCHING)
+    watched = Watched(node, owner)
+    await watched.sees("")
+    await node.stub.SuspendContainer(SuspendContainerRequest(owner=owner), timeout=30)
+    attached = await node.attach(owner, one)
+    assert attached.state == ContainerState.CONTAINER_STATE_SUSPENDED
+    assert await state_of(node, one) == (SliceState.SLICE_STATE_ACTIVE, container.id)
+    await node.stub.ResumeContainer(ResumeContainerRequest(owner=owner), timeout=30)
+    await watched.sees(caps(one))
+    await node.stub.SuspendContainer(SuspendContainerRequest(owner=owner), timeout=30)
+    await node.detach(owner, one)
+    await node.stub.ResumeContainer(ResumeContainerRequest(owner=owner), timeout=30)
+    await watched.sees("")
