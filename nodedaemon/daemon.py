@@ -115,6 +115,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             gpus = Gpus(driver, emulated=cards.emulated)
         except DriverError as error:
             raise CannotServeError(f"the NVIDIA driver does not list its GPUs ({error}); see `nvidia-smi`") from error
+        stack.callback(gpus.close)
         slices = Slices(gpus, journal, events, changed=revision.grow)
         inventory = Inventory(settings.name, node_id, gpus, slices, runtime, revision)
         bundles = Bundles(settings.state / "bundles")

@@ -129,6 +129,10 @@ class Driver:
             self._profiles[gpu_uuid] = tuple(self._read_profiles(self._handle(gpu_uuid)))
         return self._profiles[gpu_uuid]
 
+    def known_profiles(self, gpu_uuid: str) -> tuple[ProfileFacts, ...] | None:
+        """Returns the profiles that the GPU offers, if it was asked for them before; the driver is not asked."""
+        return self._profiles.get(gpu_uuid)
+
     def _read_profiles(self, handle: Any) -> Iterator[ProfileFacts]:
         for number in range(pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT):
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import structlog
 from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts
 from nodedaemon.holders import Holder, holder
+from nodedaemon.threads import Worker, on_thread
 from puhui.rpc.errors import Refusal
 
 __all__ = ["Gpus", "Listing"]
@@ -63,6 +63,7 @@ class Gpus:
         self._patience_s = patience_s
         self._hanging: dict[int, Future[GpuFacts]] = {}
         self._reads: dict[str, asyncio.Future[Any]] = {}
+        self._workers: dict[tuple[str, str], Worker] = {}
         found = self._survey()
         self._facts = {gpu.uuid: gpu for gpu in found if gpu.uuid}
         # A GPU that does not even tell its UUID may be any.
@@ -77,7 +78,11 @@ class Gpus:
         for index in range(self.driver.count()):
             hanging = self._hanging.pop(index, None)
             # One thread at most is ever caught in one GPU.
-            asked[index] = hanging if hanging and not hanging.done() else _on_thread(self.driver.gpu, index)
+            asked[index] = (
+                hanging
+                if hanging and not hanging.done()
+                else on_thread(partial(self.driver.gpu, index), f"gpu-{index}")
+            )
         found = []
         for index, facts in asked.items():
             try:
@@ -153,7 +158,9 @@ class Gpus:
                 f"`nvidia-smi -i {gpu.index} -mig 1`",
                 gpu_uuid=gpu.uuid,
             )
-        profiles = await self.ask(gpu, self.driver.profiles, gpu.uuid)
+        profiles = self.driver.known_profiles(gpu.uuid)
+        if profiles is None:
+            profiles = await self.read(gpu, partial(self.driver.profiles, gpu.uuid))
         for profile in profiles:
             if profile.name == name:
                 return profile
@@ -213,7 +220,7 @@ class Gpus:
         caught = self._reads.get(gpu.uuid)
         if caught is None or caught.done():
             caught = None
-            answer = asyncio.ensure_future(self.ask(gpu, call))
+            answer = self._worker(gpu, "read").run(partial(_translated, f"GPU {gpu.index}", call))
             done, _ = await asyncio.wait([answer], timeout=self._patience_s)
             if done:
                 return answer.result()
@@ -230,7 +237,20 @@ class Gpus:
             Refusal: FAILED_PRECONDITION with PLACEMENT_TAKEN or SLICE_IN_USE; PERMISSION_DENIED with
                 DRIVER_PERMISSION; INTERNAL with DRIVER_REFUSED.
         """
-        return await asyncio.to_thread(_translated, f"GPU {gpu.index}", call, *arguments)
+        return await self._worker(gpu, "change").run(partial(_translated, f"GPU {gpu.index}", call, *arguments))
+
+    def _worker(self, gpu: GpuFacts, use: str) -> Worker:
+        """Returns the thread for one use of one GPU: a call that hangs there holds up no other GPU, and no reading."""
+        key = gpu.uuid, use
+        if key not in self._workers:
+            self._workers[key] = Worker(f"gpu-{gpu.index}-{use}")
+        return self._workers[key]
+
+    def close(self) -> None:
+        """Ends the threads, but for what hangs."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
 
 
 def _silent(gpu: GpuFacts) -> Refusal:
@@ -268,17 +288,3 @@ def _translated(where: str, call: Callable[..., _T], *arguments: Any) -> _T:
             nvml_call=error.call,
             nvml_code=str(error.code),
         ) from error
-
-
-def _on_thread(call: Callable[[int], GpuFacts], index: int) -> Future[GpuFacts]:
-    """Runs a call on a thread of its own, which a process that ends does not wait for."""
-    answer: Future[GpuFacts] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(call(index))
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
-            answer.set_exception(error)
-
-    threading.Thread(target=run, name=f"gpu-{index}", daemon=True).start()
-    return answer

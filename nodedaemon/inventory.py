@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from dataclasses import replace
+from functools import partial
 
 from nodedaemon.driver_facts import GpuFacts, Mig
 from nodedaemon.gpus import Gpus
@@ -92,7 +93,7 @@ class Inventory:
         profiles: list[Profile] = []
         if gpu.mig is Mig.ENABLED:
             try:
-                profiles = await self._gpus.ask(gpu, self._profiles, gpu)
+                profiles = await self._gpus.read(gpu, partial(self._profiles, gpu))
             except Refusal as error:
                 gpu = replace(gpu, mig=Mig.UNKNOWN, notice=error.message)
         return Gpu(

@@ -38,6 +38,7 @@ class Life:
 
     doom: Doom
     journal: MortalJournal
+    gpus: Gpus
     slices: Slices
     containers: Containers
     attachments: Attachments
@@ -121,7 +122,7 @@ class World:
         await recovery.run()
         await attachments.restore()
         watching = asyncio.create_task(containers.ends.watch())
-        return Life(doom, journal, slices, containers, attachments, recovery, watching)
+        return Life(doom, journal, gpus, slices, containers, attachments, recovery, watching)
 
     def do(self, act: Callable[[Life], Awaitable[T]], *, lines: int | None = None) -> T | None:
         """Has the daemon do something.
@@ -161,6 +162,7 @@ class World:
         """Ends the daemon, and what is left of it in this process."""
         life = self.life
         life.die()
+        life.gpus.close()
 
         async def bury() -> None:
             life.watching.cancel()
