@@ -49,11 +49,11 @@ _SETTLE_PAUSE_S = 0.05
 
 
 class TiedSocket:
-    """Keeps a connection to `attach` open for as long as the keeper lives, whatever becomes of the daemon.
+    """Keeps what the daemon has open to a keeper open for as long as the keeper lives, whatever becomes of the daemon.
 
-    The keeper takes the end of its only connection for the end of standard input. So it inherits one end of a pair of
-    sockets that it never reads, and the daemon sends the connection through the other: while the keeper lives, the
-    kernel holds the connection there.
+    The keeper takes the end of its only connection to `attach` for the end of standard input, and conmon gives up when
+    it cannot tell of the start. So it inherits one end of a pair of sockets that it never reads, and the daemon sends
+    the descriptors through the other: while the keeper lives, the kernel holds them there.
     """
 
     def __init__(self) -> None:
@@ -64,9 +64,9 @@ class TiedSocket:
         """Descriptor that the keeper must inherit."""
         return self._keepers.fileno()
 
-    def hold(self, connection: socket.socket) -> None:
-        """Keeps a connection open."""
-        socket.send_fds(self._ours, [b"x"], [connection.fileno()])
+    def hold(self, descriptor: int) -> None:
+        """Keeps open what a descriptor of this process refers to."""
+        socket.send_fds(self._ours, [b"x"], [descriptor])
 
     def close(self) -> None:
         """Closes this process's ends."""
@@ -193,7 +193,7 @@ class ExecProcess:
         if connection is None:
             return None
         if tie is not None:
-            tie.hold(connection)
+            tie.hold(connection.fileno())
         # Output is read from the log. Nobody reads it here, so the keeper must not wait for anybody to.
         connection.shutdown(socket.SHUT_RD)
         self._attach = connection

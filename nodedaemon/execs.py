@@ -308,7 +308,9 @@ class Execs:
                 self._discard(record)
                 told.append((record, f"{record.id} had not begun"))
                 continue
-            record = self._journal.put_exec(replace(record, stage=ExecStage.RUNNING))
+            if record.stage is ExecStage.STARTING:
+                record = self._journal.put_exec(replace(record, stage=ExecStage.RUNNING))
+                self._tell(record, NodeEventKind.NODE_EVENT_KIND_EXEC_STARTED, "EXEC_STARTED", f"{record.id} runs")
             told.append((record, f"{record.id} ran on without the daemon"))
             self._watch(record, process)
             self._left(record)

@@ -148,6 +148,7 @@ class PodmanExecs:
     async def _launch(self, place: ContainerPlace, spec: ExecSpec, tie: TiedSocket) -> tuple[dict[str, Any], str]:
         """Returns what conmon answered on its pipe, and what it said besides."""
         ours, conmons = os.pipe()
+        tie.hold(ours)
         try:
             # A file, because conmon keeps it open, and a pipe would be waited for.
             with (spec.folder / _SAID).open("wb") as said:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -307,6 +308,37 @@ async def test_a_command_outlives_a_killed_daemon_with_its_input_and_all_its_out
                 assert again.exit_code == 9
             lines = [*range(20000), *range(3)]
             assert call.output + rest == b"ready\n" + b"".join(b"%d\n" % n for n in lines) + b"end of input\n"
+            await node.clear()
+
+
+async def test_a_command_runs_once_however_often_the_daemon_is_killed_as_it_starts(start: Start) -> None:
+    centre, chance = new_id("centre"), random.Random(7)
+    owner: AttemptRef | None = None
+    names: list[str] = []
+    for life in range(7):
+        with start() as running:
+            async with connected(running, centre) as node:
+                owner = owner or await living(node)
+                for name in names:
+                    script = f"echo {name} >> /workspace/ran; echo {name}; exit 3"
+                    call = await run(node, owner, "sh", "-c", script, request_id=name)
+                    assert (call.output.decode(), call.exit_code) == (f"{name}\n", 3), call.errors
+                if life == 6:
+                    break
+                names = [f"{life}-{number}" for number in range(4)]
+                scripts = [f"echo {name} >> /workspace/ran; echo {name}; exit 3" for name in names]
+                calls = [
+                    asyncio.create_task(run(node, owner, "sh", "-c", script, request_id=name))
+                    for name, script in zip(names, scripts, strict=True)
+                ]
+                await asyncio.wait(calls, timeout=chance.uniform(0, 0.16))
+                running.kill()
+                await asyncio.gather(*calls, return_exceptions=True)
+    with start() as running:
+        async with connected(running, centre) as node:
+            assert owner is not None
+            ran = (await run(node, owner, "cat", "/workspace/ran")).output.decode().split()
+            assert sorted(ran) == [f"{life}-{number}" for life in range(6) for number in range(4)]
             await node.clear()
 
 
