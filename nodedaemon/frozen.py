@@ -61,7 +61,7 @@ async def stop_all(find: Callable[[], Iterable[Process]]) -> None:
     deadline = asyncio.get_running_loop().time() + _LIMIT_S
     pause, quiet = _FIRST_PAUSE_S, 0
     while quiet < 2:
-        running = [process for process in await asyncio.to_thread(find) if _state(process) not in _PAST]
+        running = await asyncio.to_thread(lambda: _running(find()))
         for process in running:
             _send(process, signal.SIGSTOP)
         quiet = 0 if running else quiet + 1
@@ -77,6 +77,18 @@ async def stop_all(find: Callable[[], Iterable[Process]]) -> None:
         # Nothing tells of the stop of a process that is not one's child.
         await asyncio.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+
+def _running(processes: Iterable[Process]) -> list[Process]:
+    """Returns those that are not stopped."""
+    states = {process: _state(process) for process in processes}
+    parents = {parent for state, parent in states.values() if state == "T"}
+    # Who has started a process with vfork cannot run before that one does, and so waits (D) for one that is stopped.
+    return [
+        process
+        for process, (state, _) in states.items()
+        if state not in _PAST and not (state == "D" and str(process[0]) in parents)
+    ]
 
 
 def continue_all(processes: Iterable[Process]) -> None:
@@ -110,9 +122,10 @@ def _start_time(process: int) -> str | None:
     return fields[21] if fields else None
 
 
-def _state(process: Process) -> str:
+def _state(process: Process) -> tuple[str, str]:
+    """Returns the state of a process, and its parent's id."""
     fields = _stat(str(process[0]))
-    return fields[2] if fields and fields[21] == process[1] else "X"
+    return (fields[2], fields[3]) if fields and fields[21] == process[1] else ("X", "")
 
 
 def _stats() -> Iterator[list[str]]:

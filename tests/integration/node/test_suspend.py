@@ -62,7 +62,7 @@ async def test_every_process_stops_and_goes_on(node: Node) -> None:
         assert frozen.state == ContainerState.CONTAINER_STATE_SUSPENDED
         seen = states(container)
         assert len(seen) >= 6
-        assert set(seen) <= {"T", "Z"}
+        assert set(seen) <= {"T", "Z", "D"}
         assert (await suspend(node, owner)).state == ContainerState.CONTAINER_STATE_SUSPENDED
         with refused(grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_SUSPENDED"):
             await run(node, owner, "true")
@@ -140,7 +140,7 @@ async def test_a_suspended_container_stays_so_over_a_killed_daemon(start: Start)
         async with connected(second, centre) as node:
             (adopted,) = await node.containers()
             assert adopted.state == ContainerState.CONTAINER_STATE_SUSPENDED
-            assert set(states(container)) <= {"T", "Z"}
+            assert set(states(container)) <= {"T", "Z", "D"}
             assert (await resume(node, owner)).state == ContainerState.CONTAINER_STATE_RUNNING
             assert (await run(node, owner, "true")).exit_code == 0
             await node.clear()
