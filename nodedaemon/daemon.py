@@ -17,6 +17,7 @@ import structlog
 from nodedaemon.answers import Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
+from nodedaemon.cgroups import CgroupTree, claim
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
@@ -39,6 +40,7 @@ from nodedaemon.registration import Registration
 from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.service import NodeService
+from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slices import Slices
 from nodedaemon.telemetry import Telemetry
 from nodedaemon.utilization_meter import DriverMeter
@@ -129,7 +131,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
         telemetry = Telemetry(gpus, DriverMeter())
-        recovery = Recovery(journal, events, gpus, slices, containers, runtime, revision)
+        slice_recovery = SliceRecovery(journal, events, gpus, slices, revision)
+        recovery = Recovery(journal, events, containers, runtime, slice_recovery)
         try:
             await recovery.run()
             await attachments.restore()
@@ -145,7 +148,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         stack.push_async_callback(containers.execs.close)
         await stack.enter_async_context(_background(_prune(journal, containers.execs), stop))
-        await stack.enter_async_context(_background(recovery.keep(), stop))
+        await stack.enter_async_context(_background(slice_recovery.keep(), stop))
         await stack.enter_async_context(_background(telemetry.run(), stop))
         try:
             port = await server.start()
@@ -203,7 +206,9 @@ async def _open_runtime(settings: Settings, node_id: str, emulated: bool) -> tup
             account = PodmanAccount.find(settings.podman_user)
             _open_state(settings.state, account)
             account.require_reach(settings.state.resolve())
-            runtime = await PodmanRuntime.open(account, node_id)
+            # First: what is started from here on is in the cgroup where it is to be.
+            cgroup = claim(account.layout, account.uid, account.gid, account.name, CgroupTree())
+            runtime = await PodmanRuntime.open(account, node_id, cgroup)
             return runtime, ProcessUser(account.name, account.uid, account.gid)
         except PodmanUnusableError as error:
             if settings.runtime == "podman" or not emulated:

@@ -21,6 +21,7 @@ __all__ = ["Driver"]
 _NO_SUCH_INSTANCE = (pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_INVALID_ARGUMENT)
 # Ids seen on hardware end at 14; a later architecture may go on.
 _GPU_INSTANCE_IDS = 32
+_COMPUTE_INSTANCE_IDS = 8
 _MIG_DEVICES = 64
 
 
@@ -327,14 +328,21 @@ class Driver:
         )
 
     def has_compute_instance(self, gpu_uuid: str, gi: int) -> bool:
-        """Says whether a GPU instance has a compute instance, of whichever width.
+        """Says whether a GPU instance has a compute instance, by asking for every id there can be.
 
         Raises:
             DriverError: NOT_FOUND, there is no such GPU instance.
         """
         handle = self._gpu_instance(gpu_uuid, gi)
-        profile = self._profile(gpu_uuid, int(_ask(pynvml.nvmlGpuInstanceGetInfo, handle).profileId))
-        return bool(self._compute_instances(gpu_uuid, profile, handle))
+        for ci in range(_COMPUTE_INSTANCE_IDS):
+            try:
+                _ask(pynvml.nvmlGpuInstanceGetComputeInstanceById, handle, ci)
+            except DriverError as error:
+                if error.code not in _NO_SUCH_INSTANCE:
+                    raise
+            else:
+                return True
+        return False
 
     def destroy_compute_instance(self, gpu_uuid: str, gi: int, ci: int) -> None:
         """Destroys a compute instance.

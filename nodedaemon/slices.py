@@ -14,8 +14,7 @@ import grpc
 import structlog
 
 from nodedaemon.descriptions import describe_foreign, describe_slice
-from nodedaemon.driver import Driver
-from nodedaemon.driver_facts import ComputeInstance, GpuFacts, GpuInstance, Mig, ProfileFacts, Span
+from nodedaemon.driver_facts import GpuFacts, GpuInstance, Mig, ProfileFacts, Span
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.holders import Holder
@@ -23,6 +22,7 @@ from nodedaemon.host import boot_id
 from nodedaemon.journal import Journal, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import is_same
+from nodedaemon.slice_calls import fill, find, in_the_way, remove, whole
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1.card_pb2 import Slice
@@ -109,7 +109,7 @@ class Slices:
                 return self.describe(await self._make(gpu, profile, record))
 
     async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
-        for really in await self._gpus.ask(gpu, _in_the_way, self._gpus.driver, gpu.uuid, span):
+        for really in await self._gpus.ask(gpu, in_the_way, self._gpus.driver, gpu.uuid, span):
             mine = next((r for r in self._journal.slices() if is_same(r, really)), None)
             if mine is not None and mine.stage is SliceStage.ERROR and not mine.uuid:
                 # The rest of a slice that nobody was ever given; perhaps it can be removed by now.
@@ -170,10 +170,10 @@ class Slices:
     async def _complete(self, gpu: GpuFacts, record: SliceRecord, compute_slices: int, *, new: bool) -> SliceRecord:
         """Gives a GPU instance its full-width compute instance, and believes only what the driver then lists."""
         gi = _given(record.gi)
-        instance = await self._gpus.ask(gpu, _fill, self._gpus.driver, record, compute_slices, new)
+        instance = await self._gpus.ask(gpu, fill, self._gpus.driver, record, compute_slices, new)
         deadline = time.monotonic() + _VERIFY_S
         pause = _FIRST_RETRY_S
-        while (whole := _whole(instance, record, compute_slices)) is None:
+        while (compute := whole(instance, record, compute_slices)) is None:
             if time.monotonic() > deadline:
                 raise Refusal(
                     grpc.StatusCode.INTERNAL,
@@ -184,7 +184,7 @@ class Slices:
             await asyncio.sleep(pause)  # its lists may lag behind
             pause *= 2
             instance = await self._gpus.ask(gpu, self._gpus.driver.instance, gpu.uuid, gi)
-        record = replace(record, ci=whole.id, uuid=whole.uuid, stage=SliceStage.ACTIVE, notice="")
+        record = replace(record, ci=compute.id, uuid=compute.uuid, stage=SliceStage.ACTIVE, notice="")
         kind = NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED
         if new:
             return self._keep(record, kind, "SLICE_CREATED", "made slice {slice}")
@@ -263,7 +263,7 @@ class Slices:
         return all(one.id != record.id for one in self._journal.slices())
 
     async def _remove(self, gpu: GpuFacts, record: SliceRecord) -> None:
-        await self._gpus.ask(gpu, _remove, self._gpus.driver, record)
+        await self._gpus.ask(gpu, remove, self._gpus.driver, record)
 
     async def _holders(self, gpu: GpuFacts, record: SliceRecord) -> list[Holder]:
         try:
@@ -331,7 +331,7 @@ class Slices:
         return found, doubtful
 
     def _find(self, record: SliceRecord) -> GpuInstance | None:
-        return _find(self._gpus.driver, record)
+        return find(self._gpus.driver, record)
 
     async def foreign(self) -> set[tuple[str, int]]:
         """Returns (GPU UUID, GPU instance id) of every listed slice that this daemon did not make."""
@@ -469,50 +469,6 @@ class Slices:
 
 async def _nobody_cares(_: SliceRecord) -> None:
     """Stands for the containers where there are none."""
-
-
-def _in_the_way(driver: Driver, gpu_uuid: str, span: Span) -> list[GpuInstance]:
-    """Returns the GPU instances that want a memory slice of a place, whoever made them."""
-    listed = [one for one in driver.instances(gpu_uuid, compute=False) if one.span.overlaps(span)]
-    # The list may lag behind; what is asked for by its id does not.
-    really = [driver.instance(gpu_uuid, one.id) for one in listed]
-    return [one for one in really if one is not None and one.span.overlaps(span)]
-
-
-def _fill(driver: Driver, record: SliceRecord, compute_slices: int, new: bool) -> GpuInstance | None:
-    """Gives a GPU instance its full-width compute instance, and returns what the driver lists then."""
-    gi = _given(record.gi)
-    # One that is not new may have been given its compute instance just before the daemon died.
-    if new or not driver.has_compute_instance(record.gpu_uuid, gi):
-        driver.create_compute_instance(record.gpu_uuid, gi, compute_slices)
-    return driver.instance(record.gpu_uuid, gi)
-
-
-def _find(driver: Driver, record: SliceRecord) -> GpuInstance | None:
-    """Returns the GPU instance of a record, asked for by id, or None: it is not there, or what is there is not ours."""
-    if record.gi is None:
-        found = driver.instance_at(record.gpu_uuid, record.profile_id, record.span)
-    else:
-        found = driver.instance(record.gpu_uuid, record.gi)
-    return found if found is not None and is_same(record, found) else None
-
-
-def _remove(driver: Driver, record: SliceRecord) -> None:
-    """Takes away what there is of a slice."""
-    instance = _find(driver, record)
-    if instance is None:
-        return  # somebody else was quicker
-    for compute in instance.compute_instances:
-        driver.destroy_compute_instance(record.gpu_uuid, instance.id, compute.id)
-    driver.destroy_gpu_instance(record.gpu_uuid, instance.id)
-
-
-def _whole(instance: GpuInstance | None, record: SliceRecord, compute_slices: int) -> ComputeInstance | None:
-    """Returns the full-width compute instance of a slice, when instance and compute instance are as they should be."""
-    if instance is None or instance.span != record.span or len(instance.compute_instances) != 1:
-        return None
-    (compute,) = instance.compute_instances
-    return compute if compute.compute_slices == compute_slices and compute.uuid else None
 
 
 def _given(number: int | None) -> int:

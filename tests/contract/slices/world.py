@@ -23,6 +23,7 @@ from nodedaemon.gpus import Gpus
 from nodedaemon.journal import SliceRecord
 from nodedaemon.owner import Owner
 from nodedaemon.recovery import Recovery
+from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.v1.node_pb2 import NodeEvent, NodeEventKind, RuntimeKind
@@ -42,7 +43,7 @@ class Life:
     slices: Slices
     containers: Containers
     attachments: Attachments
-    recovery: Recovery
+    recovery: SliceRecovery
     watching: asyncio.Task[None]
 
     def die(self) -> None:
@@ -118,8 +119,8 @@ class World:
         attachments = Attachments(journal, events, gpus, slices, attempts, cards, plug, kind, changed=lambda: None)
         slices.on_vanished = attachments.let_go
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image", attachments)
-        recovery = Recovery(journal, events, gpus, slices, containers, runtime, boot=boot)
-        await recovery.run()
+        recovery = SliceRecovery(journal, events, gpus, slices, boot=boot)
+        await Recovery(journal, events, containers, runtime, recovery).run()
         await attachments.restore()
         watching = asyncio.create_task(containers.ends.watch())
         return Life(doom, journal, gpus, slices, containers, attachments, recovery, watching)

@@ -29,6 +29,7 @@ from nodedaemon.process_user import ProcessUser
 from nodedaemon.recovery import Recovery
 from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerSpec, ContainerStatus
+from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.rpc.bundle import pack_files
@@ -134,7 +135,7 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image", attachments)
         if fault is not None:
             emulated.faults.inject(*fault)
-        await Recovery(journal, events, gpus, slices, containers, runtime).run()
+        await Recovery(journal, events, containers, runtime, SliceRecovery(journal, events, gpus, slices)).run()
         watching = asyncio.create_task(containers.ends.watch())
         archive = folder / "bundle.tar.gz"
         archive.write_bytes(pack_files({"main.py": b"print('hello')", "wait.py": b"import time; time.sleep(60)"}))

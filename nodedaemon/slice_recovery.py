@@ -1,0 +1,129 @@
+"""Keeps the journal's slices and the driver's in agreement: at a start, and for as long as the daemon runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from nodedaemon.events import EventLog
+from nodedaemon.gpus import Gpus
+from nodedaemon.host import boot_id
+from nodedaemon.inventory import Revision
+from nodedaemon.journal import Journal, SliceRecord, SliceStage
+from nodedaemon.owner import Owner
+from nodedaemon.reconcile import plan_slices
+from nodedaemon.slices import Slices
+from puhui.rpc.errors import Refusal
+from puhui.v1.node_pb2 import NodeEventKind
+
+__all__ = ["SliceRecovery"]
+
+_log = structlog.get_logger(__name__)
+
+_LOOK_S = 2.0
+
+
+@dataclass
+class SliceRecovery:
+    """Carries out what `nodedaemon.reconcile` plans for slices, and tells of every decision.
+
+    Attributes:
+        revision: grows when something changed that this daemon did not do.
+        boot: what tells the host's boot from any other.
+    """
+
+    journal: Journal
+    events: EventLog
+    gpus: Gpus
+    slices: Slices
+    revision: Revision = field(default_factory=Revision)
+    boot: str = field(default_factory=boot_id)
+    _foreign: set[tuple[str, int]] | None = None
+
+    async def run(self) -> None:
+        """Recovers at a start, when the daemon serves nobody yet."""
+        await self._agree(start=True)
+
+    async def keep(self) -> None:
+        """Keeps journal and driver in agreement until cancelled.
+
+        Tries again what could not be destroyed, notices what somebody destroyed by hand, and settles doubts about a GPU
+        once it answers.
+        """
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                await self.look()
+            except (Refusal, OSError) as error:
+                _log.warning("cannot compare the journal with the driver now", error=str(error))
+
+    async def look(self) -> None:
+        """Compares journal and driver once.
+
+        Raises:
+            Refusal: the driver does not answer.
+            OSError: the disk is full.
+        """
+        await self.gpus.refresh()
+        await self._agree(start=False)
+        foreign = await self.slices.foreign()
+        if self._foreign is not None and foreign != self._foreign:
+            self.revision.grow()  # what somebody else made or destroyed changes what there is room for
+        self._foreign = foreign
+
+    async def _agree(self, *, start: bool) -> None:
+        boot = self.boot
+        records = [one for one in self.journal.slices() if not self.slices.in_hand(one)]
+        # No instance survives a boot: there is nothing to doubt about one of an earlier boot.
+        gone = [one for one in records if one.boot_id != boot]
+        instances, doubtful = await self.slices.look([one for one in records if one.boot_id == boot])
+        # What was taken in hand meanwhile is no longer what was looked at.
+        now = {one.id: one for one in self.journal.slices() if not self.slices.in_hand(one)}
+        # Of a GPU that does not answer nothing is known, and so nothing is decided.
+        for one in doubtful:
+            if now.get(one.id) == one:
+                self.slices.keep_in_doubt(one)
+        sure = [one for one in records if one in gone or one not in doubtful]
+        plan = plan_slices([one for one in sure if now.get(one.id) == one], instances, boot)
+        for one, why in plan.drop:
+            await self.slices.drop(one, why)
+        for one in plan.adopt:
+            self.slices.trust(one)
+            if start:
+                self._tell(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
+        # One GPU that is slow holds up its own slices only.
+        by_gpu: dict[str, list[Coroutine[Any, Any, None]]] = defaultdict(list)
+        for one, gi in plan.finish:
+            # At a start its owner is waiting for it, and will ask again; later, its making has failed.
+            by_gpu[one.gpu_uuid].append(self._finish(one, gi) if start else self._take_apart(one))
+        for one in plan.destroy:
+            by_gpu[one.gpu_uuid].append(self._take_apart(one))
+        await asyncio.gather(*(_in_turn(work) for work in by_gpu.values()))
+
+    async def _finish(self, record: SliceRecord, gi: int) -> None:
+        try:
+            await self.slices.finish(record, gi)
+        except Refusal as error:
+            message = f"could not complete {record.profile} at {record.span.start}: {error.message}"
+            self._tell(record.owner, error.reason, message)
+
+    async def _take_apart(self, record: SliceRecord) -> None:
+        if record.stage is SliceStage.ACTIVE:
+            self.journal.forget_answers(record.owner)
+        try:
+            await self.slices.take_apart(record, 0)
+        except Refusal as error:
+            _log.info("a slice stays half destroyed", slice=record.uuid, error=error.message)
+
+    def _tell(self, owner: Owner | None, reason: str, message: str) -> None:
+        self.events.add(NodeEventKind.NODE_EVENT_KIND_RECONCILED, reason, message, owner=owner.ref() if owner else None)
+
+
+async def _in_turn(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    for one in work:
+        await one
