@@ -221,9 +221,9 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Exec(self, request_iterator, context):
-        """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
-        caller that goes away leaves the command running; repeating the start with the same request_id takes its output
-        up again.
+        """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
+        the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
+        again, also after the daemon was killed. Without one it is hung up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

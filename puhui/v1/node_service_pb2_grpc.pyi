@@ -63,9 +63,9 @@ class NodeServiceStub:
     ResumeContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]
     """Thaws a container."""
     Exec: _grpc.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]
-    """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
-    caller that goes away leaves the command running; repeating the start with the same request_id takes its output
-    up again.
+    """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
+    the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
+    again, also after the daemon was killed. Without one it is hung up.
     """
     ReadLogs: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceReadLogsRequest, _node_service_pb2.NodeServiceReadLogsResponse]
     """Output of an attempt's container, from an offset on, live if asked. Works after removal, too."""
@@ -116,9 +116,9 @@ class NodeServiceAsyncStub(NodeServiceStub):
     ResumeContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]  # type: ignore[assignment]
     """Thaws a container."""
     Exec: _aio.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]  # type: ignore[assignment]
-    """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
-    caller that goes away leaves the command running; repeating the start with the same request_id takes its output
-    up again.
+    """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
+    the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
+    again, also after the daemon was killed. Without one it is hung up.
     """
     ReadLogs: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceReadLogsRequest, _node_service_pb2.NodeServiceReadLogsResponse]  # type: ignore[assignment]
     """Output of an attempt's container, from an offset on, live if asked. Works after removal, too."""
@@ -244,9 +244,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_node_service_pb2.ExecRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.ExecResponse], _abc.AsyncIterator[_node_service_pb2.ExecResponse]]:
-        """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. A
-        caller that goes away leaves the command running; repeating the start with the same request_id takes its output
-        up again.
+        """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
+        the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
+        again, also after the daemon was killed. Without one it is hung up.
         """
 
     @_abc_1.abstractmethod
