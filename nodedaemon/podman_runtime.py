@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import structlog
 from podman.api.client import APIClient
 
+from nodedaemon.cgroups import ContainerCgroup
 from nodedaemon.commands import SEARCH_PATH, Found, candidates
 from nodedaemon.exec_process import ExecProcess
 from nodedaemon.frozen import continue_all, processes_in_namespace, stop_all
@@ -40,6 +42,8 @@ from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import Runtime, RuntimeKind
 
 __all__ = ["PodmanRuntime"]
+
+_log = structlog.get_logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -63,28 +67,35 @@ class PodmanRuntime:
     Use `open` to get one.
     """
 
-    def __init__(self, account: PodmanAccount, service: PodmanService, node_id: str, info: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        account: PodmanAccount,
+        service: PodmanService,
+        node_id: str,
+        info: dict[str, Any],
+        cgroup: ContainerCgroup,
+    ) -> None:
         self._account = account
         self._service = service
         self._node_id = node_id
         self._info = info
-        self._limits = enforced_limits(info)
+        self._cgroup = cgroup
+        self._limits = enforced_limits(cgroup.controllers)
         self._network_problem = account.network_problem()
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="podman")
         self._local = threading.local()
         self._known_commands: set[tuple[str, str, str]] = set()
         self._execs = PodmanExecs(account, str(info["host"]["conmon"]["path"]), str(info["host"]["ociRuntime"]["path"]))
         self._places: dict[str, ContainerPlace] = {}
-        # Podman freezes with cgroup v2 only.
-        self._freezer = account.layout == "v2"
 
     @classmethod
-    async def open(cls, account: PodmanAccount, node_id: str) -> PodmanRuntime:
+    async def open(cls, account: PodmanAccount, node_id: str, cgroup: ContainerCgroup) -> PodmanRuntime:
         """Starts the service and asks it what this host can do.
 
         Args:
             account: the user that owns the containers.
             node_id: label of this daemon's containers.
+            cgroup: what containers get of this process's cgroup.
 
         Raises:
             PodmanUnusableError: containers cannot be run here; the text says why.
@@ -106,7 +117,7 @@ class PodmanRuntime:
         except BaseException:
             await service.stop()
             raise
-        return cls(account, service, node_id, info)
+        return cls(account, service, node_id, info, cgroup)
 
     async def create(self, spec: ContainerSpec) -> str:  # noqa: D102 - see ContainerRuntime
         if spec.network and self._network_problem:
@@ -115,7 +126,7 @@ class PodmanRuntime:
                 "NETWORK_UNAVAILABLE",
                 f"containers on this node cannot have a network: {self._network_problem}, and restart the daemon",
             )
-        told = json.dumps(spec_generator(spec, self._node_id, self._limits))
+        told = json.dumps(spec_generator(spec, self._node_id, self._limits, self._cgroup.parent))
         answer = await self._call("POST", "/containers/create", data=told)
         # Older services answer 500 and only say in words that it is the image that is missing.
         if answer.status_code == 404 or (answer.status_code == 500 and _NO_IMAGE in answer.text):
@@ -203,27 +214,31 @@ class PodmanRuntime:
         return place
 
     async def suspend(self, container_id: str) -> None:  # noqa: D102
-        if self._freezer:
-            await self._freeze("pause", container_id)
-        else:
-            place = await self._place(container_id)
-            await stop_all(functools.partial(processes_in_namespace, place.init))
+        # One that an earlier daemon made may have no cgroup of its own, and then Podman refuses.
+        if self._cgroup.freezer and await self._pause(container_id):
+            return
+        place = await self._place(container_id)
+        await stop_all(functools.partial(processes_in_namespace, place.init))
 
     async def resume(self, container_id: str) -> None:  # noqa: D102
-        if self._freezer:
-            await self._freeze("unpause", container_id)
-        else:
-            place = await self._place(container_id)
-            continue_all(await asyncio.to_thread(processes_in_namespace, place.init))
+        if self._account.layout == "v2":
+            answer = await self._call("POST", f"/containers/{container_id}/unpause")
+            if answer.status_code in (200, 204):
+                return
+            # It has ended, or signals have stopped it.
+            if answer.status_code != 409 and _NOT_RUNNING not in answer.text:
+                raise _refused("unpause the container", answer)
+        place = await self._place(container_id)
+        continue_all(await asyncio.to_thread(processes_in_namespace, place.init))
 
-    async def _freeze(self, what: str, container_id: str) -> None:
-        answer = await self._call("POST", f"/containers/{container_id}/{what}")
-        # 409, or 500 from older services: it is as it should be already.
-        done = (
-            answer.status_code in (200, 204, 409) or "is not paused" in answer.text or "already paused" in answer.text
-        )
-        if not done and _NOT_RUNNING not in answer.text:
-            raise _refused(f"{what} the container", answer)
+    async def _pause(self, container_id: str) -> bool:
+        """Has Podman freeze a container. Returns whether it is frozen, or has nothing left to freeze."""
+        answer = await self._call("POST", f"/containers/{container_id}/pause")
+        # 409, or 500 from older services: it is frozen already, or has ended.
+        if answer.status_code in (200, 204, 409) or _NOT_RUNNING in answer.text:
+            return True
+        _log.warning("podman does not freeze a container; signals do", container=container_id, said=answer.text[:500])
+        return False
 
     async def remove(self, container_id: str) -> None:  # noqa: D102
         self._places.pop(container_id, None)
@@ -278,14 +293,10 @@ class PodmanRuntime:
         notices = list(self._account.notices)
         missing = [name for name in ("cpus", "host_memory", "pids") if name not in self._limits]
         if missing:
+            notices.append(f"limits on {', '.join(missing)} cannot be enforced: {self._cgroup.no_limits}")
+        if not self._cgroup.freezer:
             notices.append(
-                f"limits on {', '.join(missing)} cannot be enforced: that needs cgroup v2 with its controllers "
-                f"delegated to user {self._account.name}, and this host's layout is {self._account.layout}"
-            )
-        if not self._freezer:
-            notices.append(
-                "containers are suspended by SIGSTOP to each of their processes, because freezing needs cgroup v2, and "
-                f"this host's layout is {self._account.layout}"
+                f"containers are suspended by SIGSTOP to each of their processes, because {self._cgroup.no_freezer}"
             )
         if self._network_problem:
             notices.append(f"containers cannot have a network: {self._network_problem}")

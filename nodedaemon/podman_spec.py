@@ -19,13 +19,14 @@ _SHM_BYTES = 2**30  # PyTorch's data loaders pass batches through it; the usual 
 _CONTROLLERS = (("cpus", "cpu"), ("host_memory", "memory"), ("pids", "pids"))
 
 
-def spec_generator(spec: ContainerSpec, node_id: str, limits: Collection[str]) -> dict[str, Any]:
+def spec_generator(spec: ContainerSpec, node_id: str, limits: Collection[str], parent: str = "") -> dict[str, Any]:
     """Returns what libpod is to make of a container.
 
     Args:
         spec: the container.
         node_id: label of this daemon's containers.
         limits: what this host can limit, as `enforced_limits` returns it. The rest is left out: Podman refuses it.
+        parent: cgroup below which the container gets one of its own; empty when it gets none.
     """
     most_files = min(_MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     return {
@@ -65,6 +66,9 @@ def spec_generator(spec: ContainerSpec, node_id: str, limits: Collection[str]) -
         ],
         "resource_limits": _resource_limits(spec, limits),
         "log_configuration": {"driver": "k8s-file", "path": str(spec.log)},
+        # Without a parent, Podman with the cgroupfs manager leaves a rootless container in its starter's cgroup.
+        # conmon would be put into one for all conmons, under the limits of this container.
+        **({"cgroup_parent": parent, "cgroups_mode": "no-conmon"} if parent else {}),
     }
 
 
@@ -85,14 +89,10 @@ def _bind(mount: Mount) -> dict[str, Any]:
     return {"destination": mount.target, "type": "bind", "source": str(mount.source), "options": options}
 
 
-def enforced_limits(info: dict[str, Any]) -> list[str]:
-    """Returns the limits that rootless Podman can enforce on this host: "cpus", "host_memory", "pids".
+def enforced_limits(controllers: Collection[str]) -> list[str]:
+    """Returns the limits that can be enforced on a container: "cpus", "host_memory", "pids".
 
     Args:
-        info: what libpod's /info answers.
+        controllers: those of the container's own cgroup.
     """
-    host = info["host"]
-    if str(host.get("cgroupVersion")) != "v2":
-        return []
-    controllers = host.get("cgroupControllers") or []
     return [limit for limit, controller in _CONTROLLERS if controller in controllers]

@@ -81,7 +81,8 @@ async def test_every_process_stops_and_goes_on(node: Node) -> None:
 
 async def test_the_node_says_how_it_freezes(node: Node) -> None:
     runtime = (await node.inventory()).runtime
-    assert any("SIGSTOP" in notice for notice in runtime.notices) == (runtime.cgroup_layout != "v2")
+    # With v2 it depends on whose this process's cgroup is; without, nothing can be frozen.
+    assert any("SIGSTOP" in notice for notice in runtime.notices) or runtime.cgroup_layout == "v2"
 
 
 async def test_a_suspended_container_keeps_its_slice_and_can_be_stopped(node: Node) -> None:

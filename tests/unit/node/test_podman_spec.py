@@ -21,21 +21,21 @@ _SPEC = ContainerSpec(
     cpus=1.5,
     host_memory_mib=1024,
 )
-_V2 = {"host": {"cgroupVersion": "v2", "cgroupControllers": ["cpu", "memory", "pids", "io"]}}
+_ALL = ("cpu", "memory", "pids")
 
 
 def test_only_limits_that_the_host_can_enforce_are_asked_for() -> None:
-    assert enforced_limits(_V2) == ["cpus", "host_memory", "pids"]
-    assert enforced_limits({"host": {"cgroupVersion": "v2", "cgroupControllers": ["memory"]}}) == ["host_memory"]
-    assert enforced_limits({"host": {"cgroupVersion": "v1", "cgroupControllers": ["memory"]}}) == []
+    assert enforced_limits(_ALL) == ["cpus", "host_memory", "pids"]
+    assert enforced_limits(["io", "memory"]) == ["host_memory"]
+    assert enforced_limits([]) == []
     assert spec_generator(_SPEC, "n-1", [])["resource_limits"] == {}
-    assert spec_generator(_SPEC, "n-1", enforced_limits(_V2))["resource_limits"] == {
+    assert spec_generator(_SPEC, "n-1", enforced_limits(_ALL))["resource_limits"] == {
         "cpu": {"quota": 150_000, "period": 100_000},
         "memory": {"limit": 2**30, "swap": 2**30},
         "pids": {"limit": 4096},
     }
     unlimited = replace(_SPEC, cpus=0, host_memory_mib=0, pids=7)
-    assert spec_generator(unlimited, "n-1", enforced_limits(_V2))["resource_limits"] == {"pids": {"limit": 7}}
+    assert spec_generator(unlimited, "n-1", enforced_limits(_ALL))["resource_limits"] == {"pids": {"limit": 7}}
 
 
 def test_a_container_gets_the_least_that_it_needs() -> None:
@@ -53,3 +53,11 @@ def test_a_container_gets_the_least_that_it_needs() -> None:
     assert options["/dev/nvidia0"] == ["rbind", "rw", "nosuid", "dev"]
     assert [options[path][-1] for path in ("/tmp", "/var/tmp", "/run")] == ["size=512m", "size=512m", "size=64m"]
     assert told["shm_size"] == 2**30
+
+
+def test_a_container_gets_a_cgroup_of_its_own_where_there_is_a_place_for_it() -> None:
+    assert "cgroup_parent" not in spec_generator(_SPEC, "n-1", [])
+    told = spec_generator(_SPEC, "n-1", [], "/system.slice/x.service/containers")
+    assert told["cgroup_parent"] == "/system.slice/x.service/containers"
+    # Else conmon is put under the limits of the container.
+    assert told["cgroups_mode"] == "no-conmon"
