@@ -136,7 +136,9 @@ class Attachments:
 
     async def _take_back(self, owner: Owner, uuids: Sequence[str]) -> None:
         """Makes a container see what it saw before something failed."""
-        record = self._write(owner, uuids)
+        record = known_container(self._journal, owner)
+        if record.slice_uuids != tuple(uuids):
+            record = self._write(owner, uuids)
         try:
             await self._show(record, self._nodes(owner, uuids))
         except Refusal as error:
@@ -164,12 +166,13 @@ class Attachments:
                 holders = await self._holders(before, one, gpu)
                 if holders:
                     raise _in_use(before, one, holders)
+                message = f"detached slice {uuid} ({one.profile}) from container {before.container_id[:12]}"
+                with self._journal.atomic():
+                    self._write(owner, rest)
+                    self._tell(owner, NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED, "SLICE_DETACHED", message, one)
             except BaseException:
                 await self._take_back(owner, before.slice_uuids)
                 raise
-            self._write(owner, rest)
-            message = f"detached slice {uuid} ({one.profile}) from container {before.container_id[:12]}"
-            self._tell(owner, NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED, "SLICE_DETACHED", message, one)
             return self._describe(owner)
 
     async def _holders(self, record: ContainerRecord, one: SliceRecord, gpu: GpuFacts) -> list[Holder]:
@@ -218,14 +221,15 @@ class Attachments:
 
     def _let_go(self, owner: Owner, uuid: str) -> None:
         record = known_container(self._journal, owner)
-        self._write(owner, [one for one in record.slice_uuids if one != uuid])
-        self._tell(
-            owner,
-            NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED,
-            "SLICE_VANISHED",
-            f"slice {uuid} is gone, and with it from container {record.container_id[:12]}",
-            self._journal.slice(uuid),
-        )
+        with self._journal.atomic():
+            self._write(owner, [one for one in record.slice_uuids if one != uuid])
+            self._tell(
+                owner,
+                NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED,
+                "SLICE_VANISHED",
+                f"slice {uuid} is gone, and with it from container {record.container_id[:12]}",
+                self._journal.slice(uuid),
+            )
 
     async def _restore(self, owner: Owner) -> None:
         async with self._lock(owner):

@@ -27,6 +27,7 @@ _log = structlog.get_logger(__name__)
 
 _KILL_S = 20.0
 _LOOK_AGAIN_S = 30.0
+_MISSED_S = 1.0
 _FIRST_RETRY_S = 0.25
 _LONGEST_RETRY_S = 30.0
 
@@ -60,6 +61,7 @@ class ContainerEnds:
         # Ends that came before their start was written down: a command can be that quick.
         self._early: dict[str, ContainerExit] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._missed = asyncio.Event()
 
     def begin(self, record: ContainerRecord) -> None:
         """Watches over a container whose command runs."""
@@ -91,26 +93,44 @@ class ContainerEnds:
         again = asyncio.create_task(self._look_again())
         try:
             async for ended in self._runtime.exits():
-                if ended is None:
-                    await self.look()
-                    continue
-                record = next((r for r in self._journal.containers() if r.container_id == ended.id), None)
-                if isinstance(ended, ContainerGone):
-                    if record is not None and record.stage.is_alive:
-                        await self.look()
-                elif record is not None and record.stage.is_alive:
-                    self._note_exit(record, ended)
-                elif record is not None and record.stage is ContainerStage.CREATING:
-                    self._early[ended.id] = ended
+                try:
+                    await self._hear(ended)
+                except OSError as error:
+                    self._miss(error)
         finally:
             again.cancel()
             for task in self._tasks:
                 task.cancel()
 
+    async def _hear(self, ended: ContainerExit | ContainerGone | None) -> None:
+        if ended is None:
+            await self.look()
+            return
+        record = next((r for r in self._journal.containers() if r.container_id == ended.id), None)
+        if isinstance(ended, ContainerGone):
+            if record is not None and record.stage.is_alive:
+                await self.look()
+        elif record is not None and record.stage.is_alive:
+            self._note_exit(record, ended)
+        elif record is not None and record.stage is ContainerStage.CREATING:
+            self._early[ended.id] = ended
+
+    def _miss(self, error: OSError) -> None:
+        """Has an end that could not be written down be looked for again soon."""
+        _log.error("the end of a container cannot be written down yet", error=str(error), again_in_s=_MISSED_S)
+        self._missed.set()
+
     async def _look_again(self) -> None:
         while True:
-            await asyncio.sleep(_LOOK_AGAIN_S)
-            await self.look()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await self._missed.wait()
+                await asyncio.sleep(_MISSED_S)
+            self._missed.clear()
+            try:
+                await self.look()
+            except OSError as error:
+                self._miss(error)
 
     async def look(self) -> None:
         """Looks for ends that no event told of, and for containers that somebody else removed."""
@@ -140,40 +160,39 @@ class ContainerEnds:
 
     def _note_exit(self, record: ContainerRecord, ended: ContainerExit) -> None:
         life = self._lives.get(record.owner)
-        record = self._journal.put_container(
-            replace(
-                record,
-                stage=ContainerStage.EXITED,
-                pid=0,
-                exit_code=ended.exit_code,
-                oom_killed=ended.oom_killed,
-                timed_out=record.timed_out or (life is not None and life.timed_out),
-                end_time=ended.end_time,
-            )
+        record = replace(
+            record,
+            stage=ContainerStage.EXITED,
+            pid=0,
+            exit_code=ended.exit_code,
+            oom_killed=ended.oom_killed,
+            timed_out=record.timed_out or (life is not None and life.timed_out),
+            end_time=ended.end_time,
         )
         reason = "TIMED_OUT" if record.timed_out else "HOST_OUT_OF_MEMORY" if record.oom_killed else "COMMAND_ENDED"
         self._tell_end(record, reason, f"command ended with exit code {ended.exit_code}")
 
     def note_lost(self, record: ContainerRecord) -> None:
         """Notes that somebody else removed a container: how its command ended is not known."""
-        record = self._journal.put_container(
-            replace(record, stage=ContainerStage.EXITED, pid=0, exit_code=None, end_time=now())
-        )
+        record = replace(record, stage=ContainerStage.EXITED, pid=0, exit_code=None, end_time=now())
         self._tell_end(record, "CONTAINER_LOST", "the container is gone, and nobody here removed it")
 
     def _tell_end(self, record: ContainerRecord, reason: str, message: str) -> None:
+        """Writes an end down together with the event that tells of it: it is noted once, and so told once."""
+        with self._journal.atomic():
+            self._journal.put_container(record)
+            self._events.add(
+                NodeEventKind.NODE_EVENT_KIND_CONTAINER_EXITED,
+                reason,
+                message,
+                owner=record.owner.ref(record.token),
+                container=describe_container(record, self._kind),
+            )
         life = self._lives.get(record.owner)
         if life is not None:
             if life.deadline is not None:
                 life.deadline.cancel()
             life.ended.set()
-        self._events.add(
-            NodeEventKind.NODE_EVENT_KIND_CONTAINER_EXITED,
-            reason,
-            message,
-            owner=record.owner.ref(record.token),
-            container=describe_container(record, self._kind),
-        )
 
     async def end(self, record: ContainerRecord, grace_s: float) -> ContainerRecord:
         """Ends a command, if it has not ended, and waits for it: SIGTERM, grace, SIGKILL. What is suspended is thawed.

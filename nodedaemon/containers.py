@@ -150,13 +150,6 @@ class Containers:
             await self._roll_back(record)
             raise
         described = self.describe(record)
-        self._events.add(
-            NodeEventKind.NODE_EVENT_KIND_CONTAINER_STARTED,
-            "CONTAINER_STARTED",
-            f"started container {record.container_id[:12]}",
-            owner=owner.ref(token),
-            container=described,
-        )
         self.ends.note_early(record)
         return described
 
@@ -166,16 +159,22 @@ class Containers:
         record = self._journal.put_container(replace(record, container_id=container_id))
         asked = now()  # Podman itself tells the start in whole seconds
         status = await self._runtime.start(container_id)
-        record = self._journal.put_container(
-            replace(
-                record,
-                stage=ContainerStage.RUNNING,
-                pid=status.pid,
-                start_time=asked,
-            )
-        )
+        record = replace(record, stage=ContainerStage.RUNNING, pid=status.pid, start_time=asked)
+        self._keep_started(record, "CONTAINER_STARTED", f"started container {container_id[:12]}")
         self.ends.begin(record)
         return record
+
+    def _keep_started(self, record: ContainerRecord, reason: str, message: str) -> None:
+        """Writes a container that began down together with the event that tells of it."""
+        with self._journal.atomic():
+            self._journal.put_container(record)
+            self._events.add(
+                NodeEventKind.NODE_EVENT_KIND_CONTAINER_STARTED,
+                reason,
+                message,
+                owner=record.owner.ref(record.token),
+                container=self.describe(record),
+            )
 
     def _name(self, owner: Owner) -> str:
         return container_name(self._node_id, owner)
@@ -227,14 +226,15 @@ class Containers:
             record = await self.ends.end(record, record.stop_grace_s)
         if record.stage is not ContainerStage.REMOVED:
             await self._remove_from_runtime(record)
-            record = self._journal.put_container(replace(record, stage=ContainerStage.REMOVED))
-            self._events.add(
-                NodeEventKind.NODE_EVENT_KIND_CONTAINER_REMOVED,
-                "CONTAINER_REMOVED",
-                f"removed container {record.container_id[:12]}",
-                owner=owner.ref(record.token),
-                container=self.describe(record),
-            )
+            with self._journal.atomic():
+                record = self._journal.put_container(replace(record, stage=ContainerStage.REMOVED))
+                self._events.add(
+                    NodeEventKind.NODE_EVENT_KIND_CONTAINER_REMOVED,
+                    "CONTAINER_REMOVED",
+                    f"removed container {record.container_id[:12]}",
+                    owner=owner.ref(record.token),
+                    container=self.describe(record),
+                )
         if discard_results:
             await self.execs.settle(owner)
             await self._discard(owner)
@@ -258,16 +258,21 @@ class Containers:
     # Reading ----------------------------------------------------------------------------------------------
 
     def adopt(self, record: ContainerRecord, status: ContainerStatus) -> ContainerRecord:
-        """Takes a container that outlived the daemon back."""
-        record = self._journal.put_container(
-            replace(
-                record,
-                stage=record.stage if record.stage.is_alive else ContainerStage.RUNNING,
-                container_id=status.id,
-                pid=status.pid,
-                start_time=record.start_time or status.start_time or now(),
-            )
+        """Takes a container that outlived the daemon back. One whose start was not told yet is told of now."""
+        new = not record.stage.is_alive
+        record = replace(
+            record,
+            stage=ContainerStage.RUNNING if new else record.stage,
+            container_id=status.id,
+            pid=status.pid,
+            start_time=record.start_time or status.start_time or now(),
         )
+        if new:
+            self._keep_started(
+                record, "CONTAINER_COMPLETED", f"container {status.id[:12]} had begun when the daemon ended"
+            )
+        else:
+            self._journal.put_container(record)
         self.ends.begin(record)
         return record
 

@@ -104,7 +104,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         except OSError as error:
             raise CannotServeError(f"the state directory {settings.state} cannot be made: {error.strerror}") from error
         stack.callback(journal.close)
-        journal.prune(now())
         driver, cards = _open_driver(settings)
         stack.callback(driver.close)
         node_id = journal.fact("node_id", new_id("n"))
@@ -138,6 +137,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await attachments.restore()
         except Refusal as error:
             raise CannotServeError(f"what an earlier daemon left cannot be looked at: {error.message}") from error
+        except OSError as error:
+            raise CannotServeError(
+                f"what an earlier daemon left cannot be made good: {error}; see that {settings.state} can be written to"
+            ) from error
 
         server = RpcServer(settings.listen)
         server.add(
@@ -255,9 +258,12 @@ async def _background(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> A
 
 async def _prune(journal: Journal, execs: Execs) -> None:
     while True:
-        execs.prune(now())
+        try:
+            execs.prune(now())
+            journal.prune(now())
+        except OSError as error:
+            _log.warning("what is old is kept for longer", error=str(error))
         await asyncio.sleep(_PRUNE_S)
-        journal.prune(now())
 
 
 def _with_port(listen: str, port: int) -> str:

@@ -304,7 +304,7 @@ class Journal:
 
     def delete_container(self, owner: Owner) -> None:
         """Forgets a container whose results are discarded, or that never came to be, and what ran in it beside."""
-        with self._db.atomic():
+        with self.atomic():
             self._db.execute(f"DELETE FROM execs WHERE {_OWNED}", _key(owner))
             self._db.execute(f"DELETE FROM containers WHERE {_OWNED}", _key(owner))
 
@@ -385,7 +385,7 @@ class Journal:
 
     def prune(self, now: float) -> None:
         """Drops what has been kept long enough: answers and destroyed slices 24 h, events 7 days, tokens 90 days."""
-        with self._db.atomic():
+        with self.atomic():
             self._db.execute("DELETE FROM answers WHERE time < ?", (now - _ANSWERS_KEPT_S,))
             self._db.execute(
                 "DELETE FROM slices WHERE stage = ? AND create_time < ?", (SliceStage.DESTROYED, now - _ANSWERS_KEPT_S)
