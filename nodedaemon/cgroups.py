@@ -1,12 +1,14 @@
-"""The daemon's cgroup, and in it one for every container, which limits and freezing need.
+"""A cgroup of its own for every container, which limits and freezing need.
 
-Where a v2 cgroup is the daemon's to divide, it is divided into `daemon`, for the daemon and all that it starts, and
-`containers`, below which Podman makes one for each container. A cgroup that hands controllers to those below it may
-hold no processes itself (the kernel's "no internal processes" rule, EBUSY otherwise). So controllers are handed down
-only where whoever starts the daemon puts it into `daemon` at once: systemd puts a service into the cgroup of its unit,
-and could not start the daemon again beside living containers (systemd issue 24064; from systemd 258 on not even with
-DelegateSubgroup=, see the discussion of its change 41304). OCI runtimes hand down every controller that they can, so
-leaving that to a later moment would not do.
+A v2 cgroup that is the daemon's to divide has two parts: `daemon`, for the daemon and all that it starts, and
+`containers`, below which Podman makes one for each container.
+
+The daemon does not make itself a part: whoever starts it must put it into `daemon`, each time. The kernel lets no
+process into a cgroup that hands controllers down to others with processes in them (EBUSY), so if the daemon divided
+the cgroup of its own systemd unit, systemd could not start it again beside living containers (systemd issue 24064;
+from version 258 on, DelegateSubgroup= does not help either, says the discussion of systemd change 41304). And it
+cannot leave the controllers alone there, since the OCI runtimes hand down all that they can. So the cgroup that is
+divided is that of a unit that is never started again, deploy/systemd/puhui-containers.service.
 """
 
 from __future__ import annotations
@@ -36,8 +38,6 @@ _DAEMON = "daemon"
 _CONTAINERS = "containers"
 _CONTROL = "cgroup.subtree_control"
 _PROCESSES = "cgroup.procs"
-# A process that is being moved may start another one, which then stays behind.
-_MOST_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,6 @@ class Division:
     """Why some of `CONTROLLERS` are not, as the rest of a sentence; empty when all are."""
     no_freezer: str = ""
     """Why containers have no cgroups of their own, as the rest of a sentence; empty when they have."""
-
-    @property
-    def daemon(self) -> str:
-        """Cgroup of the daemon and of what it starts."""
-        return f"{self.top}/{_DAEMON}"
 
     @property
     def containers(self) -> str:
@@ -104,13 +99,13 @@ def own_path(text: str) -> str | None:
     return None
 
 
-def divide(layout: str, own: Seen | None, above: Seen | None, user: str) -> Division:
-    """Says how a daemon's cgroup is to be divided.
+def divide(layout: str, own: str | None, above: Seen | None, user: str) -> Division:
+    """Says whether and how a cgroup is to be divided between a daemon and its containers.
 
     Args:
         layout: as `podman_account.cgroup_layout` returns it.
-        own: the daemon's cgroup; None when it cannot be looked at.
-        above: the one above it; None when there is none, or it cannot be looked at.
+        own: path of the daemon's cgroup; None when it is not known.
+        above: the cgroup above it; None when there is none, or it cannot be looked at.
         user: name of the containers' user.
     """
     if layout != "v2":
@@ -121,31 +116,21 @@ def divide(layout: str, own: Seen | None, above: Seen | None, user: str) -> Divi
         )
     if own is None:
         return _undivided("the daemon's cgroup cannot be looked at")
-    if above is not None and above.delegated and own.path.rpartition("/")[2] == _DAEMON:
-        return _divided(above)
-    if not own.delegated:
+    if above is None or not above.delegated or own.rpartition("/")[2] != _DAEMON:
         return _undivided(
-            f"cgroup {own.path} is not the daemon's to divide; run it by its systemd units, which have Delegate=yes"
+            f"the daemon is in cgroup {own}, and not in its part of a delegated one: enable puhui-containers.service "
+            "and start the daemon by its unit"
         )
-    if own.controllers:
-        return _undivided(
-            f"were cgroup {own.path} divided, systemd could not start the daemon again beside living containers; "
-            "start the daemon in the cgroup of puhui-containers.service, as its unit does"
-        )
-    return _divided(own)
+    missing = [name for name in CONTROLLERS if name not in above.controllers]
+    return Division(
+        top=above.path,
+        controllers=tuple(name for name in CONTROLLERS if name in above.controllers),
+        no_limits=f"cgroup {above.path} does not have the controllers {', '.join(missing)}" if missing else "",
+    )
 
 
 def _undivided(why: str) -> Division:
     return Division(no_limits=why, no_freezer=f"they have no cgroups of their own: {why}")
-
-
-def _divided(top: Seen) -> Division:
-    missing = [name for name in CONTROLLERS if name not in top.controllers]
-    return Division(
-        top=top.path.rstrip("/"),
-        controllers=tuple(name for name in CONTROLLERS if name in top.controllers),
-        no_limits=f"cgroup {top.path} does not have the controllers {', '.join(missing)}" if missing else "",
-    )
 
 
 class CgroupTree:
@@ -160,8 +145,8 @@ class CgroupTree:
         self._root = root
         self._proc = proc
 
-    def survey(self, pid: int, uid: int) -> tuple[Seen | None, Seen | None]:
-        """Looks at the cgroup of a process, and at the one above it. None stands for what cannot be looked at.
+    def survey(self, pid: int, uid: int) -> tuple[str | None, Seen | None]:
+        """Returns which cgroup a process is in, and the one above it. None stands for what cannot be looked at.
 
         Args:
             pid: the process.
@@ -171,10 +156,8 @@ class CgroupTree:
             path = own_path((self._proc / str(pid) / "cgroup").read_text())
         except OSError:
             return None, None
-        if path is None:
-            return None, None
-        above = path.rpartition("/")[0]
-        return self._see(path, uid), self._see(above or "/", uid) if path != "/" else None
+        above = path.rpartition("/")[0] if path else ""
+        return path, self._see(above, uid) if above else None
 
     def _see(self, path: str, uid: int) -> Seen | None:
         folder = self._folder(path)
@@ -188,7 +171,7 @@ class CgroupTree:
         return self._root / path.lstrip("/")
 
     def carry_out(self, division: Division, uid: int, gid: int) -> None:
-        """Divides a cgroup, and moves the processes that are in it. What is divided already stays so.
+        """Divides a cgroup. What is divided already stays so.
 
         Args:
             division: what `divide` returned, with a `top`.
@@ -198,16 +181,8 @@ class CgroupTree:
         Raises:
             OSError: it cannot be done.
         """
-        top, daemon, containers = map(self._folder, (division.top, division.daemon, division.containers))
-        for folder in (daemon, containers):
-            folder.mkdir(exist_ok=True)
-        for _ in range(_MOST_ROUNDS):
-            left = [int(pid) for pid in (top / _PROCESSES).read_text().split()]
-            if not left:
-                break
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                    _write(daemon / _PROCESSES, str(pid))
+        top, containers = self._folder(division.top), self._folder(division.containers)
+        containers.mkdir(exist_ok=True)
         for controller in division.controllers:
             for folder in (top, containers):
                 # What could not be handed down is missing when it is looked for, and is told of then.
@@ -240,9 +215,7 @@ class CgroupTree:
 
 
 def claim(layout: str, uid: int, gid: int, user: str, tree: CgroupTree) -> ContainerCgroup:
-    """Divides this process's cgroup, if it is its to divide, and returns what containers get from it.
-
-    This process, and what it starts from now on, is in another cgroup afterwards.
+    """Divides the cgroup above this process's, if it is its to divide, and returns what containers get from it.
 
     Args:
         layout: as `podman_account.cgroup_layout` returns it.

@@ -81,7 +81,7 @@ def examine(asked: Asked) -> Report:
     may = person.may if person else None
     state = look_at_state(asked.state, user, may)
     sections.append(Section("State", tuple(judge_state(state, emulated=emulated))))
-    sections.append(Section("Host", tuple(judge_host(look_at_host(asked.user, state.holder, may)))))
+    sections.append(Section("Host", tuple(judge_host(look_at_host(asked.user, state.holder)))))
     findings = [finding for section in sections for finding in section.findings]
     return Report(tuple(sections), verdict(findings, emulated=emulated), emulated)
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nodedaemon.cgroups import CONTROLLERS, CgroupTree, ContainerCgroup, divide
 from nodedaemon.doctor.findings import Ability, Finding, notice, ok, unknown
 from nodedaemon.doctor.findings import problem as found_problem
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError, cgroup_layout
 
 __all__ = ["HostFacts", "ProcessFacts", "judge_host", "judge_processes", "look_at_host"]
 
-_CONTROLLERS = ("cpu", "memory", "pids")
 # Debian and Ubuntu; from their next boot on.
 _BOOT_WITH_V2 = (
     "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&systemd.unified_cgroup_hierarchy=1 /' /etc/default/grub && update-grub"
 )
-# Rootless Podman with the cgroupfs manager leaves a container in its starter's cgroup unless a parent was named:
-# libpod's getOCICgroupPath. Seen with 4.3.1 under systemd 252: "cannot pause the container without a cgroup".
-_SHOW_CGROUP = "puhui-nodedaemon podman -- inspect --latest --format '{{.State.CgroupPath}}'"
+# The daemon's unit enters the cgroup of the other one at each start.
+_USE_UNITS = "systemctl start puhui-containers && systemctl restart puhui-nodedaemon"
 _FILES = 65536
 _INOTIFY_INSTANCES = 128
 _TIME_ERROR = 5  # <sys/timex.h>: the clock is not synchronised
@@ -36,10 +34,8 @@ class HostFacts:
     """Which of the two, in words."""
     layout: str
     """As `cgroup_layout` returns it."""
-    controllers: frozenset[str] | None
-    """Controllers of the daemon's cgroup; None when they cannot be read. Meaningful on v2 only."""
-    delegated: bool | None
-    """Whether the containers' user may make cgroups below it; None when that cannot be said."""
+    cgroup: ContainerCgroup | None
+    """What containers get of the daemon's cgroup; None when that cannot be said."""
     files: int | None
     """Most files that the daemon may have open; None when that cannot be said."""
     inotify_instances: int | None
@@ -60,25 +56,23 @@ class ProcessFacts:
     """Why not; empty when they may."""
 
 
-def look_at_host(user: str, daemon: int | None, may: Callable[[str, Path], bool | None] | None) -> HostFacts:
+def look_at_host(user: str, daemon: int | None) -> HostFacts:
     """Looks at the host.
 
     Args:
         user: the user that was asked for.
         daemon: process id of the daemon that runs; None when none does.
-        may: says whether test(1) with a flag holds for the containers' user; None when there is no such user.
     """
-    cgroup = _cgroup(daemon or os.getpid())
     account = None
     with contextlib.suppress(PodmanUnusableError):  # told of where containers are looked at
         account = PodmanAccount.look(user)
     runtime_dir = str(account.runtime_dir) if account else ""
     name = account.name if account else user
+    layout = cgroup_layout(Path("/proc/self/mounts").read_text())
     return HostFacts(
         who="the running daemon" if daemon else "a daemon started from here",
-        layout=cgroup_layout(Path("/proc/self/mounts").read_text()),
-        controllers=_controllers(cgroup),
-        delegated=may("-w", cgroup) if may and cgroup else None,
+        layout=layout,
+        cgroup=_container_cgroup(layout, daemon or os.getpid(), name),
         files=_most_files(daemon or os.getpid()),
         inotify_instances=_number(Path("/proc/sys/fs/inotify/max_user_instances")),
         synchronised=_synchronised(),
@@ -88,23 +82,17 @@ def look_at_host(user: str, daemon: int | None, may: Callable[[str, Path], bool 
     )
 
 
-def _cgroup(pid: int) -> Path | None:
-    """Returns where the v2 cgroup of a process is; None when it has none, or has ended."""
+def _container_cgroup(layout: str, pid: int, user: str) -> ContainerCgroup | None:
+    """Returns what containers of a daemon get, as far as it has been divided already."""
+    tree = CgroupTree()
     try:
-        lines = Path("/proc", str(pid), "cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("0::/"):
-            return Path("/sys/fs/cgroup", line.removeprefix("0::/"))
-    return None
-
-
-def _controllers(cgroup: Path | None) -> frozenset[str] | None:
-    if cgroup is None:
-        return None
-    try:
-        return frozenset((cgroup / "cgroup.controllers").read_text().split())
+        lines = Path("/proc", str(pid), "status").read_text().splitlines()
+        uid = next(int(line.split()[1]) for line in lines if line.startswith("Uid:"))
+        own, above = tree.survey(pid, uid)
+        division = divide(layout, own, above, user)
+        if own is not None and not division.top:
+            return ContainerCgroup(no_limits=division.no_limits, no_freezer=division.no_freezer)
+        return tree.look(division) if division.top else None
     except OSError:
         return None
 
@@ -144,40 +132,23 @@ def _limits(facts: HostFacts) -> Finding:
             f"cgroups are {facts.layout}: containers have no limits on CPU, memory and processes",
             _BOOT_WITH_V2,
         )
-    if facts.controllers is None or facts.delegated is None:
+    if facts.cgroup is None:
         return unknown(check, f"the cgroup of {facts.who} cannot be looked at", "systemd-cgls")
-    missing = [name for name in _CONTROLLERS if name not in facts.controllers]
+    missing = [name for name in CONTROLLERS if name not in facts.cgroup.controllers]
     if missing:
-        return notice(
-            check,
-            f"{facts.who} cannot limit {', '.join(missing)}: its unit, with Delegate=yes, lets it where the kernel can",
-            "systemctl restart puhui-nodedaemon",
-        )
-    if not facts.delegated:
-        return notice(
-            check,
-            f"{facts.who} cannot limit containers: its cgroup is not delegated to user {facts.user}",
-            "systemctl restart puhui-nodedaemon",
-        )
-    return unknown(
-        check,
-        "CPU, memory and processes can be limited if Podman gives containers their own cgroups, as a running one shows",
-        _SHOW_CGROUP,
-    )
+        return notice(check, f"{facts.who} cannot limit {', '.join(missing)}: {facts.cgroup.no_limits}", _USE_UNITS)
+    return ok(check, "containers have limits on CPU, memory and processes")
 
 
 def _pause(facts: HostFacts) -> Finding:
-    if facts.layout == "v2":
-        return unknown(
-            "pause",
-            "containers can be frozen if Podman gives them cgroups of their own, as a running one shows",
-            _SHOW_CGROUP,
-        )
-    return notice(
-        "pause",
-        f"cgroups are {facts.layout}: rootless containers cannot be frozen",
-        _BOOT_WITH_V2,
-    )
+    check = "pause"
+    if facts.layout != "v2":
+        return notice(check, f"cgroups are {facts.layout}: rootless containers cannot be frozen", _BOOT_WITH_V2)
+    if facts.cgroup is None:
+        return unknown(check, f"the cgroup of {facts.who} cannot be looked at", "systemd-cgls")
+    if not facts.cgroup.freezer:
+        return notice(check, f"{facts.who} stops containers by signals, as {facts.cgroup.no_freezer}", _USE_UNITS)
+    return ok(check, "containers can be frozen")
 
 
 def _files(facts: HostFacts) -> Finding:

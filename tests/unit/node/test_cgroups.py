@@ -10,9 +10,8 @@ import pytest
 
 from nodedaemon.cgroups import CgroupTree, Division, Seen, claim, divide, is_border, own_path
 
-_UNIT = Seen("/system.slice/containers.service", delegated=True, controllers=frozenset({"cpu", "io", "memory", "pids"}))
-_DAEMON = Seen(f"{_UNIT.path}/daemon", delegated=True, controllers=_UNIT.controllers)
-_SLICE = Seen("/system.slice", delegated=False, controllers=_UNIT.controllers)
+_TOP = Seen("/system.slice/containers.service", delegated=True, controllers=frozenset({"cpu", "io", "memory", "pids"}))
+_DAEMON = f"{_TOP.path}/daemon"
 _FILES = ("cgroup.procs", "cgroup.subtree_control", "cgroup.threads", "cgroup.controllers", "cgroup.freeze")
 
 
@@ -23,30 +22,18 @@ def test_the_cgroup_of_a_process_is_read() -> None:
 
 
 def test_controllers_are_handed_down_where_the_daemon_was_put_into_its_part() -> None:
-    division = divide("v2", _DAEMON, _UNIT, "puhui")
+    division = divide("v2", _DAEMON, _TOP, "puhui")
+    assert division.top == _TOP.path
     assert division.controllers == ("cpu", "memory", "pids")
-    assert division.daemon == _DAEMON.path
-    assert division.containers == f"{_UNIT.path}/containers"
+    assert division.containers == f"{_TOP.path}/containers"
     assert (division.no_limits, division.no_freezer) == ("", "")
 
 
 def test_controllers_that_are_not_there_are_named() -> None:
-    division = divide("v2", _DAEMON, replace(_UNIT, controllers=frozenset({"memory"})), "puhui")
+    division = divide("v2", _DAEMON, replace(_TOP, controllers=frozenset({"memory"})), "puhui")
     assert division.controllers == ("memory",)
     assert "cpu, pids" in division.no_limits
     assert not division.no_freezer
-
-
-def test_a_cgroup_that_systemd_must_enter_again_is_divided_only_where_no_controller_can_be_handed_down() -> None:
-    division = divide("v2", _UNIT, _SLICE, "puhui")
-    assert not division.top
-    assert "systemd could not start the daemon again" in division.no_limits
-    assert "systemd could not start the daemon again" in division.no_freezer
-    bare = divide("v2", replace(_UNIT, controllers=frozenset()), _SLICE, "puhui")
-    assert bare.top == _UNIT.path
-    assert bare.controllers == ()
-    assert "cpu, memory, pids" in bare.no_limits
-    assert not bare.no_freezer
 
 
 @pytest.mark.parametrize(
@@ -55,12 +42,14 @@ def test_a_cgroup_that_systemd_must_enter_again_is_divided_only_where_no_control
         ("hybrid", None, None, "hybrid"),
         ("v1", None, None, "v1"),
         ("v2", None, None, "cannot be looked at"),
-        ("v2", replace(_UNIT, delegated=False), _SLICE, "not the daemon's to divide"),
-        ("v2", replace(_DAEMON, delegated=False), replace(_UNIT, delegated=False), "not the daemon's to divide"),
-        ("v2", replace(_SLICE, path="/"), None, "not the daemon's to divide"),
+        ("v2", "/", None, "puhui-containers.service"),
+        ("v2", _DAEMON, replace(_TOP, delegated=False), "puhui-containers.service"),
+        # systemd puts the daemon there again at each start, which would fail if it were divided.
+        ("v2", _TOP.path, replace(_TOP, path="/system.slice", delegated=False), "puhui-containers.service"),
+        ("v2", f"{_TOP.path}/other", _TOP, "puhui-containers.service"),
     ],
 )
-def test_what_is_not_the_daemons_is_left_alone(layout: str, own: Seen | None, above: Seen | None, said: str) -> None:
+def test_nothing_else_is_divided(layout: str, own: str | None, above: Seen | None, said: str) -> None:
     division = divide(layout, own, above, "puhui")
     assert division.top == ""
     assert division.controllers == ()
@@ -68,28 +57,36 @@ def test_what_is_not_the_daemons_is_left_alone(layout: str, own: Seen | None, ab
     assert said in division.no_freezer
 
 
-def _cgroup(folder: Path, controllers: str = "cpu memory pids", processes: str = "") -> None:
-    """Makes what the kernel makes; these files keep the last command that was written to them."""
-    folder.mkdir(parents=True)
+def _cgroup(folder: Path, controllers: str = "cpu memory pids") -> None:
+    """Makes what the kernel makes; its files keep what was written to them."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         (folder / name).touch()
     (folder / "cgroup.controllers").write_text(controllers)
-    (folder / "cgroup.procs").write_text(processes)
+
+
+def _put(root: Path, pid: int, cgroup: str) -> None:
+    (root / "proc" / str(pid)).mkdir(parents=True)
+    (root / "proc" / str(pid) / "cgroup").write_text(f"0::{cgroup}\n")
 
 
 def test_a_delegated_cgroup_is_known_by_its_mark(tmp_path: Path) -> None:
-    _cgroup(tmp_path / "a/b")
-    (tmp_path / "proc/7").mkdir(parents=True)
-    (tmp_path / "proc/7/cgroup").write_text("0::/a/b\n")
+    _cgroup(tmp_path / "a/daemon")
+    _cgroup(tmp_path / "a", controllers="memory pids")
+    _put(tmp_path, 7, "/a/daemon")
     tree = CgroupTree(tmp_path, tmp_path / "proc")
     own, above = tree.survey(7, 0)
-    assert own == Seen("/a/b", delegated=False, controllers=frozenset({"cpu", "memory", "pids"}))
-    assert above is None  # it is no cgroup
-    os.setxattr(tmp_path / "a/b", "user.delegate", b"1")
-    own, _ = tree.survey(7, 0)
-    assert own is not None
-    assert own.delegated
+    assert own == "/a/daemon"
+    assert above == Seen("/a", delegated=False, controllers=frozenset({"memory", "pids"}))
+    os.setxattr(tmp_path / "a", "user.delegate", b"1")
+    _, above = tree.survey(7, 0)
+    assert above is not None
+    assert above.delegated
     assert tree.survey(8, 0) == (None, None)
+    _put(tmp_path, 9, "/a")
+    assert tree.survey(9, 0) == ("/a", None)
+    _put(tmp_path, 10, "/gone/daemon")
+    assert tree.survey(10, 0) == ("/gone/daemon", None)
 
 
 def test_a_cgroup_that_is_not_marked_is_known_by_its_owner() -> None:
@@ -102,8 +99,7 @@ def test_a_cgroup_that_is_not_marked_is_known_by_its_owner() -> None:
 def test_a_divided_cgroup_is_divided_again_without_loss(tmp_path: Path) -> None:
     top = tmp_path / "top"
     _cgroup(top)
-    for name in ("daemon", "containers"):
-        _cgroup(top / name)
+    _cgroup(top / "containers")
     (top / "containers/libpod-1").mkdir()
     division = Division("/top", ("cpu", "memory"))
     tree = CgroupTree(tmp_path)
@@ -120,10 +116,8 @@ def test_a_divided_cgroup_is_divided_again_without_loss(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_divided_is_told_of(tmp_path: Path) -> None:
-    proc = tmp_path / "proc" / str(os.getpid())
-    proc.mkdir(parents=True)
-    (proc / "cgroup").write_text("0::/top\n")
-    _cgroup(tmp_path / "top", controllers="")
+    _put(tmp_path, os.getpid(), "/top/daemon")
+    _cgroup(tmp_path / "top")
     os.setxattr(tmp_path / "top", "user.delegate", b"1")
     (tmp_path / "top/containers").touch()
     got = claim("v2", os.getuid(), os.getgid(), "puhui", CgroupTree(tmp_path, tmp_path / "proc"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from nodedaemon.cgroups import ContainerCgroup
 from nodedaemon.doctor import Ability, Finding, Level, Report, Section, as_json, print_table
 from nodedaemon.doctor.cards import Card, CardFacts, judge_cards
 from nodedaemon.doctor.containers import ContainerFacts, judge_containers, subordinate_ids
@@ -370,8 +371,7 @@ def test_leases_only_matter_to_emulated_cards() -> None:
 _HOST = HostFacts(
     who="the running daemon",
     layout="v2",
-    controllers=frozenset({"cpu", "memory", "pids", "io"}),
-    delegated=True,
+    cgroup=ContainerCgroup("/x.service/containers", ("cpu", "memory", "pids"), freezer=True),
     files=2**20,
     inotify_instances=1024,
     synchronised=True,
@@ -382,10 +382,7 @@ _HOST = HostFacts(
 
 
 def test_a_host_with_all_that_a_daemon_wants_is_ok() -> None:
-    findings = judge_host(_HOST)
-    # Controllers alone do not say that a container gets any.
-    assert {one.check for one in findings if one.level is not Level.OK} == {"limits", "pause"}
-    assert {_found(findings, check).level for check in ("limits", "pause")} == {Level.UNKNOWN}
+    assert _levels(judge_host(_HOST)) == {Level.OK}
 
 
 @pytest.mark.parametrize(
@@ -393,10 +390,11 @@ def test_a_host_with_all_that_a_daemon_wants_is_ok() -> None:
     [
         ({"layout": "hybrid"}, "limits", Level.NOTICE),
         ({"layout": "v1"}, "pause", Level.NOTICE),
-        ({"controllers": frozenset({"pids"})}, "limits", Level.NOTICE),
-        ({"controllers": None}, "limits", Level.UNKNOWN),
-        ({"delegated": False}, "limits", Level.NOTICE),
-        ({"delegated": None}, "limits", Level.UNKNOWN),
+        ({"cgroup": None}, "limits", Level.UNKNOWN),
+        ({"cgroup": None}, "pause", Level.UNKNOWN),
+        ({"cgroup": ContainerCgroup("/x/containers", ("pids",), freezer=True)}, "limits", Level.NOTICE),
+        ({"cgroup": ContainerCgroup("/x/containers", ("pids",), freezer=True)}, "pause", Level.OK),
+        ({"cgroup": ContainerCgroup(no_limits="why", no_freezer="why")}, "pause", Level.NOTICE),
         ({"files": 1024}, "open-files", Level.NOTICE),
         ({"files": None}, "open-files", Level.UNKNOWN),
         ({"inotify_instances": 8}, "inotify", Level.NOTICE),
