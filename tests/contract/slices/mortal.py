@@ -54,6 +54,10 @@ class Doom:
         """Lets it cross that many more lines, and no further."""
         self._last = self.crossed + lines
 
+    def spare(self) -> None:
+        """Lets it live on, if it still does."""
+        self._last = None
+
     def cross(self) -> None:
         """Crosses a line.
 

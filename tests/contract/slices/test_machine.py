@@ -36,7 +36,7 @@ from tests.contract.slices.world import Life, World
 T = TypeVar("T")
 
 CARDS = "A100-40GB:1,H100-80GB-SXM5:1"
-EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "80"))
 STEPS = 50
 LEAST_STEPS = 2000
 
@@ -58,7 +58,9 @@ _BREAKABLE = st.sampled_from(
 )
 _LISTS = ["nvmlDeviceGetGpuInstances", "nvmlGpuInstanceGetComputeInstances", "nvmlDeviceGetMigDeviceHandleByIndex"]
 _CODES = st.sampled_from([pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_TIMEOUT])
-_LINES = st.none() | st.integers(0, 12)
+# Most deeds live; the others die after so many lines, wherever that is.
+_LINES = st.sampled_from([None] * 3 + [1]).flatmap(lambda dies: st.none() if dies is None else st.integers(0, 12))
+_SELDOM = st.integers(0, 3)
 _PICK = st.integers(0, 10_000)
 
 
@@ -91,6 +93,36 @@ class SliceMachine(RuleBasedStateMachine):
         self.stack.close()
 
     # The daemon's own work
+
+    @rule(gpu=_PICK, profile=_PICK, place=_PICK)
+    def create_and_run(self, gpu: int, profile: int, place: int) -> None:
+        """Gives the other rules something to meet."""
+        self.world.faults.clear()
+        uuid, shape, span = self._somewhere(gpu, profile, place)
+        if not self._is_free(uuid, shape, span):
+            return
+        owner = self._new_owner()
+
+        async def act(life: Life) -> None:
+            made = await life.slices.create(owner, 1, uuid, shape.name, span)
+            await life.containers.create(owner, 1, self.world.request([made.uuid]))
+
+        self.world.do(act)
+        assert self.world.seen(owner)
+
+    @rule(gpu=_PICK, profile=_PICK, place=_PICK, pick=_PICK)
+    def create_for_a_running_one(self, gpu: int, profile: int, place: int, pick: int) -> None:
+        """Gives an attempt whose container runs another slice."""
+        alive = [one.owner for one in self.world.life.journal.containers() if one.stage.is_alive]
+        uuid, shape, span = self._somewhere(gpu, profile, place)
+        if not alive or not self._is_free(uuid, shape, span):
+            return
+        self.world.faults.clear()
+
+        async def act(life: Life) -> None:
+            await life.slices.create(alive[pick % len(alive)], 1, uuid, shape.name, span)
+
+        self.world.do(act)
 
     @rule(gpu=_PICK, profile=_PICK, place=_PICK, lines=_LINES)
     def create(self, gpu: int, profile: int, place: int, lines: int | None) -> None:
@@ -206,8 +238,10 @@ class SliceMachine(RuleBasedStateMachine):
         self.world.end()
         self.world.start(lines=lines)
 
-    @rule()
-    def reboot(self) -> None:
+    @rule(seldom=_SELDOM)
+    def reboot(self, seldom: int) -> None:
+        if seldom:
+            return
         self.world.reboot()
         assert self.world.instances() == []
         assert self.world.records() == []

@@ -103,6 +103,8 @@ class World:
         except Killed:
             journal.close()
             self.start()
+        else:
+            doom.spare()
 
     async def _born(self, doom: Doom, journal: MortalJournal) -> Life:
         events = EventLog(journal)
@@ -147,6 +149,7 @@ class World:
         try:
             return self.runner.run(deed())
         except Killed:
+            assert lines is not None, "it died though nobody killed it"
             return None
         finally:
             if lines is not None:
