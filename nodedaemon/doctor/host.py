@@ -21,6 +21,7 @@ _BOOT_WITH_V2 = (
 )
 # The daemon's unit enters the cgroup of the other one at each start.
 _USE_UNITS = "systemctl start puhui-containers && systemctl restart puhui-nodedaemon"
+_SHOW_CONTROLLERS = "cat /sys/fs/cgroup/cgroup.controllers"
 _FILES = 65536
 _INOTIFY_INSTANCES = 128
 _TIME_ERROR = 5  # <sys/timex.h>: the clock is not synchronised
@@ -136,7 +137,8 @@ def _limits(facts: HostFacts) -> Finding:
         return unknown(check, f"the cgroup of {facts.who} cannot be looked at", "systemd-cgls")
     missing = [name for name in CONTROLLERS if name not in facts.cgroup.controllers]
     if missing:
-        return notice(check, f"{facts.who} cannot limit {', '.join(missing)}: {facts.cgroup.no_limits}", _USE_UNITS)
+        command = _SHOW_CONTROLLERS if facts.cgroup.parent else _USE_UNITS
+        return notice(check, f"{facts.who} cannot limit {', '.join(missing)}: {facts.cgroup.no_limits}", command)
     return ok(check, "containers have limits on CPU, memory and processes")
 
 
