@@ -111,6 +111,16 @@ class Gpus:
             )
         return self._facts[uuid]
 
+    async def find(self, uuid: str) -> GpuFacts:
+        """Returns a GPU, after another look when it is not known: it may not have answered when this daemon started.
+
+        Raises:
+            Refusal: NOT_FOUND with GPU_NOT_FOUND; INTERNAL with DRIVER_REFUSED.
+        """
+        if uuid not in self._facts:
+            await self.refresh()
+        return self.gpu(uuid)
+
     def every(self) -> list[GpuFacts]:
         """Returns the GPUs as they were known last, by index."""
         return sorted(self._facts.values(), key=lambda gpu: gpu.index)

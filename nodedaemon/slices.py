@@ -79,7 +79,7 @@ class Slices:
                 FAILED_PRECONDITION with PLACEMENT_TAKEN or MIG_DISABLED, PERMISSION_DENIED with
                 DRIVER_PERMISSION, INTERNAL with DRIVER_REFUSED or SLICE_NOT_VERIFIED.
         """
-        gpu = self._gpus.gpu(gpu_uuid)
+        gpu = await self._gpus.find(gpu_uuid)
         async with self._gpus.lock(gpu):
             profile = await self._gpus.profile(gpu, profile_name)
             if span not in profile.placements:
@@ -235,7 +235,7 @@ class Slices:
         Raises:
             Refusal: FAILED_PRECONDITION with SLICE_IN_USE; INTERNAL with DRIVER_REFUSED.
         """
-        gpu = self._gpus.gpu(record.gpu_uuid)
+        gpu = await self._gpus.find(record.gpu_uuid)
         deadline = time.monotonic() + (self._release_s if release_s is None else release_s)
         pause = _FIRST_RETRY_S
         with self._in_hand(record):
@@ -348,7 +348,7 @@ class Slices:
         Raises:
             Refusal: as `create` does; the half that was there is gone then.
         """
-        gpu = self._gpus.gpu(record.gpu_uuid)
+        gpu = await self._gpus.find(record.gpu_uuid)
         async with self._gpus.lock(gpu):
             with self._in_hand(record):
                 try:

@@ -231,6 +231,23 @@ class SliceMachine(RuleBasedStateMachine):
         _, refusal = self._do(act, lines)
         assert refusal is None or faulty, repr(refusal)
 
+    @rule(gpu=_PICK, profile=_PICK, place=_PICK, function=st.sampled_from(_LISTS), skip=st.integers(0, 40))
+    def create_and_look_at_lists_that_lag(self, gpu: int, profile: int, place: int, function: str, skip: int) -> None:
+        uuid, shape, span = self._somewhere(gpu, profile, place)
+        if not self._is_free(uuid, shape, span):
+            return
+        owner = self._new_owner()
+        self.world.faults[:] = [Fault(function, count=40, skip=skip, stale=True)]
+
+        async def act(life: Life) -> str:
+            made = await life.slices.create(owner, 1, uuid, shape.name, span)
+            await life.recovery.look()
+            return made.uuid
+
+        made, refusal = self._do(act, None)
+        assert refusal is None, repr(refusal)
+        assert made in [record.uuid for record in self._mine()]
+
     # What happens to it
 
     @rule(lines=st.none() | st.integers(0, 30))
