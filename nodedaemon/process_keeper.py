@@ -10,6 +10,7 @@ start fast.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -17,10 +18,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 _READ_BYTES = 8192
+_ROOM_S = 0.5
 
 
 def main(folder: Path) -> int:
@@ -55,7 +58,9 @@ def main(folder: Path) -> int:
     # As when a container's init ends: nothing of it lives on.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    _write(folder / "exit.json", {"exit_code": 128 - code if code < 0 else code, "end_time": time.time()})
+    ended: dict[str, object] = {"exit_code": 128 - code if code < 0 else code, "end_time": time.time()}
+    while not _has_room(lambda: _write(folder / "exit.json", ended)):
+        time.sleep(_ROOM_S)
     return 0
 
 
@@ -99,13 +104,37 @@ def _copy(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
                     continue
                 data = os.read(key.fd, _READ_BYTES)
                 if data:
-                    log.write(log_lines(data, key.data))
+                    _append(log, log_lines(data, key.data))
                 else:
                     selector.unregister(key.fileobj)
                     open_pipes -= 1
             if over and not any(key.data != b"" for key in ready):
                 break
     os.close(ended)
+
+
+def _append(log: IO[bytes], lines: bytes) -> None:
+    """Writes output down. On a full disk it waits for room, and so in the end does the process: nothing is lost."""
+    left = memoryview(lines)
+
+    def write() -> None:
+        nonlocal left
+        while left:
+            left = left[log.write(left) :]
+
+    while not _has_room(write):
+        time.sleep(_ROOM_S)
+
+
+def _has_room(write: Callable[[], None]) -> bool:
+    """Writes something, and says whether the disk had room for it."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return False
+    return True
 
 
 def log_lines(data: bytes, stream: bytes) -> bytes:
