@@ -36,7 +36,7 @@ from tests.contract.slices.world import Life, World
 T = TypeVar("T")
 
 CARDS = "A100-40GB:1,H100-80GB-SXM5:1"
-EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "60"))
 STEPS = 50
 LEAST_STEPS = 2000
 
@@ -231,13 +231,13 @@ class SliceMachine(RuleBasedStateMachine):
         _, refusal = self._do(act, lines)
         assert refusal is None or faulty, repr(refusal)
 
-    @rule(gpu=_PICK, profile=_PICK, place=_PICK, function=st.sampled_from(_LISTS), skip=st.integers(0, 40))
-    def create_and_look_at_lists_that_lag(self, gpu: int, profile: int, place: int, function: str, skip: int) -> None:
+    @rule(gpu=_PICK, profile=_PICK, place=_PICK, skip=st.integers(0, 20))
+    def create_and_look_at_lists_that_lag(self, gpu: int, profile: int, place: int, skip: int) -> None:
         uuid, shape, span = self._somewhere(gpu, profile, place)
         if not self._is_free(uuid, shape, span):
             return
         owner = self._new_owner()
-        self.world.faults[:] = [Fault(function, count=40, skip=skip, stale=True)]
+        self.world.faults[:] = [Fault("nvmlDeviceGetGpuInstances", count=40, skip=skip, stale=True)]
 
         async def act(life: Life) -> str:
             made = await life.slices.create(owner, 1, uuid, shape.name, span)
