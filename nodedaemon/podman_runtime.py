@@ -13,6 +13,7 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from nodedaemon.frozen import continue_all, processes_in_namespace, stop_all
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_events import container_events
 from nodedaemon.podman_exec import ContainerPlace, PodmanExecs
+from nodedaemon.podman_leftovers import end_leftovers
 from nodedaemon.podman_service import API_VERSION, PodmanService
 from nodedaemon.podman_spec import enforced_limits, spec_generator
 from nodedaemon.runtime import (
@@ -247,9 +249,15 @@ class PodmanRuntime:
         )
         if answer.status_code not in (200, 204, 404):
             raise _refused("remove the container", answer)
+        oci_runtime = str(self._info["host"]["ociRuntime"]["path"])
+        await asyncio.to_thread(end_leftovers, self._account, oci_runtime, container_id)
 
     async def containers(self) -> list[ContainerStatus]:  # noqa: D102
-        return await self._list({})
+        # A list does not say that memory was why.
+        return [
+            replace(found, oom_killed=await self._was_out_of_memory(found.id)) if found.exit_code == _KILLED else found
+            for found in await self._list({})
+        ]
 
     async def _list(self, filters: dict[str, list[str]]) -> list[ContainerStatus]:
         filters = {**filters, "label": [f"puhui.node={self._node_id}"]}
