@@ -26,7 +26,15 @@ from tests.integration.node.conftest import CARDS, Start, containers_of, podman
 
 pytestmark = pytest.mark.podman
 
-_COUNTING = "import time\nfor n in range(60):\n    print(n, flush=True); time.sleep(.05)\n"
+# Counts, and then waits to be told that it may end.
+_COUNTING = """
+import os, time
+for n in range(60):
+    print(n, flush=True)
+    time.sleep(.05)
+while not os.path.exists('/workspace/end'):
+    time.sleep(.01)
+"""
 
 
 @contextlib.asynccontextmanager
@@ -35,7 +43,7 @@ async def connected(running: Daemon, centre: str) -> AsyncIterator[Node]:
         yield Node(channel, centre)
 
 
-async def test_a_container_outlives_a_killed_daemon_and_loses_no_output(start: Start) -> None:
+async def test_a_container_outlives_a_killed_daemon_and_loses_no_output(start: Start, home: Path) -> None:
     centre = new_id("centre")
     with start() as first:
         async with connected(first, centre) as node:
@@ -50,6 +58,7 @@ async def test_a_container_outlives_a_killed_daemon_and_loses_no_output(start: S
             (adopted,) = await node.containers()
             assert (adopted.id, adopted.state) == (container.id, ContainerState.CONTAINER_STATE_RUNNING)
             assert [s.uuid for s in await node.slices()] == [one.uuid]
+            (home / "node" / "attempts" / centre / owner.job_id / "1" / "workspace" / "end").touch()
             rest = await node.log(owner, offset=len(before), follow=True)
             assert before + rest == b"".join(b"%d\n" % n for n in range(60))
             reasons = []
