@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -136,7 +137,8 @@ async def test_a_suspended_container_stays_so_over_a_killed_daemon(start: Start)
         first.kill()
     # As if it had been killed before all were stopped.
     for process, _ in processes_in_namespace(container.pid):
-        os.kill(process, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # what has just been continued may end
+            os.kill(process, signal.SIGCONT)
     with start() as second:
         async with connected(second, centre) as node:
             (adopted,) = await node.containers()
