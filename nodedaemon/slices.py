@@ -76,7 +76,7 @@ class Slices:
 
         Raises:
             Refusal: NOT_FOUND with GPU_NOT_FOUND or PROFILE_NOT_FOUND, INVALID_ARGUMENT with PLACEMENT_INVALID,
-                FAILED_PRECONDITION with PLACEMENT_TAKEN or MIG_DISABLED, PERMISSION_DENIED with
+                FAILED_PRECONDITION with PLACEMENT_TAKEN, SLICE_STILL_SEEN or MIG_DISABLED, PERMISSION_DENIED with
                 DRIVER_PERMISSION, INTERNAL with DRIVER_REFUSED or SLICE_NOT_VERIFIED.
         """
         gpu = await self._gpus.find(gpu_uuid)
@@ -89,7 +89,6 @@ class Slices:
                 if same == (gpu_uuid, owner, profile_name, span) and record.stage is SliceStage.ACTIVE:
                     return self.describe(record)  # made before a crash that swallowed the answer
             await self._require_free(gpu, span)
-            await self._bury(gpu, span)
             record = self._journal.add_slice(
                 SliceRecord(
                     id=0,
@@ -125,21 +124,25 @@ class Slices:
                 foreign=str(mine is None).lower(),
             )
 
-    async def _bury(self, gpu: GpuFacts, span: Span) -> None:
-        """Forgets slices of this place that somebody else destroyed: no container may see the next one in their stead.
+    async def _bury(self, new: SliceRecord) -> None:
+        """Forgets the slice that had this GPU instance id before and was destroyed by somebody else.
+
+        Its container may still see the cap nodes, whose numbers follow from the id: it would see the new slice as soon
+        as that has its compute instance.
 
         Raises:
-            Refusal: FAILED_PRECONDITION with PLACEMENT_TAKEN, one still does.
+            Refusal: FAILED_PRECONDITION with SLICE_STILL_SEEN.
         """
         for old in self._journal.slices():
-            if old.gpu_uuid == gpu.uuid and old.span.overlaps(span) and not self.in_hand(old):
+            if (old.gpu_uuid, old.gi) == (new.gpu_uuid, new.gi) and old.id != new.id:
                 await self.drop(old, "somebody else destroyed it")
                 if not self._is_destroyed(old):
                     raise Refusal(
                         grpc.StatusCode.FAILED_PRECONDITION,
-                        "PLACEMENT_TAKEN",
-                        f"the place is free, but a container of {old.owner} still sees what was there: stop it first",
-                        gpu_uuid=gpu.uuid,
+                        "SLICE_STILL_SEEN",
+                        f"a container of {old.owner} still sees the nodes of a slice that somebody destroyed, and "
+                        "would see this one; stop that container first",
+                        gpu_uuid=new.gpu_uuid,
                     )
 
     async def _make(self, gpu: GpuFacts, profile: ProfileFacts, record: SliceRecord) -> SliceRecord:
@@ -148,6 +151,7 @@ class Slices:
                 gpu, self._gpus.driver.create_gpu_instance, gpu.uuid, profile.profile_id, record.span
             )
             record = self._journal.update_slice(replace(record, gi=gi))
+            await self._bury(record)
             return await self._complete(gpu, record, profile.compute_slices, new=True)
         except Refusal as error:
             if error.reason == "PLACEMENT_TAKEN" and record.gi is None:
@@ -354,6 +358,7 @@ class Slices:
                 try:
                     profile = await self._gpus.profile(gpu, record.profile)
                     record = self._journal.update_slice(replace(record, gi=gi))
+                    await self._bury(record)
                     await self._complete(gpu, record, profile.compute_slices, new=False)
                 except Refusal:
                     await self._unmake(gpu, record)

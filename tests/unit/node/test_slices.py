@@ -260,7 +260,7 @@ async def test_a_slice_destroyed_by_hand_is_noticed_and_its_place_is_free(bench:
     assert await bench.create() != uuid
 
 
-async def test_the_place_of_a_vanished_slice_is_given_only_once_its_container_sees_it_no_more(bench: Bench) -> None:
+async def test_the_id_of_a_vanished_slice_is_given_only_once_its_container_sees_it_no_more(bench: Bench) -> None:
     uuid = await bench.create()
     (instance,) = bench.driver.instances(bench.gpu)
     bench.driver.destroy_compute_instance(bench.gpu, instance.id, 0)
@@ -272,7 +272,7 @@ async def test_the_place_of_a_vanished_slice_is_given_only_once_its_container_se
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "HOTPLUG_UNAVAILABLE", "it cannot be reached")
 
     bench.slices.on_vanished = hide
-    with pytest.raises(Refusal, match="still sees what was there"):
+    with pytest.raises(Refusal, match="still sees the nodes"):
         await bench.create(Owner("centre", "j-2", 1))
     assert bench.driver.instances(bench.gpu) == []
     seen.clear()
