@@ -117,7 +117,7 @@ class Attachments:
         """
         async with self._lock(owner):
             before = self._living(owner)
-            one, gpu = self._slices.owned(owner, uuid)
+            one, gpu = self._slices.book.owned(owner, uuid)
             self.require_nodes([(one, gpu)])
             new = uuid not in before.slice_uuids
             wanted = (*before.slice_uuids, uuid) if new else before.slice_uuids
@@ -157,7 +157,7 @@ class Attachments:
             before = self._living(owner)
             if uuid not in before.slice_uuids:
                 return self._describe(owner)
-            one, gpu = self._slices.owned(owner, uuid)
+            one, gpu = self._slices.book.owned(owner, uuid)
             rest = tuple(other for other in before.slice_uuids if other != uuid)
             nodes = self._nodes(owner, rest)
             try:
@@ -276,7 +276,7 @@ class Attachments:
         Raises:
             Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING; INTERNAL with DRIVER_REFUSED.
         """
-        slices = [self._slices.owned(owner, uuid) for uuid in uuids if self._is_there(owner, uuid)]
+        slices = [self._slices.book.owned(owner, uuid) for uuid in uuids if self._is_there(owner, uuid)]
         return {name: source for name, source in self._sources(slices).items() if source.exists()}
 
     def _sources(self, slices: Sequence[tuple[SliceRecord, GpuFacts]]) -> dict[str, Path]:
@@ -321,7 +321,7 @@ class Attachments:
             reason,
             message,
             owner=container.owner,
-            slice=self._slices.describe(one) if one is not None else None,
+            slice=self._slices.book.describe(one) if one is not None else None,
             container=container,
         )
         self._changed()

@@ -100,7 +100,7 @@ class Containers:
                 )
             return self.describe(known)  # made before a crash that swallowed the answer
         require_sound(request)
-        slices = [self._slices.owned(owner, uuid) for uuid in request.slice_uuids]
+        slices = [self._slices.book.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id)
         nodes = self._attachments.require_nodes(slices)
         record = self._journal.put_container(

@@ -74,7 +74,7 @@ class Inventory:
         return NodeInventory(
             name=self._name,
             gpus=gpus,
-            slices=await self._slices.describe_all(foreign=True),
+            slices=await self._slices.book.describe_all(foreign=True),
             runtime=self._runtime.describe(),
             versions=NodeVersions(
                 puhui=importlib.metadata.version("puhui"),

@@ -110,7 +110,7 @@ class NodeService(NodeServiceServicer):
         return await self._mutations.carry_out(request, DestroySliceResponse, act)
 
     async def ListSlices(self, request: ListSlicesRequest, context: Any) -> ListSlicesResponse:  # noqa: D102, N802
-        return ListSlicesResponse(slices=await self._slices.describe_all(foreign=request.include_foreign))
+        return ListSlicesResponse(slices=await self._slices.book.describe_all(foreign=request.include_foreign))
 
     # Containers
 

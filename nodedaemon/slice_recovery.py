@@ -71,7 +71,7 @@ class SliceRecovery:
         """
         await self.gpus.refresh()
         await self._agree(start=False)
-        foreign = await self.slices.foreign()
+        foreign = await self.slices.book.foreign()
         if self._foreign is not None and foreign != self._foreign:
             self.revision.grow()  # what somebody else made or destroyed changes what there is room for
         self._foreign = foreign

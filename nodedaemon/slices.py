@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import grpc
 import structlog
 
-from nodedaemon.descriptions import describe_foreign, describe_slice
 from nodedaemon.driver_facts import GpuFacts, GpuInstance, Mig, ProfileFacts, Span
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
@@ -22,6 +21,7 @@ from nodedaemon.host import boot_id
 from nodedaemon.journal import Journal, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import is_same
+from nodedaemon.slice_book import SliceBook
 from nodedaemon.slice_calls import fill, find, in_the_way, remove, whole
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
@@ -61,8 +61,7 @@ class Slices:
     ) -> None:
         self._gpus = gpus
         self._journal = journal
-        self._events = events
-        self._changed = changed
+        self.book = SliceBook(gpus, journal, events, changed)
         self._release_s = release_s
         self._boot_id = boot_id() if boot is None else boot
         self._hands: Counter[int] = Counter()
@@ -87,7 +86,7 @@ class Slices:
             for record in self._journal.slices():
                 same = (record.gpu_uuid, record.owner, record.profile, record.span)
                 if same == (gpu_uuid, owner, profile_name, span) and record.stage is SliceStage.ACTIVE:
-                    return self.describe(record)  # made before a crash that swallowed the answer
+                    return self.book.describe(record)  # made before a crash that swallowed the answer
             await self._require_free(gpu, span)
             record = self._journal.add_slice(
                 SliceRecord(
@@ -105,7 +104,7 @@ class Slices:
                 )
             )
             with self._in_hand(record):
-                return self.describe(await self._make(gpu, profile, record))
+                return self.book.describe(await self._make(gpu, profile, record))
 
     async def _require_free(self, gpu: GpuFacts, span: Span) -> None:
         for really in await self._gpus.ask(gpu, in_the_way, self._gpus.driver, gpu.uuid, span):
@@ -191,8 +190,8 @@ class Slices:
         record = replace(record, ci=compute.id, uuid=compute.uuid, stage=SliceStage.ACTIVE, notice="")
         kind = NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED
         if new:
-            return self._keep(record, kind, "SLICE_CREATED", "made slice {slice}")
-        return self._keep(record, kind, "SLICE_COMPLETED", "completed slice {slice}, which was half made")
+            return self.book.keep(record, kind, "SLICE_CREATED", "made slice {slice}")
+        return self.book.keep(record, kind, "SLICE_COMPLETED", "completed slice {slice}, which was half made")
 
     # Destroying one ---------------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Slices:
                         await self._remove(gpu, record)
                         record = replace(record, stage=SliceStage.DESTROYED, notice="")
                         kind = NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED
-                        self._keep(record, kind, "SLICE_DESTROYED", "destroyed slice {slice}")
+                        self.book.keep(record, kind, "SLICE_DESTROYED", "destroyed slice {slice}")
                     return
                 except Refusal as error:
                     in_use = error.reason == "SLICE_IN_USE"
@@ -293,7 +292,7 @@ class Slices:
         if told:
             self._journal.update_slice(record)
         else:
-            self._keep(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, error.reason, error.message)
+            self.book.keep(record, NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR, error.reason, error.message)
         return error
 
     # What `Recovery` asks for -----------------------------------------------------------------------------
@@ -337,15 +336,6 @@ class Slices:
     def _find(self, record: SliceRecord) -> GpuInstance | None:
         return find(self._gpus.driver, record)
 
-    async def foreign(self) -> set[tuple[str, int]]:
-        """Returns (GPU UUID, GPU instance id) of every listed slice that this daemon did not make."""
-        records = self._journal.slices()
-        return {
-            (gpu.uuid, instance.id)
-            for gpu, instance in (await self._gpus.list_all()).instances
-            if not any(is_same(record, instance) for record in records)
-        }
-
     async def finish(self, record: SliceRecord, gi: int) -> None:
         """Completes a slice whose making was cut short.
 
@@ -377,14 +367,14 @@ class Slices:
             notice = f"it is gone ({why}), but its container still sees its nodes: {error.message}"
             if record.notice != notice:
                 kind = NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR
-                self._keep(replace(record, notice=notice), kind, error.reason, "slice {slice}: " + notice)
+                self.book.keep(replace(record, notice=notice), kind, error.reason, "slice {slice}: " + notice)
             return
         asked = record.stage in (SliceStage.DESTROYING, SliceStage.ERROR)
         with self._journal.atomic():
             if not asked:
                 # A repeated request must make it again rather than be told that it was made.
                 self._journal.forget_answers(record.owner)
-            self._keep(
+            self.book.keep(
                 replace(record, stage=SliceStage.DESTROYED),
                 NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED,
                 "SLICE_DESTROYED" if asked else "SLICE_VANISHED",
@@ -400,76 +390,13 @@ class Slices:
         if record.notice == why:
             return  # told before
         kind = NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR
-        self._keep(replace(record, notice=why), kind, "GPU_SILENT", "slice {slice} is in doubt: " + why)
+        self.book.keep(replace(record, notice=why), kind, "GPU_SILENT", "slice {slice} is in doubt: " + why)
 
     def trust(self, record: SliceRecord) -> None:
         """Notes that a slice that was in doubt is there after all."""
         if record.notice:
             self._journal.update_slice(replace(record, notice=""))
-            self._changed()
-
-    # Reading ----------------------------------------------------------------------------------------------
-
-    async def describe_all(self, *, foreign: bool) -> list[Slice]:
-        """Returns the slices of this node for the wire, by GPU index and placement.
-
-        Raises:
-            Refusal: INTERNAL with DRIVER_REFUSED.
-        """
-        instances = (await self._gpus.list_all()).instances if foreign else []
-        records = self._journal.slices()
-        viewers = self._journal.viewers()
-        found = [self._described(record, viewers) for record in records]
-        found.extend(
-            describe_foreign(instance, gpu, emulated=self._gpus.emulated)
-            for gpu, instance in instances
-            if not any(is_same(record, instance) for record in records)
-        )
-        return sorted(found, key=lambda one: (one.gpu_index, one.placement.start))
-
-    def describe(self, record: SliceRecord) -> Slice:
-        """Returns a slice for the wire."""
-        return self._described(record, self._journal.viewers())
-
-    def _described(self, record: SliceRecord, viewers: Mapping[str, str]) -> Slice:
-        return describe_slice(
-            record,
-            self._gpus.known(record.gpu_uuid),
-            emulated=self._gpus.emulated,
-            viewer=viewers.get(record.uuid, ""),
-        )
-
-    def owned(self, owner: Owner, uuid: str) -> tuple[SliceRecord, GpuFacts]:
-        """Returns an active slice of an attempt, and its GPU.
-
-        Raises:
-            Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND.
-        """
-        record = self._journal.slice(uuid)
-        if record is None or record.owner != owner or record.stage is not SliceStage.ACTIVE:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "SLICE_NOT_FOUND",
-                f"{owner} has no active slice {uuid!r} here; create it first",
-                slice_uuid=uuid,
-            )
-        return record, self._gpus.gpu(record.gpu_uuid)
-
-    def _keep(self, record: SliceRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> SliceRecord:
-        """Writes a slice down together with the event that tells why: there is never one without the other."""
-        with self._journal.atomic():
-            self._journal.update_slice(record)
-            gpu = self._gpus.known(record.gpu_uuid)
-            where = f"{record.uuid or 'without a UUID'} ({record.profile} at {record.span.start} on GPU {gpu.index})"
-            self._events.add(
-                kind,
-                reason,
-                message.replace("{slice}", where),
-                owner=record.owner.ref(record.token),
-                slice=self.describe(record),
-            )
-        self._changed()
-        return record
+            self.book.changed()
 
 
 async def _nobody_cares(_: SliceRecord) -> None:

@@ -119,7 +119,7 @@ class Bench:
 
     def require_agreement(self) -> None:
         """What is seen is what the journal says."""
-        wanted = [self.slices.owned(_OWNER, uuid) for uuid in self.attached()]
+        wanted = [self.slices.book.owned(_OWNER, uuid) for uuid in self.attached()]
         assert self.plug.seen == self.attachments.require_nodes(wanted)
 
     def told(self) -> list[NodeEvent]:
@@ -301,7 +301,7 @@ async def test_only_a_living_container_can_be_changed(tmp_path: Path, stage: Con
             assert caught.value.reason == "CONTAINER_NOT_RUNNING"
         await bench.attachments.restore()
         assert bench.plug.seen == {}
-        (described,) = await bench.slices.describe_all(foreign=False)
+        (described,) = await bench.slices.book.describe_all(foreign=False)
         assert described.state == SliceState.SLICE_STATE_IDLE
 
 

@@ -88,4 +88,4 @@ async def test_a_start_survives_a_gpu_of_the_journal_that_is_gone(tmp_path: Path
     async with opened(tmp_path) as bench:
         assert bench.journal.slices() == []
         with pytest.raises(Refusal):
-            bench.slices.owned(_OWNER, "MIG-gone")
+            bench.slices.book.owned(_OWNER, "MIG-gone")

@@ -129,7 +129,7 @@ async def test_what_cannot_be_rolled_back_is_shown_and_removed_by_the_next_creat
     bench.emulated.faults.inject("nvmlGpuInstanceDestroy", pynvml.NVML_ERROR_UNKNOWN)
     with pytest.raises(Refusal):
         await bench.create()
-    (shown,) = await bench.slices.describe_all(foreign=True)
+    (shown,) = await bench.slices.book.describe_all(foreign=True)
     assert shown.state == SliceState.SLICE_STATE_ERROR
     uuid = await bench.create(Owner("centre", "j-2", 1), "1g.10gb", 5, 1)
     assert [record.uuid for record in bench.journal.slices()] == [uuid]
@@ -242,7 +242,7 @@ async def test_what_could_not_be_destroyed_is_tried_again_and_told_once(bench: B
             await bench.destroy(uuid)
         for _ in range(3):
             await recovery.look()
-        (shown,) = await bench.slices.describe_all(foreign=True)
+        (shown,) = await bench.slices.book.describe_all(foreign=True)
         assert shown.state == SliceState.SLICE_STATE_ERROR
     await recovery.look()
     assert bench.driver.instances(bench.gpu) == []
