@@ -13,7 +13,7 @@ from typing import Any
 
 import pynvml
 
-from nodedaemon.driver_facts import ComputeInstance, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts, Span
+from nodedaemon.driver_facts import ComputeInstance, DriverError, GpuFacts, GpuInstance, Mig, ProfileFacts, Span, ask
 
 __all__ = ["Driver"]
 
@@ -38,7 +38,7 @@ class Driver:
     """
 
     def __init__(self) -> None:
-        _ask(pynvml.nvmlInit)
+        ask(pynvml.nvmlInit)
         self._handles: dict[str, Any] = {}
         self._known: dict[int, GpuFacts] = {}
         self._profiles: dict[str, tuple[ProfileFacts, ...]] = {}
@@ -46,15 +46,15 @@ class Driver:
 
     def close(self) -> None:
         """Lets go of the driver."""
-        _ask(pynvml.nvmlShutdown)
+        ask(pynvml.nvmlShutdown)
 
     def version(self) -> str:
         """Returns the driver's version."""
-        return str(_ask(pynvml.nvmlSystemGetDriverVersion))
+        return str(ask(pynvml.nvmlSystemGetDriverVersion))
 
     def nvml_version(self) -> str:
         """Returns NVML's version."""
-        return str(_ask(pynvml.nvmlSystemGetNVMLVersion))
+        return str(ask(pynvml.nvmlSystemGetNVMLVersion))
 
     def gpus(self) -> list[GpuFacts]:
         """Returns the node's GPUs, by index. One that does not answer has a notice, and spoils no other.
@@ -70,20 +70,20 @@ class Driver:
         Raises:
             DriverError: the driver does not answer.
         """
-        return int(_ask(pynvml.nvmlDeviceGetCount))
+        return int(ask(pynvml.nvmlDeviceGetCount))
 
     def gpu(self, index: int) -> GpuFacts:
         """Returns one GPU; one that does not answer has a notice."""
         try:
-            handle = _ask(pynvml.nvmlDeviceGetHandleByIndex, index)
-            uuid = str(_ask(pynvml.nvmlDeviceGetUUID, handle))
+            handle = ask(pynvml.nvmlDeviceGetHandleByIndex, index)
+            uuid = str(ask(pynvml.nvmlDeviceGetUUID, handle))
             facts = GpuFacts(
                 uuid=uuid,
                 index=index,
-                minor=int(_ask(pynvml.nvmlDeviceGetMinorNumber, handle)),
-                model=str(_ask(pynvml.nvmlDeviceGetName, handle)),
+                minor=int(ask(pynvml.nvmlDeviceGetMinorNumber, handle)),
+                model=str(ask(pynvml.nvmlDeviceGetName, handle)),
                 memory_mib=0,
-                pci_bus_id=_text(_ask(pynvml.nvmlDeviceGetPciInfo, handle).busId),
+                pci_bus_id=_text(ask(pynvml.nvmlDeviceGetPciInfo, handle).busId),
                 mig=self._mig(handle),
             )
             self._handles[uuid] = handle
@@ -101,7 +101,7 @@ class Driver:
 
     def _memory_mib(self, handle: Any, gpu: GpuFacts) -> int:
         try:
-            return int(_ask(pynvml.nvmlDeviceGetMemoryInfo, handle).total) // 2**20
+            return int(ask(pynvml.nvmlDeviceGetMemoryInfo, handle).total) // 2**20
         except DriverError as error:
             # With MIG mode on, an unprivileged user may be refused this; the largest profile spans the whole GPU.
             if error.code not in (pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_NOT_SUPPORTED):
@@ -111,7 +111,7 @@ class Driver:
 
     def _mig(self, handle: Any) -> Mig:
         try:
-            current, _pending = _ask(pynvml.nvmlDeviceGetMigMode, handle)
+            current, _pending = ask(pynvml.nvmlDeviceGetMigMode, handle)
         except DriverError as error:
             if error.code == pynvml.NVML_ERROR_NOT_SUPPORTED:
                 return Mig.NOT_SUPPORTED
@@ -137,7 +137,7 @@ class Driver:
     def _read_profiles(self, handle: Any) -> Iterator[ProfileFacts]:
         for number in range(pynvml.NVML_GPU_INSTANCE_PROFILE_COUNT):
             try:
-                info = _ask(pynvml.nvmlDeviceGetGpuInstanceProfileInfo, handle, number)
+                info = ask(pynvml.nvmlDeviceGetGpuInstanceProfileInfo, handle, number)
             except DriverError as error:
                 # A number that this model lacks is NOT_SUPPORTED, one that an older driver has never heard
                 # of is INVALID_ARGUMENT.
@@ -145,9 +145,9 @@ class Driver:
                     continue
                 raise
             count = c_uint(0)
-            _ask(pynvml.nvmlDeviceGetGpuInstancePossiblePlacements, handle, info.id, None, byref(count))
+            ask(pynvml.nvmlDeviceGetGpuInstancePossiblePlacements, handle, info.id, None, byref(count))
             spans = (pynvml.c_nvmlGpuInstancePlacement_t * count.value)()
-            _ask(pynvml.nvmlDeviceGetGpuInstancePossiblePlacements, handle, info.id, spans, byref(count))
+            ask(pynvml.nvmlDeviceGetGpuInstancePossiblePlacements, handle, info.id, spans, byref(count))
             yield ProfileFacts(
                 name=_text(info.name).removeprefix("MIG "),
                 profile_id=int(info.id),
@@ -164,7 +164,7 @@ class Driver:
         Raises:
             DriverError: the GPU does not answer.
         """
-        return int(_ask(pynvml.nvmlDeviceGetGpuInstanceRemainingCapacity, self._handle(gpu_uuid), profile_id))
+        return int(ask(pynvml.nvmlDeviceGetGpuInstanceRemainingCapacity, self._handle(gpu_uuid), profile_id))
 
     def instances(self, gpu_uuid: str, *, compute: bool = True) -> list[GpuInstance]:
         """Returns every GPU instance that the driver lists on a GPU, whoever made it, by placement.
@@ -222,7 +222,7 @@ class Driver:
     def _instance(self, gpu_uuid: str, handle: Any, *, compute: bool) -> GpuInstance | None:
         """Returns what a handle stands for; None when it was destroyed meanwhile."""
         try:
-            info = _ask(pynvml.nvmlGpuInstanceGetInfo, handle)
+            info = ask(pynvml.nvmlGpuInstanceGetInfo, handle)
             gi, profile = int(info.id), self._profile(gpu_uuid, int(info.profileId))
             span = Span(int(info.placement.start), int(info.placement.size))
             instances: tuple[ComputeInstance, ...] = ()
@@ -242,7 +242,7 @@ class Driver:
     def _compute_instances(self, gpu_uuid: str, profile: ProfileFacts, handle: Any) -> list[tuple[int, int]]:
         """Returns (id, compute slices) of each compute instance of a GPU instance."""
         return [
-            (int(_ask(pynvml.nvmlComputeInstanceGetInfo, compute).id), width)
+            (int(ask(pynvml.nvmlComputeInstanceGetInfo, compute).id), width)
             for profile_id, width, most in self._compute_profiles(gpu_uuid, profile, handle)
             for compute in _listed(
                 pynvml.nvmlGpuInstanceGetComputeInstances, handle, profile_id, pynvml.c_nvmlComputeInstance_t, most
@@ -269,9 +269,9 @@ class Driver:
         uuids: dict[int, str] = {}
         for device in self._mig_devices(handle):
             try:
-                if int(_ask(pynvml.nvmlDeviceGetGpuInstanceId, device)) == gi:
-                    ci = int(_ask(pynvml.nvmlDeviceGetComputeInstanceId, device))
-                    uuids[ci] = str(_ask(pynvml.nvmlDeviceGetUUID, device))
+                if int(ask(pynvml.nvmlDeviceGetGpuInstanceId, device)) == gi:
+                    ci = int(ask(pynvml.nvmlDeviceGetComputeInstanceId, device))
+                    uuids[ci] = str(ask(pynvml.nvmlDeviceGetUUID, device))
             except DriverError as error:
                 if error.code not in _NO_SUCH_INSTANCE:
                     raise
@@ -284,7 +284,7 @@ class Driver:
         # Indices have holes, and handles are given out anew: they are never kept.
         for index in range(_MIG_DEVICES):
             try:
-                yield _ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
+                yield ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, index)
             except DriverError as error:
                 if error.code == pynvml.NVML_ERROR_INVALID_ARGUMENT:
                     return  # past the last index that this GPU has
@@ -299,10 +299,10 @@ class Driver:
         """
         placement = pynvml.c_nvmlGpuInstancePlacement_t(span.start, span.size)
         # By reference: passed by value it would crash the C library.
-        instance = _ask(
+        instance = ask(
             pynvml.nvmlDeviceCreateGpuInstanceWithPlacement, self._handle(gpu_uuid), profile_id, byref(placement)
         )
-        return int(_ask(pynvml.nvmlGpuInstanceGetInfo, instance).id)
+        return int(ask(pynvml.nvmlGpuInstanceGetInfo, instance).id)
 
     def create_compute_instance(self, gpu_uuid: str, gi: int, compute_slices: int) -> int:
         """Creates the compute instance that spans the whole GPU instance, and returns its id.
@@ -316,11 +316,11 @@ class Driver:
             DriverError: the driver refuses, or offers no profile that wide (NOT_SUPPORTED).
         """
         handle = self._gpu_instance(gpu_uuid, gi)
-        profile = self._profile(gpu_uuid, int(_ask(pynvml.nvmlGpuInstanceGetInfo, handle).profileId))
+        profile = self._profile(gpu_uuid, int(ask(pynvml.nvmlGpuInstanceGetInfo, handle).profileId))
         for profile_id, width, _ in self._compute_profiles(gpu_uuid, profile, handle):
             if width == compute_slices:
-                created = _ask(pynvml.nvmlGpuInstanceCreateComputeInstance, handle, profile_id)
-                return int(_ask(pynvml.nvmlComputeInstanceGetInfo, created).id)
+                created = ask(pynvml.nvmlGpuInstanceCreateComputeInstance, handle, profile_id)
+                return int(ask(pynvml.nvmlComputeInstanceGetInfo, created).id)
         raise DriverError(
             "nvmlGpuInstanceGetComputeInstanceProfileInfoV",
             pynvml.NVML_ERROR_NOT_SUPPORTED,
@@ -336,7 +336,7 @@ class Driver:
         handle = self._gpu_instance(gpu_uuid, gi)
         for ci in range(_COMPUTE_INSTANCE_IDS):
             try:
-                _ask(pynvml.nvmlGpuInstanceGetComputeInstanceById, handle, ci)
+                ask(pynvml.nvmlGpuInstanceGetComputeInstanceById, handle, ci)
             except DriverError as error:
                 if error.code not in _NO_SUCH_INSTANCE:
                     raise
@@ -350,8 +350,8 @@ class Driver:
         Raises:
             DriverError: IN_USE while a process holds it, NOT_FOUND when it is gone already.
         """
-        instance = _ask(pynvml.nvmlGpuInstanceGetComputeInstanceById, self._gpu_instance(gpu_uuid, gi), ci)
-        _ask(pynvml.nvmlComputeInstanceDestroy, instance)
+        instance = ask(pynvml.nvmlGpuInstanceGetComputeInstanceById, self._gpu_instance(gpu_uuid, gi), ci)
+        ask(pynvml.nvmlComputeInstanceDestroy, instance)
 
     def destroy_gpu_instance(self, gpu_uuid: str, gi: int) -> None:
         """Destroys a GPU instance that has no compute instance any more.
@@ -359,7 +359,7 @@ class Driver:
         Raises:
             DriverError: IN_USE while it has, NOT_FOUND when it is gone already.
         """
-        _ask(pynvml.nvmlGpuInstanceDestroy, self._gpu_instance(gpu_uuid, gi))
+        ask(pynvml.nvmlGpuInstanceDestroy, self._gpu_instance(gpu_uuid, gi))
 
     def processes(self, gpu_uuid: str, gi: int) -> list[int]:
         """Returns the ids of the processes that use a GPU instance, ascending.
@@ -368,22 +368,22 @@ class Driver:
             DriverError: the GPU does not answer.
         """
         # The whole GPU is asked: a MIG device is gone as soon as its compute instance is, its processes may not be.
-        listed = _ask(pynvml.nvmlDeviceGetComputeRunningProcesses, self._handle(gpu_uuid))
+        listed = ask(pynvml.nvmlDeviceGetComputeRunningProcesses, self._handle(gpu_uuid))
         return sorted({int(process.pid) for process in listed if process.gpuInstanceId == gi})
 
     def _handle(self, gpu_uuid: str) -> Any:
         if gpu_uuid not in self._handles:
-            self._handles[gpu_uuid] = _ask(pynvml.nvmlDeviceGetHandleByUUID, gpu_uuid)
+            self._handles[gpu_uuid] = ask(pynvml.nvmlDeviceGetHandleByUUID, gpu_uuid)
         return self._handles[gpu_uuid]
 
     def _gpu_instance(self, gpu_uuid: str, gi: int) -> Any:
-        return _ask(pynvml.nvmlDeviceGetGpuInstanceById, self._handle(gpu_uuid), gi)
+        return ask(pynvml.nvmlDeviceGetGpuInstanceById, self._handle(gpu_uuid), gi)
 
 
 def _compute_profiles(instance: Any) -> Iterator[Any]:
     for number in range(pynvml.NVML_COMPUTE_INSTANCE_PROFILE_COUNT):
         try:
-            yield _ask(
+            yield ask(
                 pynvml.nvmlGpuInstanceGetComputeInstanceProfileInfo,
                 instance,
                 number,
@@ -398,18 +398,10 @@ def _listed(call: Callable[..., Any], owner: Any, profile_id: int, kind: Any, mo
     """Asks for the instances of one profile, as NVML fills an array of handles."""
     handles = (kind * max(int(most), 1))()
     count = c_uint(len(handles))
-    _ask(call, owner, profile_id, handles, byref(count))
+    ask(call, owner, profile_id, handles, byref(count))
     return list(handles[: count.value])
 
 
 def _text(value: bytes | str) -> str:
     """Returns a name out of a structure: some of pynvml's decode theirs, some do not."""
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _ask(call: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return call(*arguments)
-    except pynvml.NVMLError as error:
-        code = int(error.value)
-        raise DriverError(call.__name__, code, str(error)) from error

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
-__all__ = ["ComputeInstance", "DriverError", "GpuFacts", "GpuInstance", "Mig", "ProfileFacts", "Span"]
+import pynvml
+
+__all__ = ["ComputeInstance", "DriverError", "GpuFacts", "GpuInstance", "Mig", "ProfileFacts", "Span", "ask"]
 
 
 class DriverError(Exception):
@@ -22,6 +26,18 @@ class DriverError(Exception):
         self.call = call
         self.code = code
         self.text = text
+
+
+def ask(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls pynvml.
+
+    Raises:
+        DriverError: the driver refused.
+    """
+    try:
+        return call(*arguments)
+    except pynvml.NVMLError as error:
+        raise DriverError(call.__name__, int(error.value), str(error)) from error
 
 
 class Mig(IntEnum):

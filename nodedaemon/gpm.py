@@ -6,15 +6,14 @@ is a buffer of the driver's that must be given back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pynvml
 
-from nodedaemon.driver_facts import DriverError
+from nodedaemon.driver_facts import DriverError, ask
 
-__all__ = ["Gpm", "GpmSample", "Means", "ask"]
+__all__ = ["Gpm", "GpmSample", "Means"]
 
 _METRICS = (pynvml.NVML_GPM_METRIC_SM_UTIL, pynvml.NVML_GPM_METRIC_GRAPHICS_UTIL)
 _ROUNDING = 0.5
@@ -116,15 +115,3 @@ def _percent(code: int, value: float) -> float | None:
     if code != pynvml.NVML_SUCCESS or not -_ROUNDING <= value <= 100 + _ROUNDING:
         return None
     return min(max(value, 0.0), 100.0)
-
-
-def ask(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls pynvml.
-
-    Raises:
-        DriverError: the driver refused.
-    """
-    try:
-        return call(*arguments)
-    except pynvml.NVMLError as error:
-        raise DriverError(call.__name__, int(error.value), str(error)) from error

@@ -7,19 +7,18 @@ watches. Each GPU is looked at on a thread of its own, so that a slow one delays
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import grpc
 import structlog
 
 from nodedaemon.driver_facts import DriverError, GpuFacts
 from nodedaemon.gpm import Means
+from nodedaemon.threads import on_thread
 from nodedaemon.utilization import Card, Look, describe, describe_silent
 from nodedaemon.utilization_meter import Meter
 from nodedaemon.utilization_watcher import Watcher, require_sound
@@ -35,8 +34,6 @@ _MOST_WATCHERS = 64
 _EARLY_S = 0.001
 _LONGEST_ROUND_S = 0.5
 _SETTLE_S = 1.0
-
-_T = TypeVar("_T")
 
 
 class GpuList(Protocol):
@@ -228,7 +225,7 @@ class Telemetry:
             kept = {one.bases[gpu.uuid] for one in self._watchers if gpu.uuid in one.bases and one not in due}
             spent = bases - kept
             measure = partial(_measure, self._meter, gpu, bases, spent)
-            flight = _Flight(gpu, due, at_s, bases, asyncio.wrap_future(_on_thread(measure, f"gpu-{gpu.index}-use")))
+            flight = _Flight(gpu, due, at_s, bases, asyncio.wrap_future(on_thread(measure, f"gpu-{gpu.index}-use")))
             self._looks -= spent
             self._flights[gpu.uuid] = flight
             begun.append(flight)
@@ -245,6 +242,13 @@ class Telemetry:
             for watcher in flight.watchers:
                 watcher.bases.pop(gpu.uuid, None)
             self._tell_unavailable(gpu, flight.watchers, told, f"GPU {gpu.index} does not answer ({error})")
+            return
+        except Exception as error:  # noqa: BLE001 - what is wrong with one look must not stop the daemon
+            _log.error("a look at a GPU failed", gpu=gpu.uuid, exc_info=error)
+            for watcher in flight.watchers:
+                watcher.bases.pop(gpu.uuid, None)
+            why = f"what GPU {gpu.index} answers is not understood ({error!r}); see the daemon's log"
+            self._tell_unavailable(gpu, flight.watchers, told, why)
             return
         look = measured.look
         self._looks.add(look)
@@ -297,7 +301,7 @@ class Telemetry:
         unwanted = self._looks - wanted
         if unwanted:
             self._looks -= unwanted
-            _on_thread(partial(_free, self._meter, unwanted), "gpu-use-free")
+            on_thread(partial(_free, self._meter, unwanted), "gpu-use-free")
 
     async def _settle(self) -> None:
         """Gives all buffers back but those of a GPU that hangs: its thread may still be using them."""
@@ -311,7 +315,7 @@ class Telemetry:
             elif flight.outcome.exception() is None:
                 self._looks.add(flight.outcome.result().look)
         self._flights.clear()
-        freed = asyncio.wrap_future(_on_thread(partial(_free, self._meter, frozenset(self._looks)), "gpu-use-free"))
+        freed = asyncio.wrap_future(on_thread(partial(_free, self._meter, frozenset(self._looks)), "gpu-use-free"))
         self._looks.clear()
         for watcher in self._watchers:
             watcher.bases.clear()
@@ -332,7 +336,11 @@ def _measure(meter: Meter, gpu: GpuFacts, bases: frozenset[Look], spent: frozens
     """
     try:
         look = meter.look(gpu)
-        return _Measured(look, {base: dict(_means(meter, base, look)) for base in bases})
+        try:
+            return _Measured(look, {base: dict(_means(meter, base, look)) for base in bases})
+        except BaseException:
+            _free(meter, [look])
+            raise
     finally:
         _free(meter, spent)
 
@@ -351,18 +359,3 @@ def _free(meter: Meter, looks: Iterable[Look]) -> None:
                 meter.free(sample)
             except DriverError as error:
                 _log.warning("the driver does not take a sample back", gpu=look.gpu_uuid, error=str(error))
-
-
-def _on_thread(call: Callable[[], _T], name: str) -> Future[_T]:
-    """Runs a call on a thread of its own, which a process that ends does not wait for."""
-    outcome: Future[_T] = Future()
-    outcome.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return outcome

@@ -18,6 +18,8 @@ _T = TypeVar("_T")
 def on_thread(call: Callable[[], _T], name: str) -> Future[_T]:
     """Runs a call on a thread of its own."""
     answer: Future[_T] = Future()
+    # Whoever waits may give up waiting, but not cancel what runs.
+    answer.set_running_or_notify_cancel()
 
     def run() -> None:
         try:

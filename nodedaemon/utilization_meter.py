@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import pynvml
 
-from nodedaemon.driver_facts import DriverError, GpuFacts
-from nodedaemon.gpm import Gpm, GpmSample, Means, ask
+from nodedaemon.driver_facts import DriverError, GpuFacts, ask
+from nodedaemon.gpm import Gpm, GpmSample, Means
 from nodedaemon.utilization import SHORTEST_S, Card, Look, Reading
 from puhui.rpc.moment import now
 
