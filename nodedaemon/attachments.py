@@ -216,7 +216,12 @@ class Attachments:
             if record is None or not record.stage.is_alive or one.uuid not in record.slice_uuids:
                 return
             rest = tuple(other for other in record.slice_uuids if other != one.uuid)
-            await self._show(record, self._nodes(one.owner, rest))
+            try:
+                await self._show(record, self._nodes(one.owner, rest))
+            except Refusal as error:
+                # Its command has ended, which is told in a moment: nobody in it sees anything any more.
+                if error.reason != "CONTAINER_NOT_RUNNING":
+                    raise
             self._let_go(one.owner, one.uuid)
 
     def _let_go(self, owner: Owner, uuid: str) -> None:
