@@ -19,7 +19,7 @@ import structlog
 from nodedaemon.driver_facts import DriverError, GpuFacts
 from nodedaemon.gpm import Means
 from nodedaemon.threads import on_thread
-from nodedaemon.utilization import Card, Look, describe, describe_silent
+from nodedaemon.utilization import Card, Look, describe, describe_silent, early_s
 from nodedaemon.utilization_meter import Meter
 from nodedaemon.utilization_watcher import Watcher, require_sound
 from puhui.rpc.errors import Refusal
@@ -202,7 +202,11 @@ class Telemetry:
         return [max(one.due_s(gpu.uuid), earliest_s) for one in self._concerned(gpu)]
 
     def _due(self, gpu: GpuFacts, at_s: float) -> list[Watcher]:
-        return [one for one in self._concerned(gpu) if one.due_s(gpu.uuid) <= at_s + _EARLY_S]
+        """Returns who is due; if anybody is, also whoever will be soon and saves the GPU a look by coming along."""
+        left_s = {one: one.due_s(gpu.uuid) - at_s for one in self._concerned(gpu)}
+        if all(left > _EARLY_S for left in left_s.values()):
+            return []
+        return [one for one, left in left_s.items() if left <= max(early_s(one.interval_s), _EARLY_S)]
 
     def _concerned(self, gpu: GpuFacts) -> list[Watcher]:
         """Returns who wants to hear of a GPU or a slice of it. A slice that is nowhere yet may come anywhere."""

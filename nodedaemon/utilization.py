@@ -19,6 +19,7 @@ __all__ = [
     "Reading",
     "describe",
     "describe_silent",
+    "early_s",
     "next_due",
 ]
 
@@ -145,6 +146,14 @@ def next_due(now_s: float, interval_s: float) -> float:
     """
     period_s = max(interval_s, _CLOSEST_S)
     return period_s * math.ceil((now_s + period_s / 2) / period_s)
+
+
+def early_s(interval_s: float) -> float:
+    """Returns how much too early a watcher takes part in a look that is made for another one, in seconds.
+
+    Beside a watcher of the shortest interval there is always a look that is near enough, from 420 ms on.
+    """
+    return min(interval_s / 4, _CLOSEST_S)
 
 
 def _told(means: Means) -> bool:
