@@ -19,7 +19,7 @@ import structlog
 from nodedaemon.driver_facts import DriverError, GpuFacts
 from nodedaemon.gpm import Means
 from nodedaemon.threads import on_thread
-from nodedaemon.utilization import Card, Look, describe, describe_silent, early_s
+from nodedaemon.utilization import Card, Look, describe, describe_silent
 from nodedaemon.utilization_meter import Meter
 from nodedaemon.utilization_watcher import Watcher, require_sound
 from puhui.rpc.errors import Refusal
@@ -33,6 +33,7 @@ _log = structlog.get_logger(__name__)
 _MOST_WATCHERS = 64
 _EARLY_S = 0.001
 _LONGEST_ROUND_S = 0.5
+_SHARE_OF_ROUND = 0.9
 _SETTLE_S = 1.0
 
 
@@ -167,7 +168,8 @@ class Telemetry:
                 begun = self._begin()
                 if begun:
                     # Those who answer quickly are told of in one message.
-                    most_s = min(min(watcher.interval_s for watcher in self._watchers) / 2, _LONGEST_ROUND_S)
+                    shortest_s = min((watcher.interval_s for watcher in self._watchers), default=0.0)
+                    most_s = min(shortest_s * _SHARE_OF_ROUND, _LONGEST_ROUND_S)
                     await asyncio.wait([flight.outcome for flight in begun], timeout=most_s)
                 told = _Round()
                 for flight in [one for one in self._flights.values() if one.outcome.done()]:
@@ -203,10 +205,9 @@ class Telemetry:
 
     def _due(self, gpu: GpuFacts, at_s: float) -> list[Watcher]:
         """Returns who is due; if anybody is, also whoever will be soon and saves the GPU a look by coming along."""
-        left_s = {one: one.due_s(gpu.uuid) - at_s for one in self._concerned(gpu)}
-        if all(left > _EARLY_S for left in left_s.values()):
-            return []
-        return [one for one, left in left_s.items() if left <= max(early_s(one.interval_s), _EARLY_S)]
+        concerned = self._concerned(gpu)
+        due = {one for one in concerned if one.due_s(gpu.uuid) <= at_s + _EARLY_S}
+        return [one for one in concerned if due and (one in due or one.joins(gpu.uuid, at_s))]
 
     def _concerned(self, gpu: GpuFacts) -> list[Watcher]:
         """Returns who wants to hear of a GPU or a slice of it. A slice that is nowhere yet may come anywhere."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from nodedaemon.utilization import LONGEST_S, SHORTEST_S, Look, next_due
+from nodedaemon.utilization import LONGEST_S, SHORTEST_S, Look, early_s, next_due
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_service_pb2 import UtilizationSample, WatchUtilizationResponse
 
@@ -55,6 +55,7 @@ class Watcher:
     bases: dict[str, Look] = field(default_factory=dict)
     """What its next means begin with, by GPU."""
     _due: dict[str, float] = field(default_factory=dict)
+    _served: dict[str, float] = field(default_factory=dict)
     _told: dict[str, float] = field(default_factory=dict)
     _rounds: deque[list[UtilizationSample]] = field(default_factory=deque)
     _dropped: int = 0
@@ -65,8 +66,14 @@ class Watcher:
         """Returns when it wants to hear of a GPU, on the monotonic clock; a new watcher at once."""
         return self._due.get(gpu_uuid, 0.0)
 
+    def joins(self, gpu_uuid: str, at_s: float) -> bool:
+        """Says whether it takes part in a look at a GPU that is made for another watcher."""
+        half_s = self._served.get(gpu_uuid, 0.0) + self.interval_s / 2
+        return max(self.due_s(gpu_uuid) - early_s(self.interval_s), half_s) <= at_s
+
     def served(self, gpu_uuid: str, now_s: float) -> None:
         """Notes that it heard of a GPU, or will very soon."""
+        self._served[gpu_uuid] = now_s
         self._due[gpu_uuid] = next_due(now_s, self.interval_s)
 
     def may_tell(self, uuid: str, at_s: float) -> bool:

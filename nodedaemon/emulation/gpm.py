@@ -92,6 +92,10 @@ class Samples:
         self._last = 0
         self._readings: dict[int, Reading | None] = {}
 
+    def __len__(self) -> int:
+        """Return how many buffers have not been freed."""
+        return len(self._readings)
+
     def allocate(self) -> int:
         """Return the number of a new, empty buffer."""
         with self._lock:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -75,7 +75,7 @@ def holder(operator: Operator, uuid: str, code: str) -> Iterator[None]:
             process.kill()
 
 
-async def watch(node: Node, *uuids: str, interval_s: float = 0.2) -> AsyncIterator[WatchUtilizationResponse]:
+async def watch(node: Node, *uuids: str, interval_s: float = 0.2) -> AsyncGenerator[WatchUtilizationResponse, None]:
     request = WatchUtilizationRequest(interval=duration(interval_s), uuids=uuids)
     async for response in node.stub.WatchUtilization(request, timeout=30):
         yield response
@@ -92,7 +92,7 @@ async def sampled(
     raise AssertionError("the watch ended")
 
 
-async def samples(node: Node, *uuids: str, interval_s: float = 0.2) -> AsyncIterator[UtilizationSample]:
+async def samples(node: Node, *uuids: str, interval_s: float = 0.2) -> AsyncGenerator[UtilizationSample, None]:
     async with contextlib.aclosing(watch(node, *uuids, interval_s=interval_s)) as responses:
         async for response in responses:
             for sample in response.samples:
