@@ -84,6 +84,8 @@ async def _upload(node: Node) -> object:
             # gRPC's own client loses the server's answer now and then, when it comes while the client still writes.
             if error.details() != "Internal error from Core":
                 raise
+        except asyncio.InvalidStateError:
+            continue  # for the same reason
 
 
 def _mutations(
