@@ -25,7 +25,7 @@ from puhui.v1.node_service_pb2 import ResumeContainerRequest, SuspendContainerRe
 from tests.daemons import daemon
 from tests.integration.node.client import Node
 from tests.integration.node.conftest import CARDS
-from tests.integration.node.exec_call import run
+from tests.integration.node.exec_call import Exec
 from tests.integration.node.hands import all_slices, driver_of
 from tests.integration.node.watched import WATCHING, Watched, caps, connected
 
@@ -88,6 +88,11 @@ async def _upload(node: Node) -> object:
             continue  # for the same reason
 
 
+async def _run_true(node: Node, owner: AttemptRef) -> bytes:
+    async with Exec(node, owner, ["true"], request_id="exec") as call:
+        return await call.rest()
+
+
 def _mutations(
     node: Node, owner: AttemptRef, one: Slice, spare: Slice, bundle_id: str
 ) -> list[Callable[[], Awaitable[object]]]:
@@ -97,7 +102,7 @@ def _mutations(
         lambda: node.cut(owner, start=4, name="another"),
         lambda: node.cut(node.attempt(), start=5),
         lambda: node.start(node.attempt(), bundle_id=bundle_id),
-        lambda: run(node, owner, "true", request_id="exec"),
+        lambda: _run_true(node, owner),
         lambda: node.attach(owner, spare),
         lambda: node.detach(owner, one),
         lambda: node.stub.SuspendContainer(SuspendContainerRequest(owner=owner)),
