@@ -12,8 +12,9 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 
-from nodedaemon.journal import Answer, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import Answer
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import request_digest
 from puhui.rpc.moment import now

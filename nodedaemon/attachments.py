@@ -22,8 +22,9 @@ from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.holders import Holder, holder
 from nodedaemon.hotplug import HotPlug
-from nodedaemon.journal import ContainerRecord, Journal, SliceRecord, SliceStage
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, SliceRecord, SliceStage
 from nodedaemon.results import known_container
 from nodedaemon.runtime import Mount
 from nodedaemon.slices import Slices

@@ -12,8 +12,9 @@ import structlog
 
 from nodedaemon.descriptions import describe_container
 from nodedaemon.events import EventLog
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, ContainerStage
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerExit, ContainerGone, ContainerRuntime, ContainerStatus
 from nodedaemon.suspension import Suspension

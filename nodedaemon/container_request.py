@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import grpc
 
-from nodedaemon.journal import SliceRecord
 from nodedaemon.owner import Owner
+from nodedaemon.records import SliceRecord
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import seconds
 from puhui.v1.node_service_pb2 import CreateContainerRequest

@@ -16,8 +16,9 @@ from nodedaemon.descriptions import describe_container
 from nodedaemon.devices import CardDevices
 from nodedaemon.events import EventLog
 from nodedaemon.execs import Execs
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal, SliceRecord
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, ContainerStage, SliceRecord
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerRuntime, ContainerSpec, ContainerStatus
 from nodedaemon.slices import Slices

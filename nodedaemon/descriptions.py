@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nodedaemon.driver_facts import GpuFacts, GpuInstance
-from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
+from nodedaemon.records import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from puhui.rpc.moment import timestamp
 from puhui.v1.card_pb2 import Placement, Slice, SliceState
 from puhui.v1.node_pb2 import Container, ContainerState, RuntimeKind

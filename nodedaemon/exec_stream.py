@@ -11,8 +11,8 @@ import grpc
 
 from nodedaemon.exec_process import ExecProcess
 from nodedaemon.exec_request import require_sound_input
-from nodedaemon.journal import ExecRecord
 from nodedaemon.logs import follow_log
+from nodedaemon.records import ExecRecord
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_service_pb2 import ExecRequest
 from puhui.v1.stream_pb2 import LogChunk

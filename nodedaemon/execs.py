@@ -24,8 +24,9 @@ from nodedaemon.events import EventLog
 from nodedaemon.exec_process import LOG, ExecProcess, exit_code, never_began, settle_start
 from nodedaemon.exec_request import first_start, identity, require_sound_start
 from nodedaemon.exec_stream import feed, output
-from nodedaemon.journal import ContainerRecord, ContainerStage, ExecRecord, ExecStage, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, ContainerStage, ExecRecord, ExecStage
 from nodedaemon.runtime import ContainerRuntime, ExecSpec
 from nodedaemon.suspension import living_container
 from nodedaemon.workspace import Attempts

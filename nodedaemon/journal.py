@@ -13,8 +13,7 @@ import errno
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from enum import StrEnum
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,124 +22,21 @@ from sqlite_utils.migrations import Migrations
 
 from nodedaemon.driver_facts import Span
 from nodedaemon.owner import Owner
+from nodedaemon.records import (
+    Answer,
+    ContainerRecord,
+    ContainerStage,
+    ExecRecord,
+    ExecStage,
+    SliceRecord,
+    SliceStage,
+)
 
-__all__ = [
-    "Answer",
-    "ContainerRecord",
-    "ContainerStage",
-    "ExecRecord",
-    "ExecStage",
-    "Journal",
-    "SliceRecord",
-    "SliceStage",
-]
+__all__ = ["Journal"]
 
 _ANSWERS_KEPT_S = 24 * 3600
 _EVENTS_KEPT_S = 7 * 24 * 3600
 _TOKENS_KEPT_S = 90 * 24 * 3600
-
-
-class SliceStage(StrEnum):
-    """How far the daemon has come with a slice."""
-
-    CREATING = "creating"
-    ACTIVE = "active"
-    DESTROYING = "destroying"
-    ERROR = "error"
-    DESTROYED = "destroyed"
-
-
-class ContainerStage(StrEnum):
-    """How far the daemon has come with a container."""
-
-    CREATING = "creating"
-    RUNNING = "running"
-    SUSPENDED = "suspended"
-    EXITED = "exited"
-    REMOVED = "removed"
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the command has begun and has not ended: it runs, or it is frozen."""
-        return self in (ContainerStage.RUNNING, ContainerStage.SUSPENDED)
-
-
-@dataclass(frozen=True)
-class SliceRecord:
-    """An intended slice. Ids and UUID are unset while it is being created."""
-
-    id: int
-    owner: Owner
-    token: int
-    gpu_uuid: str
-    profile: str
-    profile_id: int
-    span: Span
-    memory_mib: int
-    stage: SliceStage
-    create_time: float
-    boot_id: str
-    gi: int | None = None
-    ci: int | None = None
-    uuid: str = ""
-    notice: str = ""
-
-
-@dataclass(frozen=True)
-class ContainerRecord:
-    """An intended container. Times are seconds since the epoch."""
-
-    owner: Owner
-    token: int
-    stage: ContainerStage
-    image: str
-    bundle_id: str
-    slice_uuids: tuple[str, ...]
-    stop_grace_s: float
-    create_time: float
-    max_duration_s: float | None = None
-    container_id: str = ""
-    pid: int = 0
-    start_time: float | None = None
-    end_time: float | None = None
-    exit_code: int | None = None
-    oom_killed: bool = False
-    timed_out: bool = False
-
-
-class ExecStage(StrEnum):
-    """How far the daemon has come with a command that it runs in a living container."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    ENDED = "ended"
-
-
-@dataclass(frozen=True)
-class ExecRecord:
-    """A command beside a container's own. Times are seconds since the epoch."""
-
-    id: str
-    owner: Owner
-    token: int
-    request_id: str
-    digest: str
-    """Of the request, to tell a repetition from another one with the same request_id."""
-    stage: ExecStage
-    tty: bool
-    stop_grace_s: float
-    start_time: float
-    end_time: float | None = None
-    exit_code: int | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a mutation answered, kept so that its repetition answers the same."""
-
-    rpc: str
-    digest: str
-    message: bytes
 
 
 _migrations: Any = Migrations("nodedaemon")

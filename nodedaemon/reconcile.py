@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nodedaemon.driver_facts import GpuInstance
-from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
+from nodedaemon.records import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from nodedaemon.runtime import ContainerPhase, ContainerStatus
 
 __all__ = ["ContainerPlan", "SlicePlan", "is_same", "plan_containers", "plan_slices"]

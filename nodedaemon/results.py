@@ -10,9 +10,10 @@ from weakref import WeakValueDictionary
 import grpc
 
 from nodedaemon.artifacts import pack_artifacts, read_manifest
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.logs import follow_log
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, ContainerStage
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal

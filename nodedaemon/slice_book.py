@@ -10,9 +10,10 @@ from nodedaemon.descriptions import describe_foreign, describe_slice
 from nodedaemon.driver_facts import GpuFacts
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
-from nodedaemon.journal import Journal, SliceRecord, SliceStage
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import is_same
+from nodedaemon.records import SliceRecord, SliceStage
 from puhui.rpc.errors import Refusal
 from puhui.v1.card_pb2 import Slice
 from puhui.v1.node_pb2 import NodeEventKind

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import ComputeInstance, GpuInstance, Span
-from nodedaemon.journal import SliceRecord
 from nodedaemon.reconcile import is_same
+from nodedaemon.records import SliceRecord
 
 __all__ = ["fill", "find", "in_the_way", "remove", "whole"]
 

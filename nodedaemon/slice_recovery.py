@@ -14,9 +14,10 @@ from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id
 from nodedaemon.inventory import Revision
-from nodedaemon.journal import Journal, SliceRecord, SliceStage
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import plan_slices
+from nodedaemon.records import SliceRecord, SliceStage
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import NodeEventKind

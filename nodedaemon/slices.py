@@ -18,9 +18,10 @@ from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.holders import Holder
 from nodedaemon.host import boot_id
-from nodedaemon.journal import Journal, SliceRecord, SliceStage
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import is_same
+from nodedaemon.records import SliceRecord, SliceStage
 from nodedaemon.slice_book import SliceBook
 from nodedaemon.slice_calls import fill, find, in_the_way, remove, whole
 from puhui.rpc.errors import Refusal

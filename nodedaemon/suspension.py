@@ -12,8 +12,9 @@ import grpc
 
 from nodedaemon.descriptions import describe_container
 from nodedaemon.events import EventLog
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, ContainerStage
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerRuntime
 from puhui.rpc.errors import Refusal

@@ -24,8 +24,8 @@ from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import GpuInstance, ProfileFacts, Span
 from nodedaemon.emulation import EmulatedDriver, Fault, UuidPolicy, When, installed, parse_cards
 from nodedaemon.emulation.gpu_instances import free_placements
-from nodedaemon.journal import SliceRecord, SliceStage
 from nodedaemon.owner import Owner
+from nodedaemon.records import SliceRecord, SliceStage
 from puhui.rpc.bundle import pack_files
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import digest_of

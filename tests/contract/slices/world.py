@@ -20,8 +20,8 @@ from nodedaemon.driver_facts import GpuInstance, Mig, ProfileFacts, Span
 from nodedaemon.emulation import EmulatedDriver, Fault
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
-from nodedaemon.journal import SliceRecord
 from nodedaemon.owner import Owner
+from nodedaemon.records import SliceRecord
 from nodedaemon.recovery import Recovery
 from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slices import Slices

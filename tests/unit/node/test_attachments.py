@@ -18,8 +18,9 @@ from nodedaemon.driver_facts import Span
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
-from nodedaemon.journal import ContainerRecord, ContainerStage, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import ContainerRecord, ContainerStage
 from nodedaemon.runtime import Mount
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts

@@ -22,10 +22,11 @@ from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.hotplug import LinkPlug
-from nodedaemon.journal import ContainerStage, Journal
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.process_runtime import ProcessRuntime
 from nodedaemon.process_user import ProcessUser
+from nodedaemon.records import ContainerStage
 from nodedaemon.recovery import Recovery
 from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerSpec, ContainerStatus

@@ -17,8 +17,8 @@ import pytest
 from nodedaemon.answers import Mutations
 from nodedaemon.exec_process import exit_code, live_command
 from nodedaemon.exec_request import identity, require_sound_input, require_sound_start
-from nodedaemon.journal import ExecStage
 from nodedaemon.podman_exec import process_spec, start_refusal
+from nodedaemon.records import ExecStage
 from nodedaemon.runtime import ExecSpec
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_service_pb2 import ExecRequest, ExecResponse, ExecStart, ExecTerminalSize

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nodedaemon.driver_facts import ComputeInstance, GpuInstance, ProfileFacts, Span
-from nodedaemon.journal import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from nodedaemon.owner import Owner
 from nodedaemon.reconcile import plan_containers, plan_slices
+from nodedaemon.records import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from nodedaemon.runtime import ContainerPhase, ContainerStatus
 
 _OWNER = Owner("centre", "j-1", 1)

@@ -16,10 +16,11 @@ from nodedaemon.emulation import EmulatedDriver, Fault, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.inventory import Inventory, Revision
-from nodedaemon.journal import Journal, SliceStage
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.process_runtime import ProcessRuntime
 from nodedaemon.process_user import ProcessUser
+from nodedaemon.records import SliceStage
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal
 from puhui.v1.card_pb2 import MigMode

@@ -20,8 +20,9 @@ from nodedaemon.emulation import EmulatedDriver, Fault, When, installed, parse_c
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id
-from nodedaemon.journal import Journal, SliceRecord, SliceStage
+from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
+from nodedaemon.records import SliceRecord, SliceStage
 from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from nodedaemon.frozen import continue_all, processes_in_sessions, stop_all
-from nodedaemon.journal import ContainerStage
+from nodedaemon.records import ContainerStage
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import NodeEventKind
 from tests.unit.node.test_containers import _OWNER, Bench, opened
