@@ -135,7 +135,7 @@ class NodeLink:
             except Refusal as refusal:
                 why = refusal.message
                 if refusal.reason in ("CURSOR_UNKNOWN", "CURSOR_EXPIRED"):
-                    # The node's journal is a new one, or was not read for too long. What happened before is in the lists.
+                    # The node's journal is a new one, or was not read for too long. The lists have what came of it.
                     self.event_cursor = 0
             except Exception as error:  # noqa: BLE001 - the link must live on, whatever a node sends
                 why = f"its answer was not understood ({type(error).__name__})"
