@@ -77,8 +77,12 @@ def holder(operator: Operator, uuid: str, code: str) -> Iterator[None]:
 
 async def watch(node: Node, *uuids: str, interval_s: float = 0.2) -> AsyncGenerator[WatchUtilizationResponse, None]:
     request = WatchUtilizationRequest(interval=duration(interval_s), uuids=uuids)
-    async for response in node.stub.WatchUtilization(request, timeout=30):
-        yield response
+    call = node.stub.WatchUtilization(request, timeout=30)
+    try:
+        async for response in call:
+            yield response
+    finally:
+        call.cancel()  # what is only dropped would go on until its deadline
 
 
 async def sampled(
