@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
 
+from puhui.rpc.bundle import pack_files
 from tests.centre import RunningCentre, running_centre
 
 CODE = """
@@ -94,3 +96,38 @@ def test_a_refusal_carries_its_reason(centre: RunningCentre) -> None:
     info = ErrorInfo.FromString(base64.b64decode(detail["value"] + "=="))
     assert (info.domain, info.reason, dict(info.metadata)) == ("puhui", "JOB_NOT_FOUND", {"job_id": "j-nowhere"})
     assert "j-nowhere" in error["message"]
+
+
+@pytest.mark.podman
+def test_a_script_drives_a_node_by_itself(centre: RunningCentre) -> None:
+    """Slice, container, hot-plug, a command beside it, utilization, events: the node needs no control plane for it."""
+    node = centre.node.address
+    owner = {"centre": "script", "jobId": "s1", "attempt": 1, "fencingToken": 1}
+    archive = pack_files({"main.py": b"import time; time.sleep(120)"})
+    digest = "sha256:" + hashlib.sha256(archive).hexdigest()
+    parts = [{"header": {"bundleId": digest, "sizeBytes": len(archive)}}, {"chunk": base64.b64encode(archive).decode()}]
+    curl("-d", "".join(json.dumps(part) for part in parts), f"http://{node}/puhui.v1.NodeService/PutBundle")
+    [inventory] = call(node, "NodeService/GetNode", {})
+    gpu = inventory["node"]["gpus"][0]
+    profile = next(one for one in gpu["profiles"] if one["name"] == "1g.10gb")
+    request = {"owner": owner, "gpuUuid": gpu["uuid"], "profile": "1g.10gb", "placement": profile["placements"][0]}
+    [made] = call(node, "NodeService/CreateSlice", {**request, "requestId": "slice"})
+    uuid = made["slice"]["uuid"]
+    assert (made["slice"]["state"], made["slice"]["emulated"]) == ("SLICE_STATE_IDLE", True)
+
+    start = {"owner": owner, "command": ["python3", "main.py"], "bundleId": digest, "requestId": "container"}
+    [started] = call(node, "NodeService/CreateContainer", start)
+    assert "sliceUuids" not in started["container"]
+    one = {"owner": owner, "sliceUuid": uuid}
+    [attached] = call(node, "NodeService/AttachSlice", {**one, "requestId": "attach"})
+    assert attached["container"]["sliceUuids"] == [uuid]
+    look = "import os; print(len(os.listdir('/dev/nvidia-caps')), os.environ['CUDA_VISIBLE_DEVICES'])"
+    said = call(node, "NodeService/Exec", {"start": {"owner": owner, "command": ["python3", "-c", look]}})
+    output = b"".join(base64.b64decode(part["output"]["data"]) for part in said if "output" in part)
+    assert (output.decode(), said[-1]["exitCode"]) == (f"2 {uuid}\n", 0)
+    [shown] = [one for one in call(node, "NodeService/ListSlices", {})[0]["slices"] if one["uuid"] == uuid]
+    assert (shown["state"], shown["containerId"]) == ("SLICE_STATE_ACTIVE", started["container"]["id"])
+    call(node, "NodeService/DetachSlice", {**one, "requestId": "detach"})
+    call(node, "NodeService/RemoveContainer", {"owner": owner, "discardResults": True, "requestId": "remove"})
+    call(node, "NodeService/DestroySlice", {**one, "requestId": "destroy"})
+    assert all(one["uuid"] != uuid for one in call(node, "NodeService/ListSlices", {})[0].get("slices", []))
