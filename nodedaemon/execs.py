@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,10 @@ class Execs:
     # Serving a caller -------------------------------------------------------------------------------------
 
     async def serve(
-        self, requests: AsyncIterator[ExecRequest], mutations: Mutations
+        self,
+        requests: AsyncIterator[ExecRequest],
+        mutations: Mutations,
+        accepted: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[ExecResponse, None]:
         """Starts a command, or comes back to one, and yields its output and at last its exit code.
 
@@ -99,6 +102,7 @@ class Execs:
         Args:
             requests: the start, then input.
             mutations: fence the start, and answer a repeated one.
+            accepted: called once the command runs, or was found again, before anything of it is told.
 
         Raises:
             Refusal: INVALID_ARGUMENT with SPEC_INVALID or COMMAND_NOT_FOUND; NOT_FOUND with CONTAINER_NOT_FOUND;
@@ -115,6 +119,8 @@ class Execs:
                 "CONTAINER_NOT_FOUND",
                 "the results of this attempt were discarded, and this command's output with them",
             )
+        if accepted is not None:
+            await accepted()
         live = self._live.get(exec_id)
         if live is not None and start.HasField("terminal_size"):
             live.process.resize(start.terminal_size.columns, start.terminal_size.rows)

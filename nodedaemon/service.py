@@ -176,7 +176,12 @@ class NodeService(NodeServiceServicer):
     async def Exec(  # noqa: D102, N802
         self, request_iterator: AsyncIterator[ExecRequest], context: Any
     ) -> AsyncIterator[ExecResponse]:
-        async with contextlib.aclosing(self._containers.execs.serve(request_iterator, self._mutations)) as responses:
+        async def accepted() -> None:
+            # A caller that waits for this before it sends input never sends to a command that was refused.
+            await context.send_initial_metadata(())
+
+        serving = self._containers.execs.serve(request_iterator, self._mutations, accepted)
+        async with contextlib.aclosing(serving) as responses:
             async for response in responses:
                 yield response
 

@@ -223,7 +223,8 @@ class NodeServiceServicer:
     def Exec(self, request_iterator, context):
         """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
         the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
-        again, also after the daemon was killed. Without one it is hung up.
+        again, also after the daemon was killed. Without one it is hung up. The initial metadata come once the command
+        runs: a caller that waits for them before it sends input sends none to a command that was refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

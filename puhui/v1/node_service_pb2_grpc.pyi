@@ -65,7 +65,8 @@ class NodeServiceStub:
     Exec: _grpc.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]
     """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
     the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
-    again, also after the daemon was killed. Without one it is hung up.
+    again, also after the daemon was killed. Without one it is hung up. The initial metadata come once the command
+    runs: a caller that waits for them before it sends input sends none to a command that was refused.
     """
     ReadLogs: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceReadLogsRequest, _node_service_pb2.NodeServiceReadLogsResponse]
     """Output of an attempt's container, from an offset on, live if asked. Works after removal, too."""
@@ -118,7 +119,8 @@ class NodeServiceAsyncStub(NodeServiceStub):
     Exec: _aio.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]  # type: ignore[assignment]
     """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
     the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
-    again, also after the daemon was killed. Without one it is hung up.
+    again, also after the daemon was killed. Without one it is hung up. The initial metadata come once the command
+    runs: a caller that waits for them before it sends input sends none to a command that was refused.
     """
     ReadLogs: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceReadLogsRequest, _node_service_pb2.NodeServiceReadLogsResponse]  # type: ignore[assignment]
     """Output of an attempt's container, from an offset on, live if asked. Works after removal, too."""
@@ -246,7 +248,8 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.ExecResponse], _abc.AsyncIterator[_node_service_pb2.ExecResponse]]:
         """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
         the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
-        again, also after the daemon was killed. Without one it is hung up.
+        again, also after the daemon was killed. Without one it is hung up. The initial metadata come once the command
+        runs: a caller that waits for them before it sends input sends none to a command that was refused.
         """
 
     @_abc_1.abstractmethod

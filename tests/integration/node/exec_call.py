@@ -53,10 +53,17 @@ class Exec:
         self._call.cancel()
 
     async def send(self, **part: Any) -> None:
-        await self._call.write(ExecRequest(**part))
+        if await self._runs():
+            await self._call.write(ExecRequest(**part))
 
     async def half_close(self) -> None:
-        await self._call.done_writing()
+        if await self._runs():
+            await self._call.done_writing()
+
+    async def _runs(self) -> bool:
+        """Waits until the command runs; gRPC's client would hide the reason of a refusal behind what it cannot send."""
+        await self._call.initial_metadata()
+        return not self._call.done()
 
     async def responses(self) -> AsyncIterator[ExecResponse]:
         async for response in self._call:
