@@ -78,6 +78,8 @@ class Attachments:
         self._changed = changed
         # A lock is there for as long as somebody holds or awaits it.
         self._locks: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
+        self._unsure: dict[Owner, str] = {}
+        """Whose container may not see what it should, and why."""
 
     # A container from its start ---------------------------------------------------------------------------
 
@@ -143,8 +145,8 @@ class Attachments:
         try:
             await self._show(record, self._nodes(owner, uuids))
         except Refusal as error:
-            # A slice that it saw may be hidden. The next change and the next start show what the journal says.
-            _log.error("a container may not see what it should", owner=str(owner), error=str(error))
+            # A slice that it saw may be hidden.
+            self._doubt(record, error)
 
     async def detach(self, owner: Owner, uuid: str) -> Container:
         """Makes a slice vanish from an attempt's living container. One that is not there stays away.
@@ -204,6 +206,11 @@ class Attachments:
         for record in self._journal.containers():
             await self._restore(record.owner)
 
+    async def settle(self) -> None:
+        """Tries again what could not be restored."""
+        for owner in list(self._unsure):
+            await self._restore(owner)
+
     async def let_go(self, one: SliceRecord) -> None:
         """Takes a slice that is gone, without anybody having asked for that, out of the container that sees it.
 
@@ -241,19 +248,30 @@ class Attachments:
         async with self._lock(owner):
             record = self._journal.container(owner)
             if record is None or not record.stage.is_alive:
+                self._unsure.pop(owner, None)
                 return
             there = tuple(uuid for uuid in record.slice_uuids if self._is_there(owner, uuid))
             try:
                 changed = await self._show(record, self._nodes(owner, there))
             except Refusal as error:
+                if error.reason != "CONTAINER_NOT_RUNNING":
+                    # What is gone stays noted: while the container sees its nodes nothing may be made in its place.
+                    self._doubt(record, error)
+                    return
                 changed = False
-                message = f"container {record.container_id[:12]} may not see its slices: {error.message}"
-                self._reconciled(owner, error.reason, message)
+            self._unsure.pop(owner, None)
             for uuid in set(record.slice_uuids) - set(there):
                 self._let_go(owner, uuid)
             if changed and there == record.slice_uuids:
                 message = f"container {record.container_id[:12]} sees its {len(there)} slices again"
                 self._reconciled(owner, "ATTACHMENTS_RESTORED", message)
+
+    def _doubt(self, record: ContainerRecord, error: Refusal) -> None:
+        """Notes that a container may not see what it should, which is tried again until it does."""
+        if self._unsure.get(record.owner) != error.message:
+            self._unsure[record.owner] = error.message
+            message = f"container {record.container_id[:12]} may not see what it should: {error.message}"
+            self._reconciled(record.owner, error.reason, message)
 
     def _is_there(self, owner: Owner, uuid: str) -> bool:
         one = self._journal.slice(uuid)

@@ -130,7 +130,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         results = Results(journal, attempts, runtime, containers.ends.ended)
         mutations = Mutations(journal)
         telemetry = Telemetry(gpus, DriverMeter())
-        slice_recovery = SliceRecovery(journal, events, gpus, slices, revision)
+        slice_recovery = SliceRecovery(journal, events, gpus, slices, revision, settle=attachments.settle)
         recovery = Recovery(journal, events, containers, runtime, slice_recovery)
         try:
             await recovery.run()

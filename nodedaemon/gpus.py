@@ -64,6 +64,9 @@ class Gpus:
         self._hanging: dict[int, Future[GpuFacts]] = {}
         self._reads: dict[str, asyncio.Future[Any]] = {}
         self._workers: dict[tuple[str, str], Worker] = {}
+        self._surveying: asyncio.Future[list[GpuFacts]] | None = None
+        self.driver_version = driver.version()
+        self.nvml_version = driver.nvml_version()
         found = self._survey()
         self._facts = {gpu.uuid: gpu for gpu in found if gpu.uuid}
         # A GPU that does not even tell its UUID may be any.
@@ -136,7 +139,10 @@ class Gpus:
         Raises:
             Refusal: INTERNAL with DRIVER_REFUSED.
         """
-        found = await asyncio.to_thread(_translated, "this node", self._survey)
+        if self._surveying is None or self._surveying.done():
+            # Whoever comes meanwhile waits for the same: each GPU is asked by one thread at a time.
+            self._surveying = asyncio.ensure_future(asyncio.to_thread(_translated, "this node", self._survey))
+        found = await asyncio.shield(self._surveying)
         # A GPU that fell off the bus is still known: slices of the journal are on it.
         self._nameless = any(not gpu.uuid for gpu in found)
         self._facts.update({gpu.uuid: gpu for gpu in found if gpu.uuid})

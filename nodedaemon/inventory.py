@@ -78,8 +78,8 @@ class Inventory:
             runtime=self._runtime.describe(),
             versions=NodeVersions(
                 puhui=importlib.metadata.version("puhui"),
-                driver=self._gpus.driver.version(),
-                nvml=self._gpus.driver.nvml_version(),
+                driver=self._gpus.driver_version,
+                nvml=self._gpus.nvml_version,
                 kernel=platform.release(),
             ),
             host_cpus=os.cpu_count() or 0,

@@ -1,6 +1,6 @@
-"""What to do at a start, when the journal, the driver and the runtime may tell three different stories.
+"""What to do when the journal, the driver and the runtime may tell three different stories.
 
-Pure: the stories in, a plan out. `Reconciler` in `nodedaemon.recovery` carries it out.
+Pure: the stories in, a plan out. `nodedaemon.recovery` and `nodedaemon.slice_recovery` carry it out.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = ["SliceRecovery"]
 _log = structlog.get_logger(__name__)
 
 _LOOK_S = 2.0
+_START_S = 3.0
 
 
 @dataclass
@@ -44,7 +45,11 @@ class SliceRecovery:
     slices: Slices
     revision: Revision = field(default_factory=Revision)
     boot: str = field(default_factory=boot_id)
+    settle: Callable[[], Awaitable[None]] | None = None
+    """Called after every look: what containers see may have to be made right."""
     _foreign: set[tuple[str, int]] | None = None
+    _working: set[asyncio.Task[None]] = field(default_factory=set)
+    """What a start did not wait for; it goes on beside the daemon."""
 
     async def run(self) -> None:
         """Recovers at a start, when the daemon serves nobody yet."""
@@ -76,6 +81,8 @@ class SliceRecovery:
         if self._foreign is not None and foreign != self._foreign:
             self.revision.grow()  # what somebody else made or destroyed changes what there is room for
         self._foreign = foreign
+        if self.settle is not None:
+            await self.settle()
 
     async def _agree(self, *, start: bool) -> None:
         boot = self.boot
@@ -83,30 +90,39 @@ class SliceRecovery:
         # No instance survives a boot: there is nothing to doubt about one of an earlier boot.
         gone = [one for one in records if one.boot_id != boot]
         instances, doubtful = await self.slices.look([one for one in records if one.boot_id == boot])
-        # What was taken in hand meanwhile is no longer what was looked at.
-        now = {one.id: one for one in self.journal.slices() if not self.slices.in_hand(one)}
         # Of a GPU that does not answer nothing is known, and so nothing is decided.
-        for one in doubtful:
-            if now.get(one.id) == one:
-                self.slices.keep_in_doubt(one)
         sure = [one for one in records if one in gone or one not in doubtful]
-        plan = plan_slices([one for one in sure if now.get(one.id) == one], instances, boot)
-        for one, why in plan.drop:
-            await self.slices.drop(one, why)
+        plan = plan_slices([one for one in sure if self.slices.is_as(one)], instances, boot)
+        for one in doubtful:
+            if self.slices.is_as(one):
+                self.slices.keep_in_doubt(one)
         for one in plan.adopt:
-            self.slices.trust(one)
-            if start:
-                self._tell(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
-        # One GPU that is slow holds up its own slices only.
+            if self.slices.is_as(one):
+                self.slices.trust(one)
+                if start:
+                    self._tell(one.owner, "SLICE_ADOPTED", f"slice {one.uuid} is still there")
+        for one, why in plan.drop:
+            # What was taken in hand while this waited is no longer what was looked at.
+            if self.slices.is_as(one):
+                await self.slices.drop(one, why)
+        # One GPU that is slow holds up its own slices only, and a start not for long.
         by_gpu: dict[str, list[Coroutine[Any, Any, None]]] = defaultdict(list)
         for one, gi in plan.finish:
             # At a start its owner is waiting for it, and will ask again; later, its making has failed.
             by_gpu[one.gpu_uuid].append(self._finish(one, gi) if start else self._take_apart(one))
         for one in plan.destroy:
             by_gpu[one.gpu_uuid].append(self._take_apart(one))
-        await asyncio.gather(*(_in_turn(work) for work in by_gpu.values()))
+        if by_gpu:
+            tasks = [asyncio.create_task(_in_turn(work)) for work in by_gpu.values()]
+            self._working.update(tasks)
+            done, _ = await asyncio.wait(tasks, timeout=_START_S if start else None)
+            self._working -= done
+            for task in done:
+                task.result()
 
     async def _finish(self, record: SliceRecord, gi: int) -> None:
+        if not self.slices.is_as(record):
+            return
         try:
             await self.slices.finish(record, gi)
         except Refusal as error:
@@ -114,6 +130,8 @@ class SliceRecovery:
             self._tell(record.owner, error.reason, message)
 
     async def _take_apart(self, record: SliceRecord) -> None:
+        if not self.slices.is_as(record):
+            return
         if record.stage is SliceStage.ACTIVE:
             self.journal.forget_answers(record.owner)
         try:

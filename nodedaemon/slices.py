@@ -237,12 +237,15 @@ class Slices:
             release_s: how long to wait for the last process on it to go, in seconds; None is the usual time.
 
         Raises:
-            Refusal: FAILED_PRECONDITION with SLICE_IN_USE; INTERNAL with DRIVER_REFUSED.
+            Refusal: FAILED_PRECONDITION with SLICE_IN_USE, or what keeps its container from letting go of it; INTERNAL
+                with DRIVER_REFUSED.
         """
         gpu = await self._gpus.find(record.gpu_uuid)
         deadline = time.monotonic() + (self._release_s if release_s is None else release_s)
         pause = _FIRST_RETRY_S
         with self._in_hand(record):
+            # One that somebody half destroyed may still be seen by its container.
+            await self.on_vanished(record)
             record = self._journal.update_slice(replace(record, stage=SliceStage.DESTROYING))
             while True:
                 try:
@@ -370,6 +373,8 @@ class Slices:
                 kind = NodeEventKind.NODE_EVENT_KIND_SLICE_ERROR
                 self.book.keep(replace(record, notice=notice), kind, error.reason, "slice {slice}: " + notice)
             return
+        if not self.is_as(record):
+            return  # somebody else came to the same conclusion meanwhile
         asked = record.stage in (SliceStage.DESTROYING, SliceStage.ERROR)
         with self._journal.atomic():
             if not asked:
@@ -383,6 +388,10 @@ class Slices:
             )
             if not record.uuid:
                 self._journal.delete_slice(record)
+
+    def is_as(self, record: SliceRecord) -> bool:
+        """Says whether the journal still says this of a slice, and nobody has it in hand."""
+        return not self.in_hand(record) and record in self._journal.slices()
 
     def keep_in_doubt(self, record: SliceRecord) -> None:
         """Notes that it cannot be known now whether a slice is there: its GPU does not answer."""
