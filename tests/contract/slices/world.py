@@ -20,13 +20,14 @@ from nodedaemon.driver_facts import GpuInstance, Mig, ProfileFacts, Span
 from nodedaemon.emulation import EmulatedDriver, Fault
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
+from nodedaemon.inventory import Inventory, Revision
 from nodedaemon.owner import Owner
 from nodedaemon.records import SliceRecord
 from nodedaemon.recovery import Recovery
 from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
-from puhui.v1.node_pb2 import NodeEvent, NodeEventKind, RuntimeKind
+from puhui.v1.node_pb2 import NodeEvent, NodeEventKind, NodeInventory, RuntimeKind
 from puhui.v1.node_service_pb2 import CreateContainerRequest
 from tests.contract.slices.mortal import Doom, Killed, MortalDriver, MortalJournal, MortalPlug, MortalRuntime, Running
 
@@ -44,6 +45,7 @@ class Life:
     containers: Containers
     attachments: Attachments
     recovery: SliceRecovery
+    inventory: Inventory
     watching: asyncio.Task[None]
 
     def die(self) -> None:
@@ -120,12 +122,13 @@ class World:
         plug = MortalPlug(doom)
         attachments = Attachments(journal, events, gpus, slices, attempts, cards, plug, kind, changed=lambda: None)
         slices.on_vanished = attachments.let_go
+        inventory = Inventory("node", "n-1", gpus, slices, runtime, Revision())
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image", attachments)
-        recovery = SliceRecovery(journal, events, gpus, slices, boot=boot)
+        recovery = SliceRecovery(journal, events, gpus, slices, boot=boot, settle=attachments.settle)
         await Recovery(journal, events, containers, runtime, recovery).run()
         await attachments.restore()
         watching = asyncio.create_task(containers.ends.watch())
-        return Life(doom, journal, gpus, slices, containers, attachments, recovery, watching)
+        return Life(doom, journal, gpus, slices, containers, attachments, recovery, inventory, watching)
 
     def do(self, act: Callable[[Life], Awaitable[T]], *, lines: int | None = None) -> T | None:
         """Has the daemon do something.
@@ -213,10 +216,12 @@ class World:
         self.operator.create_compute_instance(gpu_uuid, gi, profile.compute_slices)
         self.foreign.add((gpu_uuid, gi))
 
-    def destroy_by_hand(self, instance: GpuInstance) -> None:
-        """Somebody destroys an instance with nvidia-smi, theirs or the daemon's."""
+    def destroy_by_hand(self, instance: GpuInstance, *, half: bool = False) -> None:
+        """Somebody destroys an instance with nvidia-smi, theirs or the daemon's, or only its compute instance."""
         for compute in instance.compute_instances:
             self.operator.destroy_compute_instance(instance.gpu_uuid, instance.id, compute.id)
+        if half:
+            return
         self.operator.destroy_gpu_instance(instance.gpu_uuid, instance.id)
         self.foreign.discard((instance.gpu_uuid, instance.id))
 
@@ -241,10 +246,14 @@ class World:
             self.told = cursor
             if event.kind == NodeEventKind.NODE_EVENT_KIND_SLICE_CREATED:
                 self.there.add(event.slice.uuid)
-            elif event.kind == NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED:
-                self.there.discard(event.slice.uuid)
+            elif event.kind == NodeEventKind.NODE_EVENT_KIND_SLICE_DESTROYED and event.slice.uuid:
+                self.there.remove(event.slice.uuid)  # told once
             events.append(event)
         return events
+
+    def inventory(self) -> NodeInventory:
+        """Returns what the daemon says that this node has."""
+        return self.runner.run(self.life.inventory.read())
 
     def seen(self, owner: Owner) -> set[str]:
         """Returns the names of the cap nodes that an attempt's container sees."""
