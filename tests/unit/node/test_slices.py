@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import sqlite3
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,3 +335,49 @@ async def test_a_gpu_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
         gpus.close()
         journal.close()
         driver.close()
+
+
+async def test_a_slice_that_was_half_destroyed_by_hand_is_hidden_before_it_is_taken_apart(bench: Bench) -> None:
+    uuid = await bench.create()
+    (instance,) = bench.driver.instances(bench.gpu)
+    bench.driver.destroy_compute_instance(bench.gpu, instance.id, 0)
+    seen, hidden = True, []
+
+    async def hide(record: SliceRecord) -> None:
+        if seen:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "HOTPLUG_UNAVAILABLE", "it cannot be reached")
+        hidden.append(record.uuid)
+
+    bench.slices.on_vanished = hide
+    await bench.recovery().look()
+    assert len(bench.driver.instances(bench.gpu)) == 1, "its place was given free while a container saw its nodes"
+    seen = False
+    await bench.recovery().look()
+    assert hidden == [uuid]
+    assert bench.driver.instances(bench.gpu) == []
+
+
+async def test_one_end_of_a_slice_is_told_once(bench: Bench) -> None:
+    uuid = await bench.create()
+    (instance,) = bench.driver.instances(bench.gpu)
+    bench.driver.destroy_compute_instance(bench.gpu, instance.id, 0)
+    bench.driver.destroy_gpu_instance(bench.gpu, instance.id)
+
+    async def slowly(_: SliceRecord) -> None:
+        await asyncio.sleep(0)
+
+    bench.slices.on_vanished = slowly
+    record = bench.journal.slice(uuid)
+    assert record is not None
+    await asyncio.gather(*(bench.slices.drop(record, "somebody else destroyed it") for _ in range(3)))
+    assert bench.reasons() == ["SLICE_CREATED", "SLICE_VANISHED"]
+
+
+async def test_looks_at_the_same_time_share_one_thread_per_gpu(bench: Bench) -> None:
+    bench.emulated.faults.add(Fault("nvmlDeviceGetMigMode", count=1, delay_seconds=0.2))
+    calls_before = threading.active_count()
+    looks = [asyncio.create_task(bench.gpus.refresh()) for _ in range(20)]
+    await asyncio.sleep(0.05)
+    # One for the survey, one for the GPU.
+    assert threading.active_count() <= calls_before + 2
+    await asyncio.gather(*looks)
