@@ -119,13 +119,14 @@ class Execs:
                 "CONTAINER_NOT_FOUND",
                 "the results of this attempt were discarded, and this command's output with them",
             )
-        if accepted is not None:
-            await accepted()
         live = self._live.get(exec_id)
         if live is not None and start.HasField("terminal_size"):
             live.process.resize(start.terminal_size.columns, start.terminal_size.rows)
+        # From here on the command is not discarded under this caller, however soon it ends.
         self._readers[exec_id] = self._readers.get(exec_id, 0) + 1
         try:
+            if accepted is not None:
+                await accepted()
             feeding = feed(requests, live.process if live is not None else None, record)
             ended = live.ended if live is not None else None
             log = self._folder(record) / LOG

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Self
+
+import grpc
 
 from puhui.v1.card_pb2 import AttemptRef
 from puhui.v1.node_service_pb2 import ExecRequest, ExecResponse, ExecStart, ExecTerminalSize
@@ -53,8 +56,10 @@ class Exec:
         self._call.cancel()
 
     async def send(self, **part: Any) -> None:
+        """Sends input; what comes too late for the command is dropped."""
         if await self._runs():
-            await self._call.write(ExecRequest(**part))
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await self._call.write(ExecRequest(**part))
 
     async def half_close(self) -> None:
         if await self._runs():
@@ -66,7 +71,7 @@ class Exec:
         return not self._call.done()
 
     async def responses(self) -> AsyncIterator[ExecResponse]:
-        async for response in self._call:
+        async for response in self._received():
             if response.WhichOneof("part") == "exit_code":
                 self.exit_code = response.exit_code
             elif response.output.stream == LogStream.LOG_STREAM_STDERR:
@@ -74,6 +79,15 @@ class Exec:
             else:
                 self.output += response.output.data
             yield response
+
+    async def _received(self) -> AsyncIterator[ExecResponse]:
+        try:
+            async for response in self._call:
+                yield response
+        except grpc.aio.AioRpcError:
+            # gRPC's client takes input that came too late for a failure of the call, which had said all it had to say.
+            if self.exit_code is None:
+                raise
 
     async def until(self, words: bytes) -> None:
         """Reads until the output ends with these words."""
