@@ -152,13 +152,14 @@ class Attachments:
         """Makes a slice vanish from an attempt's living container. One that is not there stays away.
 
         Raises:
-            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with CONTAINER_NOT_RUNNING, SLICE_IN_USE,
-                naming who holds it, HOLDERS_UNKNOWN or HOTPLUG_UNAVAILABLE; INTERNAL with DRIVER_REFUSED. The
-                container sees then what it saw before.
+            Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with CONTAINER_NOT_RUNNING,
+                SLICE_NOT_FOUND (this attempt never had it), SLICE_IN_USE, naming who holds it, HOLDERS_UNKNOWN or
+                HOTPLUG_UNAVAILABLE; INTERNAL with DRIVER_REFUSED. The container sees then what it saw before.
         """
         async with self._lock(owner):
             before = self._living(owner)
             if uuid not in before.slice_uuids:
+                self._slices.book.require_known(owner, uuid)
                 return self._describe(owner)
             one, gpu = self._slices.book.owned(owner, uuid)
             rest = tuple(other for other in before.slice_uuids if other != uuid)

@@ -132,6 +132,8 @@ class ContainerEnds:
                 await self.look()
             except OSError as error:
                 self._miss(error)
+            except Exception as error:  # noqa: BLE001 - this look is what finds ends that nothing else told of
+                _log.error("cannot look at the containers", exc_info=error)
 
     async def look(self) -> None:
         """Looks for ends that no event told of, and for containers that somebody else removed."""

@@ -64,6 +64,8 @@ def require_sound(request: CreateContainerRequest) -> None:
         field, problem = "command", "holds a NUL character"
     elif any(not name or "=" in name or "\0" in name + value for name, value in request.env.items()):
         field, problem = "env", "has a name that is empty or holds '=', or a NUL character"
+    elif not 0 <= request.limits.cpus < float("inf"):
+        field, problem = "limits.cpus", "must be a number, and not negative"
     elif request.HasField("max_duration") and seconds(request.max_duration) <= 0:
         field, problem = "max_duration", "must be longer than nothing"
     elif request.HasField("stop_grace") and seconds(request.stop_grace) < 0:

@@ -41,6 +41,7 @@ __all__ = ["Execs"]
 _log = structlog.get_logger(__name__)
 
 _MOST_LIVE = 64
+_NOTE_AGAIN_S = 1.0
 _KEPT_S = 24 * 3600
 _KILL_S = 20.0
 # What the container's own environment may say of slices that are not attached any more.
@@ -214,10 +215,16 @@ class Execs:
         except BaseException:
             self._discard(record)
             raise
-        record = self._journal.put_exec(replace(record, stage=ExecStage.RUNNING))
-        program = start.command[0][-100:]
-        self._tell(record, NodeEventKind.NODE_EVENT_KIND_EXEC_STARTED, "EXEC_STARTED", f"{record.id} runs {program}")
-        self._watch(record, process)
+        record = replace(record, stage=ExecStage.RUNNING)
+        if process is not None:
+            # Before it is written down: a full disk must not leave a command running that nobody looks after.
+            self._watch(record, process)
+        with self._journal.atomic():
+            self._journal.put_exec(record)
+            message = f"{record.id} runs {start.command[0][-100:]}"
+            self._tell(record, NodeEventKind.NODE_EVENT_KIND_EXEC_STARTED, "EXEC_STARTED", message)
+        if process is None:
+            self._note_end(record, exit_code(self._folder(record)))
         return record
 
     def _ready(self, owner: Owner) -> ContainerRecord:
@@ -251,11 +258,25 @@ class Execs:
             # Nobody stays with it any more, and nobody would read what it writes.
             live.process.signal(signal.SIGKILL)
         live.process.close()
-        self._note_end(record, code)
-        live.ended.set()
-        del self._live[record.id]
+        try:
+            while not self._noted_end(record, code):
+                await asyncio.sleep(_NOTE_AGAIN_S)
+        finally:
+            # Whoever waits for the end is not kept waiting, whatever became of the note.
+            live.ended.set()
+            del self._live[record.id]
         if not self._readers.get(record.id):
             self._left(record)
+
+    def _noted_end(self, record: ExecRecord, code: int | None) -> bool:
+        """Notes the end of a command, unless the disk is full."""
+        try:
+            with self._journal.atomic():
+                self._note_end(record, code)
+        except OSError as error:
+            _log.error("the end of a command cannot be written down yet", exec_id=record.id, error=str(error))
+            return False
+        return True
 
     def _note_end(self, record: ExecRecord, code: int | None) -> None:
         if self._journal.exec(record.id) is None:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -127,7 +128,7 @@ class PodmanService:
             try:
                 await self._launch()
                 pause = 0.1
-            except PodmanUnusableError as error:
+            except (PodmanUnusableError, OSError, subprocess.SubprocessError) as error:
                 self._process = None
                 _log.error("podman service cannot be started", error=str(error), again_in_s=pause)
                 await asyncio.sleep(pause)

@@ -43,8 +43,14 @@ class Recovery:
     async def _containers(self) -> None:
         plan = plan_containers(self.journal.containers(), await self.runtime.containers())
         for container_id in plan.remove:
-            await self.runtime.remove(container_id)
-            self._tell(None, "CONTAINER_REMOVED", f"removed container {container_id[:12]}, which nobody owns")
+            try:
+                await self.runtime.remove(container_id)
+            except Refusal as error:
+                # One that does not go (a process of it hangs in the kernel, say) holds up no other.
+                message = f"container {container_id[:12]}, which nobody owns, cannot be removed yet: {error.message}"
+                self._tell(None, error.reason, message)
+            else:
+                self._tell(None, "CONTAINER_REMOVED", f"removed container {container_id[:12]}, which nobody owns")
         for record in plan.forget:
             await self.containers.forget(record)
             self._tell(record.owner, "CONTAINER_FORGOTTEN", "rolled back a container that was half made")

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
+import grpc
+
 from nodedaemon.answers import Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
@@ -18,6 +20,7 @@ from nodedaemon.results import Results
 from nodedaemon.slices import Slices
 from nodedaemon.telemetry import Telemetry
 from nodedaemon.utilization import DEFAULT_INTERVAL_S
+from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import seconds
 from puhui.rpc.transfer import UploadPart, read_chunks
 from puhui.v1.node_service_pb2 import (
@@ -125,6 +128,10 @@ class NodeService(NodeServiceServicer):
     async def StopContainer(self, request: StopContainerRequest, context: Any) -> StopContainerResponse:  # noqa: D102, N802
         async def act(owner: Owner, token: int) -> StopContainerResponse:
             grace_s = seconds(request.grace) if request.HasField("grace") else None
+            if grace_s is not None and grace_s < 0:
+                raise Refusal(
+                    grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", "grace must not be negative", field="grace"
+                )
             return StopContainerResponse(container=await self._containers.stop(owner, grace_s))
 
         return await self._mutations.carry_out(request, StopContainerResponse, act)

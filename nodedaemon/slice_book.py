@@ -88,15 +88,23 @@ class SliceBook:
         Raises:
             Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND.
         """
-        record = self._journal.slice(uuid)
-        if record is None or record.owner != owner or record.stage is not SliceStage.ACTIVE:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "SLICE_NOT_FOUND",
-                f"{owner} has no active slice {uuid!r} here; create it first",
-                slice_uuid=uuid,
-            )
+        record = self.require_known(owner, uuid)
+        if record.stage is not SliceStage.ACTIVE:
+            raise _not_found(owner, uuid, f"it is {record.stage}; create another")
         return record, self._gpus.gpu(record.gpu_uuid)
+
+    def require_known(self, owner: Owner, uuid: str) -> SliceRecord:
+        """Returns a slice that an attempt has or had.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND.
+        """
+        record = self._journal.slice(uuid)
+        if record is None:
+            raise _not_found(owner, uuid, "ListSlices shows what there is")
+        if record.owner != owner:
+            raise _not_found(owner, uuid, f"it belongs to {record.owner}")
+        return record
 
     async def foreign(self) -> set[tuple[str, int]]:
         """Returns (GPU UUID, GPU instance id) of every listed slice that this daemon did not make."""
@@ -106,3 +114,12 @@ class SliceBook:
             for gpu, instance in (await self._gpus.list_all()).instances
             if not any(is_same(record, instance) for record in records)
         }
+
+
+def _not_found(owner: Owner, uuid: str, why: str) -> Refusal:
+    return Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "SLICE_NOT_FOUND",
+        f"{owner} has no slice {uuid!r} here: {why}",
+        slice_uuid=uuid,
+    )

@@ -223,7 +223,7 @@ class Slices:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "SLICE_IN_USE",
-                f"container {container[:12]} runs on slice {uuid}; remove the container first",
+                f"container {container[:12]} sees slice {uuid}; detach it with DetachSlice, or remove the container",
                 slice_uuid=uuid,
                 container_id=container,
             )
