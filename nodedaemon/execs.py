@@ -259,7 +259,9 @@ class Execs:
             live.process.signal(signal.SIGKILL)
         live.process.close()
         try:
-            while not self._noted_end(record, code):
+            while True:
+                if self._noted_end(record, code):
+                    break
                 await asyncio.sleep(_NOTE_AGAIN_S)
         finally:
             # Whoever waits for the end is not kept waiting, whatever became of the note.
