@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,8 @@ def podman(
     """Runs podman as the daemon does: same user, same storage. Put its arguments behind `--`."""
     try:
         account = PodmanAccount.find(podman_user)
-    except PodmanUnusableError as error:
+        account.revive()
+    except (PodmanUnusableError, OSError, subprocess.SubprocessError) as error:
         _fail(str(error))
     os.chdir("/")
     command = account.command("podman", *context.args)

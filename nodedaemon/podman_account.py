@@ -6,6 +6,7 @@ not uses its own. All daemons of a host share the home, so that an image is ther
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -18,6 +19,9 @@ __all__ = ["PROGRAM_PATH", "PodmanAccount", "PodmanUnusableError", "cgroup_layou
 
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where every program of rootless containers is looked for."""
+
+_NO_PROCESS_LEFT = "podman system migrate"
+"""What Podman says to try when its containers run by the book, but none of their processes is there."""
 
 
 class PodmanUnusableError(Exception):
@@ -220,6 +224,31 @@ class PodmanAccount:
             check=False,
         )
 
+    def revive(self) -> None:
+        """Makes Podman usable after all processes of this user were killed while its runtime directory stayed.
+
+        Podman then looks for the user namespace in the processes of containers that it believes to run, finds none,
+        and refuses every command but the one that is called here.
+
+        Raises:
+            PodmanUnusableError: it is of no use.
+        """
+        lock = os.open(self.runtime_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # Of several daemons that start at once, the first revives it; the others find it alive.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tried = self.run("podman", "unshare", "true")
+            if tried.returncode and _NO_PROCESS_LEFT in tried.stderr:
+                self.run("podman", "system", "migrate")
+                tried = self.run("podman", "unshare", "true")
+        finally:
+            os.close(lock)
+        if tried.returncode:
+            raise PodmanUnusableError(
+                f"podman does not run as user {self.name}: {tried.stderr.strip()[-500:]}; "
+                "look at `podman unshare true` as that user"
+            )
+
     def forbid_nested_namespaces(self) -> None:
         """Keeps what runs in containers from making user namespaces of its own, for as long as this user's one lives.
 
@@ -228,6 +257,7 @@ class PodmanAccount:
         Raises:
             PodmanUnusableError: it cannot be done; the text says why.
         """
+        self.revive()
         done = self.run("podman", "unshare", "sh", "-c", "echo 0 > /proc/sys/user/max_user_namespaces")
         if done.returncode:
             raise PodmanUnusableError(
