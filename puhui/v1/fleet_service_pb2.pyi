@@ -50,6 +50,34 @@ NODE_STATE_UNREACHABLE: NodeState.ValueType  # 3
 """Its lease has run out. Its jobs are taken to be running still."""
 Global___NodeState: _TypeAlias = NodeState  # noqa: Y015
 
+class _UsageGroup:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageGroupEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageGroup.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_GROUP_UNSPECIFIED: _UsageGroup.ValueType  # 0
+    """Taken as TENANT."""
+    USAGE_GROUP_TENANT: _UsageGroup.ValueType  # 1
+    """A tenant."""
+    USAGE_GROUP_JOB: _UsageGroup.ValueType  # 2
+    """A job."""
+    USAGE_GROUP_RUN: _UsageGroup.ValueType  # 3
+    """A run."""
+
+class UsageGroup(_UsageGroup, metaclass=_UsageGroupEnumTypeWrapper):
+    """What a row of usage is about."""
+
+USAGE_GROUP_UNSPECIFIED: UsageGroup.ValueType  # 0
+"""Taken as TENANT."""
+USAGE_GROUP_TENANT: UsageGroup.ValueType  # 1
+"""A tenant."""
+USAGE_GROUP_JOB: UsageGroup.ValueType  # 2
+"""A job."""
+USAGE_GROUP_RUN: UsageGroup.ValueType  # 3
+"""A run."""
+Global___UsageGroup: _TypeAlias = UsageGroup  # noqa: Y015
+
 @_typing.final
 class Node(_message.Message):
     """A node of the centre."""
@@ -534,6 +562,7 @@ class GpuCapacity(_message.Message):
     MEMORY_SLICES_IDLE_FIELD_NUMBER: _builtins.int
     MEMORY_SLICES_FOREIGN_FIELD_NUMBER: _builtins.int
     FREE_PROFILES_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Id of the node."""
     gpu_uuid: _builtins.str
@@ -558,6 +587,10 @@ class GpuCapacity(_message.Message):
     def free_profiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Profiles that could be cut now."""
 
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfileCapacity]:
+        """The same for each profile."""
+
     def __init__(
         self,
         *,
@@ -572,10 +605,11 @@ class GpuCapacity(_message.Message):
         memory_slices_idle: _builtins.int = ...,
         memory_slices_foreign: _builtins.int = ...,
         free_profiles: _abc.Iterable[_builtins.str] | None = ...,
+        profiles: _abc.Iterable[Global___ProfileCapacity] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["emulated", b"emulated", "free_profiles", b"free_profiles", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "memory_slices_busy", b"memory_slices_busy", "memory_slices_foreign", b"memory_slices_foreign", "memory_slices_free", b"memory_slices_free", "memory_slices_idle", b"memory_slices_idle", "memory_slices_total", b"memory_slices_total", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["emulated", b"emulated", "free_profiles", b"free_profiles", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "memory_slices_busy", b"memory_slices_busy", "memory_slices_foreign", b"memory_slices_foreign", "memory_slices_free", b"memory_slices_free", "memory_slices_idle", b"memory_slices_idle", "memory_slices_total", b"memory_slices_total", "node_id", b"node_id", "profiles", b"profiles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -652,8 +686,17 @@ class GetUsageRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    POINT_COUNT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """Tenant; empty is all of them."""
+    group_by: Global___UsageGroup.ValueType
+    """What one row is about."""
+    job_id: _builtins.str
+    """Job; empty is all of them."""
+    point_count: _builtins.int
+    """Number of equal times to tell of in `points`, at most 500. 0 is none."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """From this time."""
@@ -668,10 +711,13 @@ class GetUsageRequest(_message.Message):
         tenant: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        group_by: Global___UsageGroup.ValueType = ...,
+        job_id: _builtins.str = ...,
+        point_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "group_by", b"group_by", "job_id", b"job_id", "point_count", b"point_count", "start_time", b"start_time", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -684,22 +730,150 @@ class GetUsageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANTS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantUsage]:
         """One per tenant."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageRow]:
+        """As asked for with `group_by`; the largest first, at most 1000."""
+
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsagePoint]:
+        """All rows together in the order of time, as asked for with `point_count`."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """The time that is told of, from."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """To."""
 
     def __init__(
         self,
         *,
         tenants: _abc.Iterable[Global___TenantUsage] | None = ...,
+        rows: _abc.Iterable[Global___UsageRow] | None = ...,
+        points: _abc.Iterable[Global___UsagePoint] | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenants", b"tenants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "points", b"points", "rows", b"rows", "start_time", b"start_time", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class UsageRow(_message.Message):
+    """What a tenant, a job or a run has used. A slice-second is one compute slice (a seventh of a GPU on 7-slice boards) for
+    one second.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    JOB_NAME_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    HELD_SECONDS_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    HELD_SLICE_SECONDS_FIELD_NUMBER: _builtins.int
+    BUSY_SLICE_SECONDS_FIELD_NUMBER: _builtins.int
+    TFLOPS_HOURS_FIELD_NUMBER: _builtins.int
+    RECLAIMED_SLICE_SECONDS_FIELD_NUMBER: _builtins.int
+    RECLAIMS_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Tenant."""
+    job_id: _builtins.str
+    """Job; empty in a row of a tenant."""
+    job_name: _builtins.str
+    """Its name."""
+    run_id: _builtins.str
+    """Run; empty but in a row of a run."""
+    held_seconds: _builtins.float
+    """Seconds in which a share was held, whatever its size."""
+    busy_seconds: _builtins.float
+    """Seconds of these in which it was used."""
+    held_slice_seconds: _builtins.float
+    """As held_seconds, each second times the compute slices of the share."""
+    busy_slice_seconds: _builtins.float
+    """As busy_seconds, likewise."""
+    tflops_hours: _builtins.float
+    """Compute that was held, in TFLOPS·h (dense half precision with tensor cores, by the data sheet of the GPU)."""
+    reclaimed_slice_seconds: _builtins.float
+    """Slice-seconds in which it lived without its share, because reclaim had taken it."""
+    reclaims: _builtins.int
+    """Times that a share was taken back."""
+    emulated: _builtins.bool
+    """True when any of it was on emulated cards."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        job_name: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        held_seconds: _builtins.float = ...,
+        busy_seconds: _builtins.float = ...,
+        held_slice_seconds: _builtins.float = ...,
+        busy_slice_seconds: _builtins.float = ...,
+        tflops_hours: _builtins.float = ...,
+        reclaimed_slice_seconds: _builtins.float = ...,
+        reclaims: _builtins.int = ...,
+        emulated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "busy_slice_seconds", b"busy_slice_seconds", "emulated", b"emulated", "held_seconds", b"held_seconds", "held_slice_seconds", b"held_slice_seconds", "job_id", b"job_id", "job_name", b"job_name", "reclaimed_slice_seconds", b"reclaimed_slice_seconds", "reclaims", b"reclaims", "run_id", b"run_id", "tenant", b"tenant", "tflops_hours", b"tflops_hours"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageRow: _TypeAlias = UsageRow  # noqa: Y015
+
+@_typing.final
+class UsagePoint(_message.Message):
+    """Usage in a part of the time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_TIME_FIELD_NUMBER: _builtins.int
+    HELD_SLICES_FIELD_NUMBER: _builtins.int
+    BUSY_SLICES_FIELD_NUMBER: _builtins.int
+    RECLAIMED_SLICES_FIELD_NUMBER: _builtins.int
+    held_slices: _builtins.float
+    """Mean number of compute slices held."""
+    busy_slices: _builtins.float
+    """Mean number of compute slices used."""
+    reclaimed_slices: _builtins.float
+    """Mean number of compute slices that reclaim had given back."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """From."""
+
+    def __init__(
+        self,
+        *,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        held_slices: _builtins.float = ...,
+        busy_slices: _builtins.float = ...,
+        reclaimed_slices: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_slices", b"busy_slices", "held_slices", b"held_slices", "reclaimed_slices", b"reclaimed_slices", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsagePoint: _TypeAlias = UsagePoint  # noqa: Y015
 
 @_typing.final
 class TenantUsage(_message.Message):

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from puhui.v1 import card_pb2 as _card_pb2
+from puhui.v1 import idle_pb2 as _idle_pb2
 from puhui.v1 import prediction_pb2 as _prediction_pb2
 import builtins as _builtins
 import sys
@@ -211,13 +212,33 @@ class IdlePolicy(_message.Message):
     IDLE_AFTER_FIELD_NUMBER: _builtins.int
     IDLE_BELOW_PERCENT_FIELD_NUMBER: _builtins.int
     RECLAIM_MODE_FIELD_NUMBER: _builtins.int
+    START_GRACE_FIELD_NUMBER: _builtins.int
+    WARN_SIGNAL_FIELD_NUMBER: _builtins.int
+    ON_RECLAIM_FIELD_NUMBER: _builtins.int
+    ON_RECLAIM_LIMIT_FIELD_NUMBER: _builtins.int
     idle_below_percent: _builtins.float
     """Utilization below this many percent is unused."""
     reclaim_mode: Global___ReclaimMode.ValueType
-    """How the share may be taken back."""
+    """How the share may be taken back: this rung or a milder one. What ends work (STOP) is done only when somebody waits
+    for the share, and only when it is named here.
+    """
+    warn_signal: _builtins.bool
+    """Send SIGUSR1 to what runs before its share is taken."""
     @_builtins.property
     def idle_after(self) -> _duration_pb2.Duration:
         """Unused for this long is idle."""
+
+    @_builtins.property
+    def start_grace(self) -> _duration_pb2.Duration:
+        """A job that has not used its card yet counts as busy for this long."""
+
+    @_builtins.property
+    def on_reclaim(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Command that is run in the container before its share is taken. Empty is none."""
+
+    @_builtins.property
+    def on_reclaim_limit(self) -> _duration_pb2.Duration:
+        """Longest that it may take. Absent is 10 s, the most is 5 min."""
 
     def __init__(
         self,
@@ -225,10 +246,14 @@ class IdlePolicy(_message.Message):
         idle_after: _duration_pb2.Duration | None = ...,
         idle_below_percent: _builtins.float = ...,
         reclaim_mode: Global___ReclaimMode.ValueType = ...,
+        start_grace: _duration_pb2.Duration | None = ...,
+        warn_signal: _builtins.bool = ...,
+        on_reclaim: _abc.Iterable[_builtins.str] | None = ...,
+        on_reclaim_limit: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_after", b"idle_after"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_after", b"idle_after", "on_reclaim_limit", b"on_reclaim_limit", "start_grace", b"start_grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_after", b"idle_after", "idle_below_percent", b"idle_below_percent", "reclaim_mode", b"reclaim_mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_after", b"idle_after", "idle_below_percent", b"idle_below_percent", "on_reclaim", b"on_reclaim", "on_reclaim_limit", b"on_reclaim_limit", "reclaim_mode", b"reclaim_mode", "start_grace", b"start_grace", "warn_signal", b"warn_signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,6 +448,7 @@ class Attempt(_message.Message):
     RELEASE_TIME_FIELD_NUMBER: _builtins.int
     EMULATED_FIELD_NUMBER: _builtins.int
     RUNTIME_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """From 1."""
     fencing_token: _builtins.int
@@ -467,6 +493,10 @@ class Attempt(_message.Message):
     def release_time(self) -> _timestamp_pb2.Timestamp:
         """Container removed and slice destroyed at."""
 
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]:
+        """Shares that it has held, the newest last; only the last 16. The placement and slice above are those of the newest."""
+
     def __init__(
         self,
         *,
@@ -487,16 +517,157 @@ class Attempt(_message.Message):
         release_time: _timestamp_pb2.Timestamp | None = ...,
         emulated: _builtins.bool = ...,
         runtime: _builtins.str = ...,
+        shares: _abc.Iterable[Global___Share] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "placement", b"placement", "release_time", b"release_time", "reserve_time", b"reserve_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "node_id", b"node_id", "number", b"number", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "node_id", b"node_id", "number", b"number", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
 
 Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
+
+@_typing.final
+class Share(_message.Message):
+    """A share of a GPU that an attempt held for a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_UUID_FIELD_NUMBER: _builtins.int
+    GPU_UUID_FIELD_NUMBER: _builtins.int
+    GPU_INDEX_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    HOLD_TIME_FIELD_NUMBER: _builtins.int
+    RELEASE_TIME_FIELD_NUMBER: _builtins.int
+    RECLAIM_MODE_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    slice_uuid: _builtins.str
+    """The slice."""
+    gpu_uuid: _builtins.str
+    """GPU that it was cut from."""
+    gpu_index: _builtins.int
+    """NVML index of that GPU."""
+    profile: _builtins.str
+    """Its profile."""
+    reclaim_mode: Global___ReclaimMode.ValueType
+    """How it was taken back before the attempt ended; UNSPECIFIED when it was not."""
+    busy_seconds: _builtins.float
+    """Seconds in which it was used, as far as known."""
+    @_builtins.property
+    def placement(self) -> _card_pb2.Placement:
+        """Where it sat."""
+
+    @_builtins.property
+    def hold_time(self) -> _timestamp_pb2.Timestamp:
+        """The attempt had it from."""
+
+    @_builtins.property
+    def release_time(self) -> _timestamp_pb2.Timestamp:
+        """The attempt gave it up at; absent while it has it."""
+
+    def __init__(
+        self,
+        *,
+        slice_uuid: _builtins.str = ...,
+        gpu_uuid: _builtins.str = ...,
+        gpu_index: _builtins.int = ...,
+        profile: _builtins.str = ...,
+        placement: _card_pb2.Placement | None = ...,
+        hold_time: _timestamp_pb2.Timestamp | None = ...,
+        release_time: _timestamp_pb2.Timestamp | None = ...,
+        reclaim_mode: Global___ReclaimMode.ValueType = ...,
+        busy_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hold_time", b"hold_time", "placement", b"placement", "release_time", b"release_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "gpu_index", b"gpu_index", "gpu_uuid", b"gpu_uuid", "hold_time", b"hold_time", "placement", b"placement", "profile", b"profile", "reclaim_mode", b"reclaim_mode", "release_time", b"release_time", "slice_uuid", b"slice_uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class Run(_message.Message):
+    """One command executed in a job's container."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    TTY_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    SLICE_UUID_FIELD_NUMBER: _builtins.int
+    GPU_INDEX_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Unique in its centre, "r-" and 12 characters."""
+    job_id: _builtins.str
+    """Job in whose container it runs."""
+    attempt: _builtins.int
+    """Attempt of that job."""
+    tty: _builtins.bool
+    """Whether it has a terminal."""
+    exit_code: _builtins.int
+    """Exit code, once the command has ended. 128 + n when it died of signal n."""
+    slice_uuid: _builtins.str
+    """Slice that it began on."""
+    gpu_index: _builtins.int
+    """NVML index of that slice's GPU."""
+    message: _builtins.str
+    """Why it ended without an exit code, for people."""
+    busy_seconds: _builtins.float
+    """Seconds in which its share was used while it ran, as far as known."""
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Command and arguments."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """Asked for at."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """The command started at."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """The command ended at, or the run was given up."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        tty: _builtins.bool = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        exit_code: _builtins.int | None = ...,
+        slice_uuid: _builtins.str = ...,
+        gpu_index: _builtins.int = ...,
+        message: _builtins.str = ...,
+        busy_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "attempt", b"attempt", "busy_seconds", b"busy_seconds", "command", b"command", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "gpu_index", b"gpu_index", "id", b"id", "job_id", b"job_id", "message", b"message", "slice_uuid", b"slice_uuid", "start_time", b"start_time", "tty", b"tty"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
+    _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+
+Global___Run: _TypeAlias = Run  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
@@ -522,6 +693,10 @@ class Job(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     LAST_CURSOR_FIELD_NUMBER: _builtins.int
     EXECUTING_CENTRE_FIELD_NUMBER: _builtins.int
+    IDLENESS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    RUN_COUNT_FIELD_NUMBER: _builtins.int
+    IDLE_POLICY_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in its centre, "j-" and 12 characters."""
     centre: _builtins.str
@@ -542,6 +717,8 @@ class Job(_message.Message):
     """Cursor of the last event about it."""
     executing_centre: _builtins.str
     """Centre that executes it, when that is not its own."""
+    run_count: _builtins.int
+    """Number of runs there have been in it."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What was asked for."""
@@ -574,6 +751,18 @@ class Job(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """Reached a final state at."""
 
+    @_builtins.property
+    def idleness(self) -> _idle_pb2.Idleness:
+        """Whether it uses its share; absent while that is not watched."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]:
+        """The newest runs in it, the newest last; at most 10."""
+
+    @_builtins.property
+    def idle_policy(self) -> Global___IdlePolicy:
+        """When its unused share is taken back, with the defaults of tenant and centre filled in."""
+
     def __init__(
         self,
         *,
@@ -595,10 +784,14 @@ class Job(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         last_cursor: _builtins.int = ...,
         executing_centre: _builtins.str = ...,
+        idleness: _idle_pb2.Idleness | None = ...,
+        runs: _abc.Iterable[Global___Run] | None = ...,
+        run_count: _builtins.int = ...,
+        idle_policy: Global___IdlePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "prediction", b"prediction", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "idle_policy", b"idle_policy", "idleness", b"idleness", "prediction", b"prediction", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "attempts", b"attempts", "bundle_id", b"bundle_id", "centre", b"centre", "create_time", b"create_time", "end_time", b"end_time", "executing_centre", b"executing_centre", "exit_code", b"exit_code", "id", b"id", "last_cursor", b"last_cursor", "log_size_bytes", b"log_size_bytes", "message", b"message", "prediction", b"prediction", "reason", b"reason", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "attempts", b"attempts", "bundle_id", b"bundle_id", "centre", b"centre", "create_time", b"create_time", "end_time", b"end_time", "executing_centre", b"executing_centre", "exit_code", b"exit_code", "id", b"id", "idle_policy", b"idle_policy", "idleness", b"idleness", "last_cursor", b"last_cursor", "log_size_bytes", b"log_size_bytes", "message", b"message", "prediction", b"prediction", "reason", b"reason", "run_count", b"run_count", "runs", b"runs", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

@@ -493,12 +493,20 @@ class RunStart(_message.Message):
     TTY_FIELD_NUMBER: _builtins.int
     TERMINAL_SIZE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WORKING_DIRECTORY_FIELD_NUMBER: _builtins.int
+    OUTPUT_OFFSET_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Job id of the session."""
     tty: _builtins.bool
     """Whether the command gets a terminal."""
     request_id: _builtins.str
-    """Makes the request idempotent for 24 h."""
+    """Makes the request idempotent for 24 h, and lets a caller that went away come back: the same start takes up its
+    output again. A run without one is hung up when its caller goes away.
+    """
+    working_directory: _builtins.str
+    """Directory in the container. Empty is /workspace/code."""
+    output_offset: _builtins.int
+    """First byte of the output wanted, counted over both streams together; for a caller that comes back."""
     @_builtins.property
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Command and arguments."""
@@ -520,10 +528,12 @@ class RunStart(_message.Message):
         tty: _builtins.bool = ...,
         terminal_size: Global___TerminalSize | None = ...,
         request_id: _builtins.str = ...,
+        working_directory: _builtins.str = ...,
+        output_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["terminal_size", b"terminal_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "env", b"env", "job_id", b"job_id", "request_id", b"request_id", "terminal_size", b"terminal_size", "tty", b"tty"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "env", b"env", "job_id", b"job_id", "output_offset", b"output_offset", "request_id", b"request_id", "terminal_size", b"terminal_size", "tty", b"tty", "working_directory", b"working_directory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -564,6 +574,7 @@ class RunJobResponse(_message.Message):
     EVENT_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     EXIT_CODE_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     """The command ended with this exit code."""
     @_builtins.property
@@ -574,22 +585,85 @@ class RunJobResponse(_message.Message):
     def output(self) -> _stream_pb2.LogChunk:
         """Output."""
 
+    @_builtins.property
+    def run(self) -> _job_pb2.Run:
+        """The run: when it is accepted, and again when its command has started."""
+
     def __init__(
         self,
         *,
         event: _job_pb2.JobEvent | None = ...,
         output: _stream_pb2.LogChunk | None = ...,
         exit_code: _builtins.int = ...,
+        run: _job_pb2.Run | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exit_code", b"exit_code", "output", b"output", "part", b"part"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exit_code", b"exit_code", "output", b"output", "part", b"part", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exit_code", b"exit_code", "output", b"output", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exit_code", b"exit_code", "output", b"output", "part", b"part", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["event", "output", "exit_code"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["event", "output", "exit_code", "run"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___RunJobResponse: _TypeAlias = RunJobResponse  # noqa: Y015
+
+@_typing.final
+class ListRunsRequest(_message.Message):
+    """Which runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """Job id."""
+    page_size: _builtins.int
+    """At most this many; 0 is 50, the most is 500."""
+    page_token: _builtins.str
+    """Token of the page before. Empty is the first page."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRunsRequest: _TypeAlias = ListRunsRequest  # noqa: Y015
+
+@_typing.final
+class ListRunsResponse(_message.Message):
+    """A page of runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty after the last."""
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.Run]:
+        """The newest first."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[_job_pb2.Run] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRunsResponse: _TypeAlias = ListRunsResponse  # noqa: Y015
 
 @_typing.final
 class SuspendJobRequest(_message.Message):
@@ -599,19 +673,23 @@ class SuspendJobRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    HARDEST_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Job id."""
     request_id: _builtins.str
     """Makes the request idempotent for 24 h."""
+    hardest: _job_pb2.ReclaimMode.ValueType
+    """The hardest rung that may be taken. UNSPECIFIED is what the job allows."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        hardest: _job_pb2.ReclaimMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardest", b"hardest", "job_id", b"job_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -619,7 +697,7 @@ Global___SuspendJobRequest: _TypeAlias = SuspendJobRequest  # noqa: Y015
 
 @_typing.final
 class SuspendJobResponse(_message.Message):
-    """The job."""
+    """The job, its share taken."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

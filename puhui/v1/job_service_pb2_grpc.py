@@ -96,6 +96,11 @@ class JobServiceStub:
                 request_serializer=puhui_dot_v1_dot_job__service__pb2.PredictJobRequest.SerializeToString,
                 response_deserializer=puhui_dot_v1_dot_job__service__pb2.PredictJobResponse.FromString,
                 _registered_method=True)
+        self.ListRuns = channel.unary_unary(
+                '/puhui.v1.JobService/ListRuns',
+                request_serializer=puhui_dot_v1_dot_job__service__pb2.ListRunsRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_job__service__pb2.ListRunsResponse.FromString,
+                _registered_method=True)
         self.ExplainJob = channel.unary_unary(
                 '/puhui.v1.JobService/ExplainJob',
                 request_serializer=puhui_dot_v1_dot_job__service__pb2.ExplainJobRequest.SerializeToString,
@@ -193,6 +198,13 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRuns(self, request, context):
+        """Runs of a job, the newest first, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExplainJob(self, request, context):
         """Why is this job waiting, and where could it go?
         """
@@ -262,6 +274,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.PredictJob,
                     request_deserializer=puhui_dot_v1_dot_job__service__pb2.PredictJobRequest.FromString,
                     response_serializer=puhui_dot_v1_dot_job__service__pb2.PredictJobResponse.SerializeToString,
+            ),
+            'ListRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRuns,
+                    request_deserializer=puhui_dot_v1_dot_job__service__pb2.ListRunsRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_job__service__pb2.ListRunsResponse.SerializeToString,
             ),
             'ExplainJob': grpc.unary_unary_rpc_method_handler(
                     servicer.ExplainJob,
@@ -595,6 +612,33 @@ class JobService:
             '/puhui.v1.JobService/PredictJob',
             puhui_dot_v1_dot_job__service__pb2.PredictJobRequest.SerializeToString,
             puhui_dot_v1_dot_job__service__pb2.PredictJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/puhui.v1.JobService/ListRuns',
+            puhui_dot_v1_dot_job__service__pb2.ListRunsRequest.SerializeToString,
+            puhui_dot_v1_dot_job__service__pb2.ListRunsResponse.FromString,
             options,
             channel_credentials,
             insecure,

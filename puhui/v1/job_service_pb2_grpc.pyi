@@ -61,6 +61,8 @@ class JobServiceStub:
     """Artifacts of a job that has ended: one manifest, then the archive in chunks."""
     PredictJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.PredictJobRequest, _job_service_pb2.PredictJobResponse]
     """What slice would this code get, and why? Nothing is stored and nothing is run."""
+    ListRuns: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListRunsRequest, _job_service_pb2.ListRunsResponse]
+    """Runs of a job, the newest first, a page at a time."""
     ExplainJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ExplainJobRequest, _job_service_pb2.ExplainJobResponse]
     """Why is this job waiting, and where could it go?"""
 
@@ -97,6 +99,8 @@ class JobServiceAsyncStub(JobServiceStub):
     """Artifacts of a job that has ended: one manifest, then the archive in chunks."""
     PredictJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.PredictJobRequest, _job_service_pb2.PredictJobResponse]  # type: ignore[assignment]
     """What slice would this code get, and why? Nothing is stored and nothing is run."""
+    ListRuns: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListRunsRequest, _job_service_pb2.ListRunsResponse]  # type: ignore[assignment]
+    """Runs of a job, the newest first, a page at a time."""
     ExplainJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ExplainJobRequest, _job_service_pb2.ExplainJobResponse]  # type: ignore[assignment]
     """Why is this job waiting, and where could it go?"""
 
@@ -202,6 +206,14 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.PredictJobResponse, _abc.Awaitable[_job_service_pb2.PredictJobResponse]]:
         """What slice would this code get, and why? Nothing is stored and nothing is run."""
+
+    @_abc_1.abstractmethod
+    def ListRuns(
+        self,
+        request: _job_service_pb2.ListRunsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.ListRunsResponse, _abc.Awaitable[_job_service_pb2.ListRunsResponse]]:
+        """Runs of a job, the newest first, a page at a time."""
 
     @_abc_1.abstractmethod
     def ExplainJob(

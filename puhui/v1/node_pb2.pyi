@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from puhui.v1 import card_pb2 as _card_pb2
+from puhui.v1 import idle_pb2 as _idle_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -114,6 +115,22 @@ class _NodeEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeEve
     """A command began in a living container."""
     NODE_EVENT_KIND_EXEC_ENDED: _NodeEventKind.ValueType  # 13
     """A command in a living container ended."""
+    NODE_EVENT_KIND_CONTAINER_IDLE: _NodeEventKind.ValueType  # 14
+    """A container has not used its cards for as long as it was to be watched for (step S6)."""
+    NODE_EVENT_KIND_CONTAINER_BUSY: _NodeEventKind.ValueType  # 15
+    """A container that was idle uses its cards again."""
+    NODE_EVENT_KIND_RECLAIM_WARNED: _NodeEventKind.ValueType  # 16
+    """A container was warned that its cards are about to be taken."""
+    NODE_EVENT_KIND_RECLAIMED: _NodeEventKind.ValueType  # 17
+    """A container's cards were taken (step S7); Container.slice_uuids no longer has them."""
+    NODE_EVENT_KIND_RECLAIM_REFUSED: _NodeEventKind.ValueType  # 18
+    """A container's cards could not be taken; it goes on as before."""
+    NODE_EVENT_KIND_RESTORED: _NodeEventKind.ValueType  # 19
+    """Processes that were checkpointed are on a card again."""
+    NODE_EVENT_KIND_CARD_WANTED: _NodeEventKind.ValueType  # 20
+    """A checkpointed process asks for its card, and blocks until it has one."""
+    NODE_EVENT_KIND_SLICE_TRANSFERRED: _NodeEventKind.ValueType  # 21
+    """A slice has another owner."""
 
 class NodeEventKind(_NodeEventKind, metaclass=_NodeEventKindEnumTypeWrapper):
     """What happened on a node."""
@@ -146,6 +163,22 @@ NODE_EVENT_KIND_EXEC_STARTED: NodeEventKind.ValueType  # 12
 """A command began in a living container."""
 NODE_EVENT_KIND_EXEC_ENDED: NodeEventKind.ValueType  # 13
 """A command in a living container ended."""
+NODE_EVENT_KIND_CONTAINER_IDLE: NodeEventKind.ValueType  # 14
+"""A container has not used its cards for as long as it was to be watched for (step S6)."""
+NODE_EVENT_KIND_CONTAINER_BUSY: NodeEventKind.ValueType  # 15
+"""A container that was idle uses its cards again."""
+NODE_EVENT_KIND_RECLAIM_WARNED: NodeEventKind.ValueType  # 16
+"""A container was warned that its cards are about to be taken."""
+NODE_EVENT_KIND_RECLAIMED: NodeEventKind.ValueType  # 17
+"""A container's cards were taken (step S7); Container.slice_uuids no longer has them."""
+NODE_EVENT_KIND_RECLAIM_REFUSED: NodeEventKind.ValueType  # 18
+"""A container's cards could not be taken; it goes on as before."""
+NODE_EVENT_KIND_RESTORED: NodeEventKind.ValueType  # 19
+"""Processes that were checkpointed are on a card again."""
+NODE_EVENT_KIND_CARD_WANTED: NodeEventKind.ValueType  # 20
+"""A checkpointed process asks for its card, and blocks until it has one."""
+NODE_EVENT_KIND_SLICE_TRANSFERRED: NodeEventKind.ValueType  # 21
+"""A slice has another owner."""
 Global___NodeEventKind: _TypeAlias = NodeEventKind  # noqa: Y015
 
 @_typing.final
@@ -162,6 +195,7 @@ class Runtime(_message.Message):
     ENFORCED_LIMITS_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     NOTICES_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     kind: Global___RuntimeKind.ValueType
     """Podman, or plain processes."""
     version: _builtins.str
@@ -174,6 +208,10 @@ class Runtime(_message.Message):
     """Cgroup layout of the host: "v2", "hybrid" or "v1"."""
     user: _builtins.str
     """Host user that owns the containers."""
+    checkpoint: _builtins.str
+    """What can checkpoint processes here: "cuda-bindings", "cuda-checkpoint", "emulated". Empty when nothing can; a
+    notice then says why.
+    """
     @_builtins.property
     def enforced_limits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Limits that this node can enforce: "cpus", "host_memory", "pids"."""
@@ -193,10 +231,11 @@ class Runtime(_message.Message):
         enforced_limits: _abc.Iterable[_builtins.str] | None = ...,
         user: _builtins.str = ...,
         notices: _abc.Iterable[_builtins.str] | None = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_layout", b"cgroup_layout", "enforced_limits", b"enforced_limits", "kind", b"kind", "notices", b"notices", "oci_runtime", b"oci_runtime", "storage_driver", b"storage_driver", "user", b"user", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_layout", b"cgroup_layout", "checkpoint", b"checkpoint", "enforced_limits", b"enforced_limits", "kind", b"kind", "notices", b"notices", "oci_runtime", b"oci_runtime", "storage_driver", b"storage_driver", "user", b"user", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -321,6 +360,8 @@ class Container(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     RUNTIME_FIELD_NUMBER: _builtins.int
+    IDLENESS_FIELD_NUMBER: _builtins.int
+    CHECKPOINTED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id in the runtime."""
     state: Global___ContainerState.ValueType
@@ -337,6 +378,8 @@ class Container(_message.Message):
     """True when it was ended because it ran longer than it might."""
     runtime: Global___RuntimeKind.ValueType
     """Runtime that runs it."""
+    checkpointed: _builtins.bool
+    """True while processes of it are checkpointed: they hold no card, and what they ask of one blocks."""
     @_builtins.property
     def owner(self) -> _card_pb2.AttemptRef:
         """Whose it is."""
@@ -357,6 +400,10 @@ class Container(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """Command ended at."""
 
+    @_builtins.property
+    def idleness(self) -> _idle_pb2.Idleness:
+        """Whether it uses its cards; absent when nobody asked to watch that."""
+
     def __init__(
         self,
         *,
@@ -373,10 +420,12 @@ class Container(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         runtime: Global___RuntimeKind.ValueType = ...,
+        idleness: _idle_pb2.Idleness | None = ...,
+        checkpointed: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "owner", b"owner", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "idleness", b"idleness", "owner", b"owner", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "id", b"id", "image", b"image", "oom_killed", b"oom_killed", "owner", b"owner", "pid", b"pid", "runtime", b"runtime", "slice_uuids", b"slice_uuids", "start_time", b"start_time", "state", b"state", "timed_out", b"timed_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "checkpointed", b"checkpointed", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "id", b"id", "idleness", b"idleness", "image", b"image", "oom_killed", b"oom_killed", "owner", b"owner", "pid", b"pid", "runtime", b"runtime", "slice_uuids", b"slice_uuids", "start_time", b"start_time", "state", b"state", "timed_out", b"timed_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015

@@ -11,6 +11,8 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from puhui.v1 import card_pb2 as _card_pb2
+from puhui.v1 import idle_pb2 as _idle_pb2
+from puhui.v1 import job_pb2 as _job_pb2
 from puhui.v1 import node_pb2 as _node_pb2
 from puhui.v1 import stream_pb2 as _stream_pb2
 import builtins as _builtins
@@ -329,6 +331,8 @@ class CreateContainerRequest(_message.Message):
     MAX_DURATION_FIELD_NUMBER: _builtins.int
     STOP_GRACE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    IDLE_WATCH_FIELD_NUMBER: _builtins.int
+    WORKSPACE_OF_ATTEMPT_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Image. Empty is the node's default."""
     bundle_id: _builtins.str
@@ -337,6 +341,10 @@ class CreateContainerRequest(_message.Message):
     """True gives the container a network."""
     request_id: _builtins.str
     """Makes the request idempotent for 24 h."""
+    workspace_of_attempt: _builtins.int
+    """Earlier attempt of the same job whose workspace this one takes over; its container is on this node and does not
+    run. 0 is to begin with what PutWorkspace brought, or an empty one.
+    """
     @_builtins.property
     def owner(self) -> _card_pb2.AttemptRef:
         """For whom."""
@@ -365,6 +373,10 @@ class CreateContainerRequest(_message.Message):
     def stop_grace(self) -> _duration_pb2.Duration:
         """Time between SIGTERM and SIGKILL. Absent is 10 s."""
 
+    @_builtins.property
+    def idle_watch(self) -> _idle_pb2.IdleWatch:
+        """What to watch for; absent is not to watch."""
+
     def __init__(
         self,
         *,
@@ -379,10 +391,12 @@ class CreateContainerRequest(_message.Message):
         max_duration: _duration_pb2.Duration | None = ...,
         stop_grace: _duration_pb2.Duration | None = ...,
         request_id: _builtins.str = ...,
+        idle_watch: _idle_pb2.IdleWatch | None = ...,
+        workspace_of_attempt: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "max_duration", b"max_duration", "owner", b"owner", "stop_grace", b"stop_grace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_watch", b"idle_watch", "limits", b"limits", "max_duration", b"max_duration", "owner", b"owner", "stop_grace", b"stop_grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "command", b"command", "env", b"env", "image", b"image", "limits", b"limits", "max_duration", b"max_duration", "network", b"network", "owner", b"owner", "request_id", b"request_id", "slice_uuids", b"slice_uuids", "stop_grace", b"stop_grace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "command", b"command", "env", b"env", "idle_watch", b"idle_watch", "image", b"image", "limits", b"limits", "max_duration", b"max_duration", "network", b"network", "owner", b"owner", "request_id", b"request_id", "slice_uuids", b"slice_uuids", "stop_grace", b"stop_grace", "workspace_of_attempt", b"workspace_of_attempt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -775,6 +789,299 @@ class ResumeContainerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResumeContainerResponse: _TypeAlias = ResumeContainerResponse  # noqa: Y015
+
+@_typing.final
+class TransferSliceRequest(_message.Message):
+    """Which slice, from whom to whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    SLICE_UUID_FIELD_NUMBER: _builtins.int
+    NEW_OWNER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    slice_uuid: _builtins.str
+    """The slice."""
+    request_id: _builtins.str
+    """Makes the request idempotent for 24 h."""
+    @_builtins.property
+    def owner(self) -> _card_pb2.AttemptRef:
+        """Whose it is."""
+
+    @_builtins.property
+    def new_owner(self) -> _card_pb2.AttemptRef:
+        """Whose it is to be."""
+
+    def __init__(
+        self,
+        *,
+        owner: _card_pb2.AttemptRef | None = ...,
+        slice_uuid: _builtins.str = ...,
+        new_owner: _card_pb2.AttemptRef | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["new_owner", b"new_owner", "owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_owner", b"new_owner", "owner", b"owner", "request_id", b"request_id", "slice_uuid", b"slice_uuid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferSliceRequest: _TypeAlias = TransferSliceRequest  # noqa: Y015
+
+@_typing.final
+class TransferSliceResponse(_message.Message):
+    """The slice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def slice(self) -> _card_pb2.Slice:
+        """The slice now."""
+
+    def __init__(
+        self,
+        *,
+        slice: _card_pb2.Slice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["slice", b"slice"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slice", b"slice"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransferSliceResponse: _TypeAlias = TransferSliceResponse  # noqa: Y015
+
+@_typing.final
+class ReclaimContainerRequest(_message.Message):
+    """Whose cards, and how they may be taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    HARDEST_FIELD_NUMBER: _builtins.int
+    ONLY_IF_IDLE_FIELD_NUMBER: _builtins.int
+    FREEZE_FIELD_NUMBER: _builtins.int
+    WARN_SIGNAL_FIELD_NUMBER: _builtins.int
+    ON_RECLAIM_FIELD_NUMBER: _builtins.int
+    ON_RECLAIM_LIMIT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    hardest: _job_pb2.ReclaimMode.ValueType
+    """The hardest rung that may be taken: DETACH, CHECKPOINT or STOP."""
+    only_if_idle: _builtins.bool
+    """Refuse when the cards have been used since the container was found idle."""
+    freeze: _builtins.bool
+    """Freeze what is neither checkpointed nor stopped, so that it does not look for a card that is not there."""
+    warn_signal: _builtins.bool
+    """Send SIGUSR1 to what runs in the container before its cards are taken."""
+    request_id: _builtins.str
+    """Makes the request idempotent for 24 h."""
+    @_builtins.property
+    def owner(self) -> _card_pb2.AttemptRef:
+        """Whose container."""
+
+    @_builtins.property
+    def on_reclaim(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Command that is run in the container before its cards are taken. Empty is none."""
+
+    @_builtins.property
+    def on_reclaim_limit(self) -> _duration_pb2.Duration:
+        """Longest that it may take. Absent is 10 s, the most is 5 min."""
+
+    def __init__(
+        self,
+        *,
+        owner: _card_pb2.AttemptRef | None = ...,
+        hardest: _job_pb2.ReclaimMode.ValueType = ...,
+        only_if_idle: _builtins.bool = ...,
+        freeze: _builtins.bool = ...,
+        warn_signal: _builtins.bool = ...,
+        on_reclaim: _abc.Iterable[_builtins.str] | None = ...,
+        on_reclaim_limit: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_reclaim_limit", b"on_reclaim_limit", "owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freeze", b"freeze", "hardest", b"hardest", "on_reclaim", b"on_reclaim", "on_reclaim_limit", b"on_reclaim_limit", "only_if_idle", b"only_if_idle", "owner", b"owner", "request_id", b"request_id", "warn_signal", b"warn_signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReclaimContainerRequest: _TypeAlias = ReclaimContainerRequest  # noqa: Y015
+
+@_typing.final
+class ReclaimContainerResponse(_message.Message):
+    """How they were taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    SLICE_UUIDS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    mode: _job_pb2.ReclaimMode.ValueType
+    """The rung that was taken."""
+    message: _builtins.str
+    """What was done, for people."""
+    @_builtins.property
+    def container(self) -> _node_pb2.Container:
+        """The container now."""
+
+    @_builtins.property
+    def slice_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Slices that the container saw and no longer sees."""
+
+    def __init__(
+        self,
+        *,
+        container: _node_pb2.Container | None = ...,
+        mode: _job_pb2.ReclaimMode.ValueType = ...,
+        slice_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["container", b"container"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "message", b"message", "mode", b"mode", "slice_uuids", b"slice_uuids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReclaimContainerResponse: _TypeAlias = ReclaimContainerResponse  # noqa: Y015
+
+@_typing.final
+class GetWorkspaceRequest(_message.Message):
+    """Whose workspace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """First byte of the archive wanted, to resume a broken transfer."""
+    @_builtins.property
+    def owner(self) -> _card_pb2.AttemptRef:
+        """Whose."""
+
+    def __init__(
+        self,
+        *,
+        owner: _card_pb2.AttemptRef | None = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetWorkspaceRequest: _TypeAlias = GetWorkspaceRequest  # noqa: Y015
+
+@_typing.final
+class GetWorkspaceResponse(_message.Message):
+    """The manifest comes first, and only once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """A piece of the archive, in order."""
+    @_builtins.property
+    def manifest(self) -> _stream_pb2.ArtifactManifest:
+        """What the archive holds; its files may be left out."""
+
+    def __init__(
+        self,
+        *,
+        manifest: _stream_pb2.ArtifactManifest | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["manifest", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___GetWorkspaceResponse: _TypeAlias = GetWorkspaceResponse  # noqa: Y015
+
+@_typing.final
+class PutWorkspaceRequest(_message.Message):
+    """The header comes first, and only once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """At most 1 MiB of the archive, in order."""
+    @_builtins.property
+    def header(self) -> Global___WorkspaceHeader:
+        """What is being uploaded."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___WorkspaceHeader | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___PutWorkspaceRequest: _TypeAlias = PutWorkspaceRequest  # noqa: Y015
+
+@_typing.final
+class WorkspaceHeader(_message.Message):
+    """Announces the upload of a workspace: a gzip-compressed tar archive."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """"sha256:" and the hex digest of the archive."""
+    size_bytes: _builtins.int
+    """Size of the archive, in bytes."""
+    @_builtins.property
+    def owner(self) -> _card_pb2.AttemptRef:
+        """For whom."""
+
+    def __init__(
+        self,
+        *,
+        owner: _card_pb2.AttemptRef | None = ...,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "owner", b"owner", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkspaceHeader: _TypeAlias = WorkspaceHeader  # noqa: Y015
+
+@_typing.final
+class PutWorkspaceResponse(_message.Message):
+    """It is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutWorkspaceResponse: _TypeAlias = PutWorkspaceResponse  # noqa: Y015
 
 @_typing.final
 class ExecRequest(_message.Message):

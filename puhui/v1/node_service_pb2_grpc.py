@@ -87,6 +87,16 @@ class NodeServiceStub:
                 request_serializer=puhui_dot_v1_dot_node__service__pb2.DetachSliceRequest.SerializeToString,
                 response_deserializer=puhui_dot_v1_dot_node__service__pb2.DetachSliceResponse.FromString,
                 _registered_method=True)
+        self.TransferSlice = channel.unary_unary(
+                '/puhui.v1.NodeService/TransferSlice',
+                request_serializer=puhui_dot_v1_dot_node__service__pb2.TransferSliceRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_node__service__pb2.TransferSliceResponse.FromString,
+                _registered_method=True)
+        self.ReclaimContainer = channel.unary_unary(
+                '/puhui.v1.NodeService/ReclaimContainer',
+                request_serializer=puhui_dot_v1_dot_node__service__pb2.ReclaimContainerRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_node__service__pb2.ReclaimContainerResponse.FromString,
+                _registered_method=True)
         self.SuspendContainer = channel.unary_unary(
                 '/puhui.v1.NodeService/SuspendContainer',
                 request_serializer=puhui_dot_v1_dot_node__service__pb2.SuspendContainerRequest.SerializeToString,
@@ -116,6 +126,16 @@ class NodeServiceStub:
                 '/puhui.v1.NodeService/GetArtifacts',
                 request_serializer=puhui_dot_v1_dot_node__service__pb2.NodeServiceGetArtifactsRequest.SerializeToString,
                 response_deserializer=puhui_dot_v1_dot_node__service__pb2.NodeServiceGetArtifactsResponse.FromString,
+                _registered_method=True)
+        self.GetWorkspace = channel.unary_stream(
+                '/puhui.v1.NodeService/GetWorkspace',
+                request_serializer=puhui_dot_v1_dot_node__service__pb2.GetWorkspaceRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_node__service__pb2.GetWorkspaceResponse.FromString,
+                _registered_method=True)
+        self.PutWorkspace = channel.stream_unary(
+                '/puhui.v1.NodeService/PutWorkspace',
+                request_serializer=puhui_dot_v1_dot_node__service__pb2.PutWorkspaceRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_node__service__pb2.PutWorkspaceResponse.FromString,
                 _registered_method=True)
         self.WatchUtilization = channel.unary_stream(
                 '/puhui.v1.NodeService/WatchUtilization',
@@ -206,6 +226,22 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TransferSlice(self, request, context):
+        """Gives a slice that no container sees to another attempt of the same centre.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReclaimContainer(self, request, context):
+        """Takes all cards of a living container by the mildest rung that works: detach, checkpoint, stop (step S7). It warns
+        the container first. Refused with NOT_IDLE when the cards have come into use meanwhile, with RECLAIM_IMPOSSIBLE when
+        no rung that is allowed works; the container then goes on as before, with its cards.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SuspendContainer(self, request, context):
         """Freezes a container.
         """
@@ -214,7 +250,7 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeContainer(self, request, context):
-        """Thaws a container.
+        """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,6 +282,20 @@ class NodeServiceServicer:
 
     def GetArtifacts(self, request, context):
         """Artifacts of an attempt that has ended: one manifest, then the archive in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetWorkspace(self, request, context):
+        """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutWorkspace(self, request_iterator, context):
+        """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -320,6 +370,16 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     request_deserializer=puhui_dot_v1_dot_node__service__pb2.DetachSliceRequest.FromString,
                     response_serializer=puhui_dot_v1_dot_node__service__pb2.DetachSliceResponse.SerializeToString,
             ),
+            'TransferSlice': grpc.unary_unary_rpc_method_handler(
+                    servicer.TransferSlice,
+                    request_deserializer=puhui_dot_v1_dot_node__service__pb2.TransferSliceRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_node__service__pb2.TransferSliceResponse.SerializeToString,
+            ),
+            'ReclaimContainer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReclaimContainer,
+                    request_deserializer=puhui_dot_v1_dot_node__service__pb2.ReclaimContainerRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_node__service__pb2.ReclaimContainerResponse.SerializeToString,
+            ),
             'SuspendContainer': grpc.unary_unary_rpc_method_handler(
                     servicer.SuspendContainer,
                     request_deserializer=puhui_dot_v1_dot_node__service__pb2.SuspendContainerRequest.FromString,
@@ -349,6 +409,16 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.GetArtifacts,
                     request_deserializer=puhui_dot_v1_dot_node__service__pb2.NodeServiceGetArtifactsRequest.FromString,
                     response_serializer=puhui_dot_v1_dot_node__service__pb2.NodeServiceGetArtifactsResponse.SerializeToString,
+            ),
+            'GetWorkspace': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetWorkspace,
+                    request_deserializer=puhui_dot_v1_dot_node__service__pb2.GetWorkspaceRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_node__service__pb2.GetWorkspaceResponse.SerializeToString,
+            ),
+            'PutWorkspace': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutWorkspace,
+                    request_deserializer=puhui_dot_v1_dot_node__service__pb2.PutWorkspaceRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_node__service__pb2.PutWorkspaceResponse.SerializeToString,
             ),
             'WatchUtilization': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchUtilization,
@@ -645,6 +715,60 @@ class NodeService:
             _registered_method=True)
 
     @staticmethod
+    def TransferSlice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/puhui.v1.NodeService/TransferSlice',
+            puhui_dot_v1_dot_node__service__pb2.TransferSliceRequest.SerializeToString,
+            puhui_dot_v1_dot_node__service__pb2.TransferSliceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReclaimContainer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/puhui.v1.NodeService/ReclaimContainer',
+            puhui_dot_v1_dot_node__service__pb2.ReclaimContainerRequest.SerializeToString,
+            puhui_dot_v1_dot_node__service__pb2.ReclaimContainerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def SuspendContainer(request,
             target,
             options=(),
@@ -796,6 +920,60 @@ class NodeService:
             '/puhui.v1.NodeService/GetArtifacts',
             puhui_dot_v1_dot_node__service__pb2.NodeServiceGetArtifactsRequest.SerializeToString,
             puhui_dot_v1_dot_node__service__pb2.NodeServiceGetArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWorkspace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/puhui.v1.NodeService/GetWorkspace',
+            puhui_dot_v1_dot_node__service__pb2.GetWorkspaceRequest.SerializeToString,
+            puhui_dot_v1_dot_node__service__pb2.GetWorkspaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutWorkspace(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/puhui.v1.NodeService/PutWorkspace',
+            puhui_dot_v1_dot_node__service__pb2.PutWorkspaceRequest.SerializeToString,
+            puhui_dot_v1_dot_node__service__pb2.PutWorkspaceResponse.FromString,
             options,
             channel_credentials,
             insecure,

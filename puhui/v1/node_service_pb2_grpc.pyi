@@ -58,10 +58,17 @@ class NodeServiceStub:
     """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
     the slice open.
     """
+    TransferSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.TransferSliceRequest, _node_service_pb2.TransferSliceResponse]
+    """Gives a slice that no container sees to another attempt of the same centre."""
+    ReclaimContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReclaimContainerRequest, _node_service_pb2.ReclaimContainerResponse]
+    """Takes all cards of a living container by the mildest rung that works: detach, checkpoint, stop (step S7). It warns
+    the container first. Refused with NOT_IDLE when the cards have come into use meanwhile, with RECLAIM_IMPOSSIBLE when
+    no rung that is allowed works; the container then goes on as before, with its cards.
+    """
     SuspendContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.SuspendContainerRequest, _node_service_pb2.SuspendContainerResponse]
     """Freezes a container."""
     ResumeContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]
-    """Thaws a container."""
+    """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now."""
     Exec: _grpc.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]
     """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
     the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
@@ -74,6 +81,10 @@ class NodeServiceStub:
     """Uploads a bundle: one header, then chunks. Answers early when the node already has the bundle."""
     GetArtifacts: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
+    GetWorkspace: _grpc.UnaryStreamMultiCallable[_node_service_pb2.GetWorkspaceRequest, _node_service_pb2.GetWorkspaceResponse]
+    """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks."""
+    PutWorkspace: _grpc.StreamUnaryMultiCallable[_node_service_pb2.PutWorkspaceRequest, _node_service_pb2.PutWorkspaceResponse]
+    """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer."""
     WatchUtilization: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]
     """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
     or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
@@ -112,10 +123,17 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
     the slice open.
     """
+    TransferSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.TransferSliceRequest, _node_service_pb2.TransferSliceResponse]  # type: ignore[assignment]
+    """Gives a slice that no container sees to another attempt of the same centre."""
+    ReclaimContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReclaimContainerRequest, _node_service_pb2.ReclaimContainerResponse]  # type: ignore[assignment]
+    """Takes all cards of a living container by the mildest rung that works: detach, checkpoint, stop (step S7). It warns
+    the container first. Refused with NOT_IDLE when the cards have come into use meanwhile, with RECLAIM_IMPOSSIBLE when
+    no rung that is allowed works; the container then goes on as before, with its cards.
+    """
     SuspendContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.SuspendContainerRequest, _node_service_pb2.SuspendContainerResponse]  # type: ignore[assignment]
     """Freezes a container."""
     ResumeContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]  # type: ignore[assignment]
-    """Thaws a container."""
+    """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now."""
     Exec: _aio.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]  # type: ignore[assignment]
     """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
     the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
@@ -128,6 +146,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Uploads a bundle: one header, then chunks. Answers early when the node already has the bundle."""
     GetArtifacts: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]  # type: ignore[assignment]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
+    GetWorkspace: _aio.UnaryStreamMultiCallable[_node_service_pb2.GetWorkspaceRequest, _node_service_pb2.GetWorkspaceResponse]  # type: ignore[assignment]
+    """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks."""
+    PutWorkspace: _aio.StreamUnaryMultiCallable[_node_service_pb2.PutWorkspaceRequest, _node_service_pb2.PutWorkspaceResponse]  # type: ignore[assignment]
+    """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer."""
     WatchUtilization: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]  # type: ignore[assignment]
     """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
     or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
@@ -225,6 +247,25 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def TransferSlice(
+        self,
+        request: _node_service_pb2.TransferSliceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.TransferSliceResponse, _abc.Awaitable[_node_service_pb2.TransferSliceResponse]]:
+        """Gives a slice that no container sees to another attempt of the same centre."""
+
+    @_abc_1.abstractmethod
+    def ReclaimContainer(
+        self,
+        request: _node_service_pb2.ReclaimContainerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.ReclaimContainerResponse, _abc.Awaitable[_node_service_pb2.ReclaimContainerResponse]]:
+        """Takes all cards of a living container by the mildest rung that works: detach, checkpoint, stop (step S7). It warns
+        the container first. Refused with NOT_IDLE when the cards have come into use meanwhile, with RECLAIM_IMPOSSIBLE when
+        no rung that is allowed works; the container then goes on as before, with its cards.
+        """
+
+    @_abc_1.abstractmethod
     def SuspendContainer(
         self,
         request: _node_service_pb2.SuspendContainerRequest,
@@ -238,7 +279,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.ResumeContainerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ResumeContainerResponse, _abc.Awaitable[_node_service_pb2.ResumeContainerResponse]]:
-        """Thaws a container."""
+        """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now."""
 
     @_abc_1.abstractmethod
     def Exec(
@@ -275,6 +316,22 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.NodeServiceGetArtifactsResponse], _abc.AsyncIterator[_node_service_pb2.NodeServiceGetArtifactsResponse]]:
         """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
+
+    @_abc_1.abstractmethod
+    def GetWorkspace(
+        self,
+        request: _node_service_pb2.GetWorkspaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_service_pb2.GetWorkspaceResponse], _abc.AsyncIterator[_node_service_pb2.GetWorkspaceResponse]]:
+        """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks."""
+
+    @_abc_1.abstractmethod
+    def PutWorkspace(
+        self,
+        request_iterator: _MaybeAsyncIterator[_node_service_pb2.PutWorkspaceRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.PutWorkspaceResponse, _abc.Awaitable[_node_service_pb2.PutWorkspaceResponse]]:
+        """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer."""
 
     @_abc_1.abstractmethod
     def WatchUtilization(
