@@ -99,3 +99,11 @@ def m0001_first_tables(db: Database) -> None:
     )
     db.execute("create index requests_by_time on requests (time)")
     db.execute("create table centre (key text primary key, value text not null) without rowid")
+
+
+@migrations()
+def m0002_warm_shares(db: Database) -> None:
+    """Shares that are kept for their tenant although nobody is on them."""
+    db.execute("alter table reservations add column tenant text not null default ''")
+    db.execute("alter table reservations add column slice_uuid text not null default ''")
+    db.execute("alter table reservations add column warm_until real not null default 0")

@@ -73,6 +73,17 @@ class Reservation:
     """Number of memory slices."""
     compute_slices: int
     memory_mib: int
+    tenant: str = ""
+    slice_uuid: str = ""
+    """The slice, where it is known that it is there and of which UUID."""
+    warm_until: float = 0.0
+    """Its owner no longer has it: the slice is kept for its tenant until then, in seconds since the epoch. 0 when its
+    owner has it."""
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether it is kept for its tenant, with nobody on it."""
+        return self.warm_until > 0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -104,8 +115,11 @@ class Change:
     events: tuple[job_pb2.JobEvent, ...] = ()
     """In order; the store gives them their cursors."""
     reserve: Reservation | None = None
+    """A reservation that begins, or takes the place of the attempt's own."""
     release: tuple[int, ...] = ()
     """Attempts whose reservation ends."""
+    take_over: tuple[str, int] | None = None
+    """The warm reservation (job id, attempt) that ends because `reserve` takes its slice."""
     token_taken: bool = False
     """The fencing token that was offered is used, and never offered again."""
     request: Request | None = None

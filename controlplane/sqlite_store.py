@@ -298,8 +298,17 @@ def _write_bundle(db: Database, bundle: BundleRecord) -> None:
 
 
 def _write_reservations(db: Database, job_id: str, change: Change) -> None:
+    if change.take_over is not None:
+        gone = db.execute(
+            "delete from reservations where job_id = ? and attempt = ? and warm_until > 0", change.take_over
+        )
+        if not gone.rowcount:
+            raise ShareTaken(f"the warm share of {change.take_over[0]}/{change.take_over[1]} is no longer kept")
+    for attempt in change.release:
+        db.execute("delete from reservations where job_id = ? and attempt = ?", [job_id, attempt])
     new = change.reserve
     if new is not None:
+        db.execute("delete from reservations where job_id = ? and attempt = ?", new.key)
         overlap = db.execute(
             "select job_id from reservations where node_id = ? and gpu_uuid = ? and start < ? and start + size > ?",
             [new.node_id, new.gpu_uuid, new.start + new.size, new.start],
@@ -308,8 +317,6 @@ def _write_reservations(db: Database, job_id: str, change: Change) -> None:
             raise ShareTaken(f"{new.gpu_uuid} {new.start}:{new.size} is held by {overlap[0]}")
         values = astuple(new)
         db.execute(f"insert into reservations values ({_marks(values)})", values)  # noqa: S608
-    for attempt in change.release:
-        db.execute("delete from reservations where job_id = ? and attempt = ?", [job_id, attempt])
 
 
 def _note_request(db: Database, request: Request, job_id: str) -> str | None:
