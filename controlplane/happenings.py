@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.endings import Ending
-from puhui.v1 import card_pb2, job_pb2, node_pb2, prediction_pb2
+from controlplane.records import TakeOver
+from puhui.v1 import card_pb2, idle_pb2, job_pb2, node_pb2, prediction_pb2
 
 __all__ = [
     "Adopted",
@@ -15,18 +16,32 @@ __all__ = [
     "ContainerStarted",
     "Ended",
     "Happening",
+    "Moves",
     "NotStarted",
     "Predicted",
+    "ReclaimBegun",
+    "ReclaimRefused",
+    "Reclaimed",
     "Requeued",
     "Reserved",
     "ResultsCollected",
     "ResultsDelayed",
     "ResultsLost",
+    "ResumeRequested",
+    "ResumeRetried",
+    "ResumeWithdrawn",
+    "Resumed",
+    "RunAsked",
+    "RunEnded",
+    "RunStarted",
+    "ShareReserved",
     "SliceCreated",
     "SliceDestroyed",
     "Stopped",
     "Submitted",
+    "SuspendRequested",
     "Waits",
+    "WorkspaceCarried",
 ]
 
 
@@ -62,6 +77,8 @@ class Reserved(Happening):
     attempt: job_pb2.Attempt
     sizing: prediction_pb2.Sizing
     node_name: str
+    take_over: TakeOver | None = None
+    """Whose warm slice it takes over; None when one has to be cut."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +175,8 @@ class SliceDestroyed(Happening):
 
     attempt: int
     slice_uuid: str = ""
+    busy_s: float = 0.0
+    """Time in which it was used, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -166,3 +185,124 @@ class Ended(Happening):
 
     unconfirmed: str = ""
     """Why the share is still held, if it is."""
+
+
+# -- shares that come and go while the container lives (steps S6 to S8)
+
+
+@dataclass(frozen=True)
+class SuspendRequested(Happening):
+    """Somebody wants its share taken back now."""
+
+    hardest: job_pb2.ReclaimMode.ValueType
+    """The hardest rung that may be taken."""
+
+
+@dataclass(frozen=True)
+class ReclaimBegun(Happening):
+    """Its share is being taken back."""
+
+    why: str
+    """IDLE, SUSPENDED (somebody asked for it) or NEEDED (it is idle, and another job waits for the share)."""
+    hardest: job_pb2.ReclaimMode.ValueType
+    idleness: idle_pb2.Idleness | None = None
+
+
+@dataclass(frozen=True)
+class Reclaimed(Happening):
+    """Its share was taken back; the container lives on."""
+
+    mode: job_pb2.ReclaimMode.ValueType
+    container: node_pb2.Container
+    message: str
+    warm_s: float
+    """The slice is kept for its tenant for this long, in seconds."""
+
+
+@dataclass(frozen=True)
+class ReclaimRefused(Happening):
+    """Its share could not be taken back; it goes on as before."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class ResumeRequested(Happening):
+    """It is to have a share again."""
+
+    why: str
+    """RUN (a run instruction), RESUME (somebody asked for it), WANTED (what was checkpointed asks for its card), ROOM
+    (there is room that nobody waits for)."""
+
+
+@dataclass(frozen=True)
+class ResumeWithdrawn(Happening):
+    """Nobody wants it to have a share any longer."""
+
+
+@dataclass(frozen=True)
+class ShareReserved(Happening):
+    """A share on its own node is reserved for the living container."""
+
+    attempt: job_pb2.Attempt
+    """GPU, profile and placement are those of the share."""
+    node_name: str
+    take_over: TakeOver | None = None
+
+
+@dataclass(frozen=True)
+class ResumeRetried(Happening):
+    """The node could not give it the share; it waits for another."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Resumed(Happening):
+    """It has a share again."""
+
+    slice: card_pb2.Slice
+    restored: bool
+    """Processes of it were checkpointed, and are on the share now."""
+
+
+@dataclass(frozen=True)
+class Moves(Happening):
+    """It is going to be made anew, with its workspace, as a new attempt."""
+
+    attempt: job_pb2.Attempt
+    node_name: str
+    take_over: TakeOver | None = None
+
+
+@dataclass(frozen=True)
+class WorkspaceCarried(Happening):
+    """The workspace of its last attempt is where the new one begins."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class RunAsked(Happening):
+    """A run instruction arrived."""
+
+    run: job_pb2.Run
+
+
+@dataclass(frozen=True)
+class RunStarted(Happening):
+    """The command of a run has started."""
+
+    run_id: str
+
+
+@dataclass(frozen=True)
+class RunEnded(Happening):
+    """A run is over."""
+
+    run_id: str
+    exit_code: int | None
+    message: str = ""
+    busy_s: float = 0.0

@@ -8,19 +8,24 @@ tells of it. What is not in the table below cannot happen; a final state is fina
     STARTING  -> RUNNING     the container runs
     STARTING  -> QUEUED      the node could not do it; everything is rolled back
     STARTING  -> STOPPING    it cannot start, or somebody asked for its end
-    RUNNING   -> STOPPING    the command ended, or somebody asked for its end
+    RUNNING   -> IDLE        its share was taken back; the container lives on
+    IDLE      -> RESUMING    a run instruction arrived, or it may go on
+    RESUMING  -> RUNNING     it has a share again
+    RESUMING  -> STARTING    it is made anew, elsewhere or because its command had to be ended
+    RESUMING  -> IDLE        the run instruction was withdrawn
+    RUNNING | IDLE | RESUMING -> STOPPING   the command ended, or somebody asked for its end
     STOPPING  -> SUCCEEDED | FAILED | CANCELLED   results are collected, everything is released
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from controlplane import happenings as h
+from controlplane import sharing
+from controlplane.draft import Draft, IllegalTransition, since_ms
 from controlplane.endings import cancelled, ending_of
 from controlplane.happenings import Happening
 from controlplane.records import JobRecord
@@ -29,53 +34,41 @@ from puhui.v1 import job_pb2, node_pb2, prediction_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
+    JOB_STATE_IDLE,
     JOB_STATE_QUEUED,
+    JOB_STATE_RESUMING,
     JOB_STATE_RUNNING,
     JOB_STATE_STARTING,
     JOB_STATE_STOPPING,
     JOB_STATE_SUCCEEDED,
 )
 
-__all__ = ["FINAL_STATES", "PLACED_STATES", "TRANSITIONS", "IllegalTransition", "transition"]
+__all__ = ["FINAL_STATES", "LIVING_STATES", "PLACED_STATES", "TRANSITIONS", "IllegalTransition", "transition"]
 
 State: TypeAlias = job_pb2.JobState.ValueType
 
 FINAL_STATES = frozenset({JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED})
 """States that a job never leaves."""
 
-PLACED_STATES = frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING, JOB_STATE_STOPPING})
+LIVING_STATES = frozenset({JOB_STATE_RUNNING, JOB_STATE_IDLE, JOB_STATE_RESUMING})
+"""States in which a container is there, or, after STOP, its workspace."""
+
+PLACED_STATES = LIVING_STATES | {JOB_STATE_STARTING, JOB_STATE_STOPPING}
 """States in which an attempt is being driven."""
 
 TRANSITIONS: Mapping[State, frozenset[State]] = {
     JOB_STATE_QUEUED: frozenset({JOB_STATE_QUEUED, JOB_STATE_STARTING, JOB_STATE_CANCELLED}),
     JOB_STATE_STARTING: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING, JOB_STATE_QUEUED, JOB_STATE_STOPPING}),
-    JOB_STATE_RUNNING: frozenset({JOB_STATE_RUNNING, JOB_STATE_STOPPING}),
+    JOB_STATE_RUNNING: frozenset({JOB_STATE_RUNNING, JOB_STATE_IDLE, JOB_STATE_STOPPING}),
+    JOB_STATE_IDLE: frozenset({JOB_STATE_IDLE, JOB_STATE_RESUMING, JOB_STATE_STOPPING}),
+    JOB_STATE_RESUMING: frozenset(
+        {JOB_STATE_RESUMING, JOB_STATE_RUNNING, JOB_STATE_STARTING, JOB_STATE_IDLE, JOB_STATE_STOPPING}
+    ),
     JOB_STATE_STOPPING: frozenset({JOB_STATE_STOPPING, *FINAL_STATES}),
     # Results and shares may arrive after the end when a node could not be reached; the state stays.
     **{state: frozenset({state}) for state in FINAL_STATES},
 }
 """Every state that may follow a state."""
-
-
-class IllegalTransition(Exception):  # noqa: N818 - a name for what it is
-    """Something was to happen to a job that cannot happen to it in its state."""
-
-
-@dataclass
-class _Draft:
-    """A job in the middle of a transition."""
-
-    job: job_pb2.Job
-    record: JobRecord
-    at: float
-    reason: str = ""
-    message: str = ""
-    details: dict[str, str] = field(default_factory=dict)
-    attempt: int = 0
-
-    def tell(self, reason: str, message: str, **details: object) -> None:
-        self.reason, self.message = reason, message
-        self.details.update({key: str(value) for key, value in details.items() if value not in ("", None)})
 
 
 def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobRecord, job_pb2.JobEvent]:
@@ -91,7 +84,7 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
     """
     job = job_pb2.Job()
     job.CopyFrom(record.job)
-    draft = _Draft(job, record, at, attempt=len(job.attempts))
+    draft = Draft(job, record, at, attempt=len(job.attempts))
     _require(record, happening)
     _APPLY[type(happening)](draft, happening)
     if job.state not in TRANSITIONS[record.state]:
@@ -114,26 +107,40 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
 _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     h.Submitted: frozenset({JOB_STATE_QUEUED}),
     h.Predicted: frozenset({JOB_STATE_QUEUED}),
-    h.Waits: frozenset({JOB_STATE_QUEUED}),
+    h.Waits: frozenset({JOB_STATE_QUEUED, JOB_STATE_RESUMING}),
     h.Reserved: frozenset({JOB_STATE_QUEUED}),
     h.Adopted: PLACED_STATES | FINAL_STATES,
     h.SliceCreated: frozenset({JOB_STATE_STARTING}),
     h.ContainerStarted: frozenset({JOB_STATE_STARTING}),
     h.Requeued: frozenset({JOB_STATE_STARTING}),
     h.CancelRequested: frozenset({JOB_STATE_QUEUED}) | PLACED_STATES,
-    h.CommandEnded: frozenset({JOB_STATE_RUNNING}),
-    h.NotStarted: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
-    h.Stopped: frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING}),
+    h.CommandEnded: LIVING_STATES,
+    h.NotStarted: LIVING_STATES | {JOB_STATE_STARTING},
+    h.Stopped: LIVING_STATES | {JOB_STATE_STARTING},
     h.ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
     h.ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
     h.ResultsLost: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
     h.ContainerRemoved: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
     h.SliceDestroyed: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
     h.Ended: frozenset({JOB_STATE_STOPPING}),
+    h.SuspendRequested: LIVING_STATES,
+    h.ReclaimBegun: frozenset({JOB_STATE_RUNNING}),
+    h.Reclaimed: frozenset({JOB_STATE_RUNNING}),
+    h.ReclaimRefused: frozenset({JOB_STATE_RUNNING}),
+    h.ResumeRequested: frozenset({JOB_STATE_IDLE}),
+    h.ResumeWithdrawn: frozenset({JOB_STATE_RESUMING}),
+    h.ShareReserved: frozenset({JOB_STATE_RESUMING}),
+    h.ResumeRetried: frozenset({JOB_STATE_RESUMING}),
+    h.Resumed: frozenset({JOB_STATE_RESUMING}),
+    h.Moves: frozenset({JOB_STATE_RESUMING}),
+    h.WorkspaceCarried: frozenset({JOB_STATE_STARTING}),
+    h.RunAsked: frozenset({JOB_STATE_QUEUED, JOB_STATE_STARTING}) | LIVING_STATES,
+    h.RunStarted: LIVING_STATES,
+    h.RunEnded: frozenset(job_pb2.JobState.values()),
 }
 
 
-_BEFORE_PLACEMENT = (h.Submitted, h.Predicted, h.Waits, h.Reserved, h.CancelRequested)
+_BEFORE_PLACEMENT = (h.Submitted, h.Predicted, h.Waits, h.Reserved, h.CancelRequested, h.RunAsked, h.RunEnded)
 
 
 def _require(record: JobRecord, happening: Happening) -> None:
@@ -144,7 +151,7 @@ def _require(record: JobRecord, happening: Happening) -> None:
         raise IllegalTransition(f"{record.id}: it has no such attempt")
     if isinstance(happening, h.Ended) and record.ending is None:
         raise IllegalTransition(f"{record.id}: how it ends was never decided")
-    if isinstance(happening, h.Reserved) and record.cancel_requested:
+    if isinstance(happening, h.Reserved | h.ShareReserved | h.Moves) and record.cancel_requested:
         raise IllegalTransition(f"{record.id}: it is cancelled")
 
 
@@ -152,11 +159,11 @@ def _text(record: JobRecord, happening: Happening) -> str:
     return f"{record.id}: {type(happening).__name__} cannot happen in {job_pb2.JobState.Name(record.state)}"
 
 
-def _submitted(draft: _Draft, _: h.Submitted) -> None:
+def _submitted(draft: Draft, _: h.Submitted) -> None:
     draft.tell("SUBMITTED", "accepted and stored", bundle_id=draft.job.bundle_id)
 
 
-def _predicted(draft: _Draft, it: h.Predicted) -> None:
+def _predicted(draft: Draft, it: h.Predicted) -> None:
     draft.job.sizing.CopyFrom(it.sizing)
     details: dict[str, object] = {
         "origin": prediction_pb2.SizingOrigin.Name(it.sizing.origin).removeprefix("SIZING_ORIGIN_").lower(),
@@ -176,11 +183,11 @@ def _predicted(draft: _Draft, it: h.Predicted) -> None:
     draft.tell("PREDICTED", it.sizing.reason, **details)
 
 
-def _waits(draft: _Draft, it: h.Waits) -> None:
+def _waits(draft: Draft, it: h.Waits) -> None:
     draft.tell("WAITING_FOR_SLICE", it.message)
 
 
-def _reserved(draft: _Draft, it: h.Reserved) -> None:
+def _reserved(draft: Draft, it: h.Reserved) -> None:
     attempt = draft.job.attempts.add()
     attempt.CopyFrom(it.attempt)
     attempt.number = draft.attempt = len(draft.job.attempts)
@@ -188,7 +195,9 @@ def _reserved(draft: _Draft, it: h.Reserved) -> None:
     draft.job.sizing.CopyFrom(it.sizing)
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = draft.job.centre
-    draft.record = replace(draft.record, ending=None, results_collected=False, results_lost="")
+    draft.record = replace(
+        draft.record, ending=None, results_collected=False, results_lost="", take_over=it.take_over, wake=""
+    )
     start, size = attempt.placement.start, attempt.placement.size
     where = f"memory slices {start}–{start + size - 1}" if size > 1 else f"memory slice {start}"
     draft.tell(
@@ -204,11 +213,11 @@ def _reserved(draft: _Draft, it: h.Reserved) -> None:
         placement_size=attempt.placement.size,
         fencing_token=attempt.fencing_token,
         emulated=str(attempt.emulated).lower(),
-        waited_ms=_since(draft.job.create_time, draft.at),
+        waited_ms=since_ms(draft.job.create_time, draft.at),
     )
 
 
-def _adopted(draft: _Draft, it: h.Adopted) -> None:
+def _adopted(draft: Draft, it: h.Adopted) -> None:
     attempt = draft.job.attempts[-1]
     if it.fencing_token <= attempt.fencing_token:
         raise IllegalTransition(f"{draft.job.id}: a fencing token only grows")
@@ -220,14 +229,16 @@ def _adopted(draft: _Draft, it: h.Adopted) -> None:
     )
 
 
-def _slice_created(draft: _Draft, it: h.SliceCreated) -> None:
+def _slice_created(draft: Draft, it: h.SliceCreated) -> None:
     attempt = draft.job.attempts[-1]
-    attempt.slice_uuid = it.slice.uuid
-    attempt.gpu_index = it.slice.gpu_index
-    attempt.emulated = it.slice.emulated
+    warm = draft.record.take_over is not None
+    draft.begin_share(it.slice)
+    draft.record = replace(draft.record, take_over=None)
     draft.tell(
-        "SLICE_CREATED",
-        f"slice {it.slice.uuid} cut from GPU {it.slice.gpu_index}",
+        "SLICE_TAKEN_OVER" if warm else "SLICE_CREATED",
+        f"warm slice {it.slice.uuid} of GPU {it.slice.gpu_index} taken over"
+        if warm
+        else f"slice {it.slice.uuid} cut from GPU {it.slice.gpu_index}",
         slice_uuid=it.slice.uuid,
         gpu_uuid=it.slice.gpu_uuid,
         gpu_index=it.slice.gpu_index,
@@ -236,11 +247,11 @@ def _slice_created(draft: _Draft, it: h.SliceCreated) -> None:
         placement_size=it.slice.placement.size,
         memory_mib=it.slice.memory_mib,
         emulated=str(it.slice.emulated).lower(),
-        elapsed_ms=_since(attempt.reserve_time, draft.at),
+        elapsed_ms=since_ms(attempt.reserve_time, draft.at),
     )
 
 
-def _container_started(draft: _Draft, it: h.ContainerStarted) -> None:
+def _container_started(draft: Draft, it: h.ContainerStarted) -> None:
     attempt = draft.job.attempts[-1]
     attempt.container_id = it.container.id
     started = it.container.start_time if it.container.HasField("start_time") else timestamp(draft.at)
@@ -256,19 +267,21 @@ def _container_started(draft: _Draft, it: h.ContainerStarted) -> None:
         image=it.container.image,
         runtime=attempt.runtime,
         slice_uuid=attempt.slice_uuid,
-        elapsed_ms=_since(attempt.reserve_time, draft.at),
+        elapsed_ms=since_ms(attempt.reserve_time, draft.at),
     )
 
 
-def _requeued(draft: _Draft, it: h.Requeued) -> None:
+def _requeued(draft: Draft, it: h.Requeued) -> None:
     draft.job.attempts[-1].release_time.CopyFrom(timestamp(draft.at))
+    draft.end_share(draft.job.attempts[-1])
+    draft.record = replace(draft.record, take_over=None)
     draft.job.state = JOB_STATE_QUEUED
     draft.tell(
         "REQUEUED", f"the node could not start it, so it waits for another slice: {it.message}", node_reason=it.reason
     )
 
 
-def _cancel_requested(draft: _Draft, it: h.CancelRequested) -> None:
+def _cancel_requested(draft: Draft, it: h.CancelRequested) -> None:
     draft.record = replace(draft.record, cancel_requested=True, cancel_message=it.message)
     said = f": {it.message}" if it.message else ""
     if draft.job.state == JOB_STATE_QUEUED:
@@ -279,21 +292,21 @@ def _cancel_requested(draft: _Draft, it: h.CancelRequested) -> None:
     draft.tell("CANCEL_REQUESTED", f"its end was asked for{said}")
 
 
-def _command_ended(draft: _Draft, it: h.CommandEnded) -> None:
+def _command_ended(draft: Draft, it: h.CommandEnded) -> None:
     ending = ending_of(it.container)
-    draft.record = replace(draft.record, ending=ending)
+    draft.record = replace(draft.record, ending=ending, reclaiming="")
     draft.job.state = JOB_STATE_STOPPING
     _note_exit(draft, it.container)
     draft.tell("COMMAND_ENDED", ending.message, **_exit_details(draft, it.container))
 
 
-def _not_started(draft: _Draft, it: h.NotStarted) -> None:
+def _not_started(draft: Draft, it: h.NotStarted) -> None:
     draft.record = replace(draft.record, ending=it.ending)
     draft.job.state = JOB_STATE_STOPPING
     draft.tell(it.ending.reason, it.ending.message)
 
 
-def _stopped(draft: _Draft, it: h.Stopped) -> None:
+def _stopped(draft: Draft, it: h.Stopped) -> None:
     draft.record = replace(draft.record, ending=cancelled(draft.record.cancel_message))
     draft.job.state = JOB_STATE_STOPPING
     if it.container is None:
@@ -303,7 +316,7 @@ def _stopped(draft: _Draft, it: h.Stopped) -> None:
     draft.tell("COMMAND_ENDED", "the command was ended by request", **_exit_details(draft, it.container))
 
 
-def _results_collected(draft: _Draft, it: h.ResultsCollected) -> None:
+def _results_collected(draft: Draft, it: h.ResultsCollected) -> None:
     draft.record = replace(draft.record, results_collected=True)
     draft.job.log_size_bytes = it.log_bytes
     draft.job.artifacts.CopyFrom(it.artifacts)
@@ -317,11 +330,11 @@ def _results_collected(draft: _Draft, it: h.ResultsCollected) -> None:
     )
 
 
-def _results_delayed(draft: _Draft, it: h.ResultsDelayed) -> None:
+def _results_delayed(draft: Draft, it: h.ResultsDelayed) -> None:
     draft.tell("RESULTS_DELAYED", it.message)
 
 
-def _results_lost(draft: _Draft, it: h.ResultsLost) -> None:
+def _results_lost(draft: Draft, it: h.ResultsLost) -> None:
     draft.record = replace(draft.record, results_collected=True, results_lost=it.why)
     draft.job.log_size_bytes = it.log_bytes
     draft.job.artifacts.CopyFrom(it.artifacts)
@@ -337,28 +350,29 @@ def _results_lost(draft: _Draft, it: h.ResultsLost) -> None:
     )
 
 
-def _container_removed(draft: _Draft, it: h.ContainerRemoved) -> None:
+def _container_removed(draft: Draft, it: h.ContainerRemoved) -> None:
     draft.attempt = it.attempt
     draft.tell(
         "CONTAINER_REMOVED", "the container is gone", container_id=draft.job.attempts[it.attempt - 1].container_id
     )
 
 
-def _slice_destroyed(draft: _Draft, it: h.SliceDestroyed) -> None:
+def _slice_destroyed(draft: Draft, it: h.SliceDestroyed) -> None:
     draft.attempt = it.attempt
     attempt = draft.job.attempts[it.attempt - 1]
     attempt.release_time.CopyFrom(timestamp(draft.at))
+    draft.end_share(attempt, busy_s=it.busy_s)
     draft.tell(
         "SLICE_DESTROYED",
         "the slice is gone and its share is given back" if it.slice_uuid else "the share is given back",
         slice_uuid=it.slice_uuid,
         profile=attempt.profile,
         gpu_uuid=attempt.gpu_uuid,
-        held_ms=_since(attempt.reserve_time, draft.at),
+        held_ms=since_ms(attempt.reserve_time, draft.at),
     )
 
 
-def _ended(draft: _Draft, it: h.Ended) -> None:
+def _ended(draft: Draft, it: h.Ended) -> None:
     ending = draft.record.ending
     if ending is None:
         raise IllegalTransition(f"{draft.job.id}: how it ends was never decided")
@@ -369,11 +383,11 @@ def _ended(draft: _Draft, it: h.Ended) -> None:
         "; ".join(part for part in (ending.message, draft.record.results_lost, it.unconfirmed) if part),
         exit_code=draft.job.exit_code if draft.job.HasField("exit_code") else "",
         share_held="true" if it.unconfirmed else "",
-        elapsed_ms=_since(draft.job.create_time, draft.at),
+        elapsed_ms=since_ms(draft.job.create_time, draft.at),
     )
 
 
-def _note_exit(draft: _Draft, container: node_pb2.Container) -> None:
+def _note_exit(draft: Draft, container: node_pb2.Container) -> None:
     attempt = draft.job.attempts[-1]
     attempt.end_time.CopyFrom(container.end_time if container.HasField("end_time") else timestamp(draft.at))
     if container.HasField("exit_code"):
@@ -381,21 +395,17 @@ def _note_exit(draft: _Draft, container: node_pb2.Container) -> None:
         draft.job.exit_code = container.exit_code
 
 
-def _exit_details(draft: _Draft, container: node_pb2.Container) -> dict[str, object]:
+def _exit_details(draft: Draft, container: node_pb2.Container) -> dict[str, object]:
     attempt = draft.job.attempts[-1]
     return {
         "container_id": container.id,
         "exit_code": container.exit_code if container.HasField("exit_code") else "",
-        "elapsed_ms": _since(attempt.start_time, moment(attempt.end_time)),
+        "elapsed_ms": since_ms(attempt.start_time, moment(attempt.end_time)),
     }
 
 
-def _since(start: Timestamp, end_s: float) -> str:
-    return str(max(0, round((end_s - moment(start)) * 1000)))
-
-
 # Each function takes a draft and the happening that it is listed under.
-_APPLY: Mapping[type[Happening], Callable[[_Draft, Any], None]] = {
+_APPLY: Mapping[type[Happening], Callable[[Draft, Any], None]] = {
     h.Submitted: _submitted,
     h.Predicted: _predicted,
     h.Waits: _waits,
@@ -414,4 +424,18 @@ _APPLY: Mapping[type[Happening], Callable[[_Draft, Any], None]] = {
     h.ContainerRemoved: _container_removed,
     h.SliceDestroyed: _slice_destroyed,
     h.Ended: _ended,
+    h.SuspendRequested: sharing.suspend_requested,
+    h.ReclaimBegun: sharing.reclaim_begun,
+    h.Reclaimed: sharing.reclaimed,
+    h.ReclaimRefused: sharing.reclaim_refused,
+    h.ResumeRequested: sharing.resume_requested,
+    h.ResumeWithdrawn: sharing.resume_withdrawn,
+    h.ShareReserved: sharing.share_reserved,
+    h.ResumeRetried: sharing.resume_retried,
+    h.Resumed: sharing.resumed,
+    h.Moves: sharing.moves,
+    h.WorkspaceCarried: sharing.workspace_carried,
+    h.RunAsked: sharing.run_asked,
+    h.RunStarted: sharing.run_started,
+    h.RunEnded: sharing.run_ended,
 }

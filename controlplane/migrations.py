@@ -107,3 +107,19 @@ def m0002_warm_shares(db: Database) -> None:
     db.execute("alter table reservations add column tenant text not null default ''")
     db.execute("alter table reservations add column slice_uuid text not null default ''")
     db.execute("alter table reservations add column warm_until real not null default 0")
+
+
+@migrations()
+def m0003_runs(db: Database) -> None:
+    """Runs of jobs."""
+    db.execute(
+        """
+        create table runs (
+            sequence integer primary key autoincrement,
+            id text not null unique,
+            job_id text not null,
+            body blob not null       -- puhui.v1.Run
+        )
+        """
+    )
+    db.execute("create index runs_by_job on runs (job_id, sequence)")

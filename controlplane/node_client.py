@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +33,8 @@ _SLICE_S = 60.0
 _CONTAINER_S = 300.0
 _UPLOAD_S = 600.0
 _DEFAULT_GRACE_S = 10.0
+# Warning, a command before the reclaim, moving device memory to host memory, ending what holds the card.
+_RECLAIM_S = 900.0
 
 
 def is_unreachable(refusal: Refusal) -> bool:
@@ -69,6 +71,33 @@ class NodeClient(Protocol):
 
     async def list_containers(self) -> list[node_pb2.Container]:
         """Returns the node's containers."""
+
+    async def attach_slice(self, request: node_service_pb2.AttachSliceRequest) -> node_pb2.Container:
+        """Makes a slice appear in a living container."""
+
+    async def transfer_slice(self, request: node_service_pb2.TransferSliceRequest) -> card_pb2.Slice:
+        """Gives a slice to another attempt."""
+
+    async def reclaim_container(
+        self, request: node_service_pb2.ReclaimContainerRequest
+    ) -> node_service_pb2.ReclaimContainerResponse:
+        """Takes the cards of a living container."""
+
+    async def resume_container(self, request: node_service_pb2.ResumeContainerRequest) -> node_pb2.Container:
+        """Thaws a container, and moves what was checkpointed in it to its slice."""
+
+    def exec(
+        self, requests: AsyncIterator[node_service_pb2.ExecRequest], started: Callable[[], None]
+    ) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
+        """Runs a command in a living container; `started` is called once it runs, before anything is yielded."""
+
+    def read_workspace(
+        self, owner: card_pb2.AttemptRef, offset: int
+    ) -> AsyncGenerator[node_service_pb2.GetWorkspaceResponse, None]:
+        """Yields the manifest of an attempt's workspace, then the archive in chunks."""
+
+    async def put_workspace(self, header: node_service_pb2.WorkspaceHeader, archive: Path) -> None:
+        """Gives the node the workspace that an attempt is to begin with."""
 
     def read_logs(
         self, owner: card_pb2.AttemptRef, offset: int, tail_lines: int, follow: bool
@@ -172,6 +201,61 @@ class GrpcNodeClient:
             request = node_service_pb2.ListContainersRequest()
             return list((await self._stub.ListContainers(request, timeout=_READ_S)).containers)
 
+    async def attach_slice(self, request: node_service_pb2.AttachSliceRequest) -> node_pb2.Container:
+        """Makes a slice appear in a living container."""
+        with self._refusals():
+            return (await self._stub.AttachSlice(request, timeout=_SLICE_S)).container
+
+    async def transfer_slice(self, request: node_service_pb2.TransferSliceRequest) -> card_pb2.Slice:
+        """Gives a slice to another attempt."""
+        with self._refusals():
+            return (await self._stub.TransferSlice(request, timeout=_SLICE_S)).slice
+
+    async def reclaim_container(
+        self, request: node_service_pb2.ReclaimContainerRequest
+    ) -> node_service_pb2.ReclaimContainerResponse:
+        """Takes the cards of a living container."""
+        with self._refusals():
+            return await self._stub.ReclaimContainer(request, timeout=_RECLAIM_S)
+
+    async def resume_container(self, request: node_service_pb2.ResumeContainerRequest) -> node_pb2.Container:
+        """Thaws a container, and moves what was checkpointed in it to its slice."""
+        with self._refusals():
+            return (await self._stub.ResumeContainer(request, timeout=_CONTAINER_S)).container
+
+    async def exec(
+        self, requests: AsyncIterator[node_service_pb2.ExecRequest], started: Callable[[], None]
+    ) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
+        """Runs a command in a living container; `started` is called once it runs, before anything is yielded."""
+        running = asyncio.Event()
+        call = self._stub.Exec(_held_back(requests, running))
+        with self._refusals():
+            try:
+                # The start is sent at once. A refusal ends the call here, with nothing of the input on its way:
+                # grpc.aio makes an INTERNAL of a refusal that meets a caller who is still writing.
+                await call.initial_metadata()
+                if not call.done() or await call.code() == grpc.StatusCode.OK:
+                    started()
+                    running.set()
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
+
+    async def read_workspace(
+        self, owner: card_pb2.AttemptRef, offset: int
+    ) -> AsyncGenerator[node_service_pb2.GetWorkspaceResponse, None]:
+        """Yields the manifest of an attempt's workspace, then the archive in chunks."""
+        request = node_service_pb2.GetWorkspaceRequest(owner=owner, offset=offset)
+        async with contextlib.aclosing(self._stream(self._stub.GetWorkspace(request))) as responses:
+            async for response in responses:
+                yield response
+
+    async def put_workspace(self, header: node_service_pb2.WorkspaceHeader, archive: Path) -> None:
+        """Gives the node the workspace that an attempt is to begin with."""
+        with self._refusals():
+            await self._stub.PutWorkspace(_workspace_parts(header, archive), timeout=_UPLOAD_S)
+
     async def read_logs(
         self, owner: card_pb2.AttemptRef, offset: int, tail_lines: int, follow: bool
     ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
@@ -206,6 +290,23 @@ async def _parts(
     yield node_service_pb2.NodeServicePutBundleRequest(header=header)
     for chunk in read_chunks(archive):
         yield node_service_pb2.NodeServicePutBundleRequest(chunk=chunk)
+
+
+async def _workspace_parts(
+    header: node_service_pb2.WorkspaceHeader, archive: Path
+) -> AsyncIterator[node_service_pb2.PutWorkspaceRequest]:
+    yield node_service_pb2.PutWorkspaceRequest(header=header)
+    for chunk in read_chunks(archive):
+        yield node_service_pb2.PutWorkspaceRequest(chunk=chunk)
+
+
+async def _held_back(
+    requests: AsyncIterator[node_service_pb2.ExecRequest], running: asyncio.Event
+) -> AsyncIterator[node_service_pb2.ExecRequest]:
+    """Yields the first request at once, the others once the command runs."""
+    async for request in requests:
+        yield request
+        await running.wait()
 
 
 def _closed() -> Refusal:

@@ -20,7 +20,22 @@ __all__ = [
     "NodeRecord",
     "Request",
     "Reservation",
+    "TakeOver",
 ]
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """A warm slice that goes from one attempt to another of the same tenant."""
+
+    job_id: str
+    attempt: int
+    slice_uuid: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(job id, attempt number) of whom it is taken from."""
+        return self.job_id, self.attempt
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,30 @@ class JobRecord:
     """Log and artifacts of the newest attempt are in this centre's results, or given up."""
     results_lost: str = ""
     """What of them was given up and why, in a sentence; "" when nothing was."""
+    reclaiming: str = ""
+    """Why its share is being taken back, see `happenings.ReclaimBegun`; "" when it is not."""
+    hardest: int = 0
+    """The hardest rung (job_pb2.ReclaimMode) that this reclaim may take."""
+    reclaims: int = 0
+    """Number of reclaims that were begun; tells their request ids apart."""
+    suspend: int = 0
+    """The hardest rung that somebody allowed who wants its share taken back now; 0 when nobody does."""
+    resumes: int = 0
+    """Number of shares that were reserved for it after the first; tells their request ids apart."""
+    wake: str = ""
+    """Why it is RESUMING, see `happenings.ResumeRequested`."""
+    rests: int = 0
+    """Times in a row that it was taken back for being idle and came back by itself, as it would again."""
+    parked: bool = False
+    """Somebody had its share taken back: it does not come back by itself."""
+    idle_at: float = 0.0
+    """IDLE since, in seconds since the epoch."""
+    restart: bool = False
+    """Its command was ended by reclaim: going on means a new attempt with its workspace."""
+    carry_from: int = 0
+    """Attempt whose workspace the newest one takes over; 0 when none, or when it has."""
+    take_over: TakeOver | None = None
+    """The warm slice that the newest attempt is going to take over."""
 
     @property
     def id(self) -> str:
@@ -120,6 +159,8 @@ class Change:
     """Attempts whose reservation ends."""
     take_over: tuple[str, int] | None = None
     """The warm reservation (job id, attempt) that ends because `reserve` takes its slice."""
+    runs: tuple[job_pb2.Run, ...] = ()
+    """Runs as they are now."""
     token_taken: bool = False
     """The fencing token that was offered is used, and never offered again."""
     request: Request | None = None

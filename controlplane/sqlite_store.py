@@ -25,6 +25,7 @@ from controlplane.records import (
     NodeRecord,
     Request,
     Reservation,
+    TakeOver,
 )
 from controlplane.store import RequestReused, ShareTaken
 from controlplane.watch import Feed
@@ -34,6 +35,8 @@ from puhui.v1 import fleet_service_pb2, job_pb2
 __all__ = ["SqliteStore"]
 
 _JOB = "sequence, body, control"
+# asdict copies what it finds, and the message is stored beside the rest.
+_NO_JOB = job_pb2.Job()
 
 
 class SqliteStore:
@@ -132,6 +135,12 @@ class SqliteStore:
             if change.token_taken:
                 db.execute("insert or replace into centre values ('fencing_token', ?)", [str(token)])
             _write_reservations(db, job_id, change)
+            for run in change.runs:
+                db.execute(
+                    "insert into runs (id, job_id, body) values (?, ?, ?) "
+                    "on conflict (id) do update set body = excluded.body",
+                    [run.id, job_id, run.SerializeToString()],
+                )
             return _write_job(db, before.sequence, change.record, change.events), True
 
         after, changed = await self._writer.write(act)
@@ -174,6 +183,14 @@ class SqliteStore:
             event.cursor = cursor
             events.append(event)
         return events
+
+    async def runs(self, job_id: str, before: int | None, limit: int) -> list[tuple[int, job_pb2.Run]]:
+        """Returns runs of a job with their sequence, the newest first."""
+        rows = self._read.execute(
+            "select sequence, body from runs where job_id = ? and sequence < ? order by sequence desc limit ?",
+            [job_id, before if before is not None else 2**62, limit],
+        )
+        return [(sequence, job_pb2.Run.FromString(body)) for sequence, body in rows]
 
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""
@@ -250,9 +267,13 @@ def _conditions(query: JobQuery) -> tuple[list[str], list[Any]]:
 def _job_of(row: tuple[int, bytes, str]) -> JobRecord:
     sequence, body, control = row
     kept = json.loads(control)
-    ending = kept.pop("ending", None)
+    ending, take_over = kept.pop("ending", None), kept.pop("take_over", None)
     return JobRecord(
-        job_pb2.Job.FromString(body), sequence, ending=Ending(**ending) if ending is not None else None, **kept
+        job_pb2.Job.FromString(body),
+        sequence,
+        ending=Ending(**ending) if ending is not None else None,
+        take_over=TakeOver(**take_over) if take_over is not None else None,
+        **kept,
     )
 
 
@@ -276,13 +297,8 @@ def _write_job(db: Database, sequence: int, record: JobRecord, events: Sequence[
             "insert into job_events (job_id, body) values (?, ?)", [job.id, event.SerializeToString()]
         ).lastrowid
         job.last_cursor = cursor or 0
-    control = {
-        "cancel_requested": record.cancel_requested,
-        "cancel_message": record.cancel_message,
-        "ending": asdict(record.ending) if record.ending is not None else None,
-        "results_collected": record.results_collected,
-        "results_lost": record.results_lost,
-    }
+    control = asdict(replace(record, job=_NO_JOB))
+    del control["job"], control["sequence"]
     db.execute(
         "update jobs set state = ?, body = ?, control = ? where sequence = ?",
         [job.state, job.SerializeToString(), json.dumps(control), sequence],

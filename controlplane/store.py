@@ -77,6 +77,15 @@ class Store(Protocol):
     async def events(self, job_id: str, after_cursor: int, limit: int = 500) -> list[job_pb2.JobEvent]:
         """Returns events of a job, in order."""
 
+    async def runs(self, job_id: str, before: int | None, limit: int) -> list[tuple[int, job_pb2.Run]]:
+        """Returns runs of a job with their sequence, the newest first.
+
+        Args:
+            job_id: the job.
+            before: only runs with a smaller sequence; None is all of them.
+            limit: at most this many.
+        """
+
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""
 
