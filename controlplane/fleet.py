@@ -8,10 +8,11 @@ two does not know of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from controlplane.records import Reservation
+from controlplane.reservations import AttemptKey
 from puhui.v1 import card_pb2, fleet_service_pb2
 
 __all__ = ["Geometry", "GpuKey", "GpuView", "Shape", "Use", "geometry_of", "gpu_views", "span"]
@@ -19,6 +20,9 @@ __all__ = ["Geometry", "GpuKey", "GpuView", "Shape", "Use", "geometry_of", "gpu_
 
 GpuKey = tuple[str, str]
 """(node id, GPU UUID). Emulated nodes may well have the same UUIDs."""
+
+_NONE_IDLE: Mapping[AttemptKey, float] = {}
+_NONE_LEAVES: Mapping[AttemptKey, str] = {}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,36 @@ class Use:
     size: int
     foreign: bool
     """Nobody of this centre knows whose it is."""
+    key: AttemptKey | None = None
+    """Attempt that it is held for, or, while it is warm, was; None when it is foreign."""
+    tenant: str = ""
+    slice_uuid: str = ""
+    """Its slice, where it is known that it is there and of which UUID."""
+    warm_until: float = 0.0
+    """Nobody is on it: it is kept for its tenant until then, in seconds since the epoch. 0 when it is not warm."""
+    idle: bool = False
+    """Its owner does not use it, so that it can be had by reclaiming it; a warm one is idle too."""
+    idle_since: float = 0.0
+    """Idle since, in seconds since the epoch; 0 where it is warm, busy, or nobody said."""
+    leaving: bool = False
+    """It is being evicted already."""
+    leaving_for: str = ""
+    """Job that it is being evicted for; "" when that is not known."""
+
+    @property
+    def warm(self) -> bool:
+        """Whether it is kept for its tenant, with nobody on it."""
+        return self.warm_until > 0
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it may be evicted for another job: it is idle, it is ours, and it does not leave already."""
+        return self.idle and not self.foreign and not self.leaving and self.key is not None
+
+    @property
+    def mask(self) -> int:
+        """Bit mask of its memory slices."""
+        return span(self.start, self.size)
 
 
 @dataclass(frozen=True)
@@ -91,7 +125,7 @@ class GpuView:
         """Bit mask of memory slices that are not free."""
         mask = 0
         for use in self.uses:
-            mask |= span(use.start, use.size)
+            mask |= use.mask
         return mask
 
     def count(self, profile: str) -> int:
@@ -128,7 +162,9 @@ def gpu_views(
     nodes: Iterable[tuple[fleet_service_pb2.Node, bool]],
     reservations: Iterable[Reservation],
     centre: str,
-    released: Collection[tuple[str, int]] = (),
+    released: Collection[AttemptKey] = (),
+    idle: Mapping[AttemptKey, float] = _NONE_IDLE,
+    leaving: Mapping[AttemptKey, str] = _NONE_LEAVES,
 ) -> list[GpuView]:
     """Returns every GPU that can be cut, by node name and GPU index.
 
@@ -137,6 +173,8 @@ def gpu_views(
         reservations: every share that is held.
         centre: name of this centre, to tell its own slices from foreign ones.
         released: attempts whose slice a node has confirmed to be gone; a report that still shows it is old.
+        idle: attempts that do not use their share, with since when, in seconds since the epoch.
+        leaving: attempts whose share is being evicted, with the job that it is evicted for ("" for none).
     """
     held: dict[GpuKey, list[Reservation]] = {}
     for reservation in reservations:
@@ -157,25 +195,50 @@ def gpu_views(
                     gpu.index,
                     gpu.emulated,
                     _geometry_of(gpu),
-                    _uses(held.get((node.id, gpu.uuid), []), reported.get(gpu.uuid, []), centre, released),
+                    (
+                        *(_use(one, idle, leaving) for one in held.get((node.id, gpu.uuid), [])),
+                        *_unreserved(held.get((node.id, gpu.uuid), []), reported.get(gpu.uuid, []), centre, released),
+                    ),
                     usable,
                 )
             )
     return views
 
 
-def _uses(
-    held: list[Reservation], reported: list[card_pb2.Slice], centre: str, gone: Collection[tuple[str, int]]
-) -> tuple[Use, ...]:
-    uses = [Use(reservation.profile, reservation.start, reservation.size, False) for reservation in held]
+def _use(held: Reservation, idle: Mapping[AttemptKey, float], leaving: Mapping[AttemptKey, str]) -> Use:
+    return Use(
+        held.profile,
+        held.start,
+        held.size,
+        foreign=False,
+        key=held.key,
+        tenant=held.tenant,
+        slice_uuid=held.slice_uuid,
+        warm_until=held.warm_until,
+        idle=held.is_warm or held.key in idle,
+        idle_since=0.0 if held.is_warm else idle.get(held.key, 0.0),
+        leaving=held.key in leaving,
+        leaving_for=leaving.get(held.key, ""),
+    )
+
+
+def _unreserved(
+    held: list[Reservation], reported: list[card_pb2.Slice], centre: str, gone: Collection[AttemptKey]
+) -> Iterator[Use]:
     reserved = {reservation.key for reservation in held}
     for piece in reported:
         ours = piece.HasField("owner") and piece.owner.centre == centre
         key = (piece.owner.job_id, piece.owner.attempt)
         if ours and (key in reserved or key in gone):
             continue
-        uses.append(Use(piece.profile, piece.placement.start, piece.placement.size, not ours))
-    return tuple(uses)
+        yield Use(
+            piece.profile,
+            piece.placement.start,
+            piece.placement.size,
+            foreign=not ours,
+            key=key if ours else None,
+            slice_uuid=piece.uuid,
+        )
 
 
 _known: dict[Hashable, Geometry] = {}

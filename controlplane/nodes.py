@@ -68,7 +68,10 @@ class _Member:
         if self.views[0] != made_from:
             held = reservations.held(self.node.id)
             node = [(self.node, self.link.in_contact)]
-            self.views = (made_from, gpu_views(node, held, centre, reservations.released))
+            self.views = (
+                made_from,
+                gpu_views(node, held, centre, reservations.released, reservations.idle, reservations.leaving),
+            )
         return self.views[1]
 
 

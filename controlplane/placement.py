@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from controlplane.fleet import Geometry, GpuKey, GpuView, Shape, span
+from controlplane.reservations import AttemptKey
 from puhui.v1 import prediction_pb2
 
 __all__ = ["Decision", "Room", "fit", "most_slices", "room_left"]
@@ -25,6 +26,12 @@ class Decision:
     gpu: GpuView
     shape: Shape
     start: int
+    take_over: AttemptKey | None = None
+    """Attempt whose warm slice it is; None when the slice is cut anew."""
+    slice_uuid: str = ""
+    """The warm slice that is taken over; "" when the slice is cut anew."""
+    move: bool = False
+    """It is on another node than the one where the job's container lives."""
 
 
 @dataclass(frozen=True)

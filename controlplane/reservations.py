@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from controlplane.records import Reservation
 
-__all__ = ["Reservations"]
+__all__ = ["AttemptKey", "Reservations"]
 
 _REMEMBERED = 10_000
 
@@ -26,6 +26,8 @@ class Reservations:
         self._node_of: dict[AttemptKey, str] = {}
         self._versions: dict[str, int] = {}
         self._released: OrderedDict[AttemptKey, None] = OrderedDict()
+        self._idle: dict[AttemptKey, float] = {}
+        self._leaving: dict[AttemptKey, str] = {}
         self._changed = changed
 
     def load(self, held: Iterable[Reservation]) -> None:
@@ -50,11 +52,30 @@ class Reservations:
         """Returns whether an attempt holds a share."""
         return key in self._node_of
 
+    @property
+    def idle(self) -> Mapping[AttemptKey, float]:
+        """Attempts that do not use the share that they hold, with since when, in seconds since the epoch."""
+        return self._idle
+
+    @property
+    def leaving(self) -> Mapping[AttemptKey, str]:
+        """Attempts whose share is being taken back, with the id of the job that it is taken back for ("" for none)."""
+        return self._leaving
+
     def hold(self, reservation: Reservation) -> None:
-        """Notes a reservation."""
-        self._held.setdefault(reservation.node_id, {})[reservation.key] = reservation
-        self._node_of[reservation.key] = reservation.node_id
-        self._count(reservation.node_id)
+        """Notes a reservation that begins, or that takes the place of the attempt's own."""
+        key, node_id = reservation.key, reservation.node_id
+        before = self._node_of.get(key)
+        if before is not None and before != node_id:
+            del self._held[before][key]
+            self._count(before)
+        self._forget_marks(key)
+        self._released.pop(key, None)
+        self._held.setdefault(node_id, {})[key] = reservation
+        self._node_of[key] = node_id
+        self._count(node_id)
+        if reservation.is_warm:
+            self._changed()
 
     def release(self, key: AttemptKey) -> None:
         """Notes that an attempt's share is free again."""
@@ -62,11 +83,52 @@ class Reservations:
         if node_id is None:
             return
         del self._held[node_id][key]
+        self._forget_marks(key)
         self._released[key] = None
         while len(self._released) > _REMEMBERED:
             self._released.popitem(last=False)
         self._count(node_id)
         self._changed()
+
+    def mark_idle(self, key: AttemptKey, idle: bool, since: float = 0.0) -> None:
+        """Notes whether an attempt uses the share that it holds; for one that holds none, nothing.
+
+        Args:
+            key: whose share.
+            idle: it can be had by reclaiming it.
+            since: unused since, in seconds since the epoch; of idle shares, the oldest is evicted first.
+        """
+        node_id = self._node_of.get(key)
+        if node_id is None or self._idle.get(key) == (since if idle else None):
+            return
+        if idle:
+            self._idle[key] = since
+        else:
+            del self._idle[key]
+        self._count(node_id)
+        self._changed()
+
+    def mark_leaving(self, key: AttemptKey, for_job: str = "", *, leaving: bool = True) -> None:
+        """Notes that an attempt's share is being taken back, or, with `leaving` false, that it stays after all.
+
+        Args:
+            key: whose share.
+            for_job: job that waits for it, where it is for one.
+            leaving: whether it is.
+        """
+        node_id = self._node_of.get(key)
+        if node_id is None or self._leaving.get(key) == (for_job if leaving else None):
+            return
+        if leaving:
+            self._leaving[key] = for_job
+        else:
+            del self._leaving[key]
+        self._count(node_id)
+        self._changed()
+
+    def _forget_marks(self, key: AttemptKey) -> None:
+        self._idle.pop(key, None)
+        self._leaving.pop(key, None)
 
     def _count(self, node_id: str) -> None:
         self._versions[node_id] = self.version(node_id) + 1

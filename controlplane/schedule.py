@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from controlplane.fleet import Geometry, GpuView
 from controlplane.placement import Decision, Room, most_slices
+from controlplane.reservations import AttemptKey
 from controlplane.sizing import choices_for, largest
 from puhui.v1.prediction_pb2 import ProfileChoice
 
@@ -33,11 +34,23 @@ class QueuedJob:
     """Waits since, in seconds since the epoch."""
     not_before: float = 0.0
     """Not to be placed before this time: the last try failed at its node."""
+    tenant: str = ""
+    """Whose it is; a warm slice goes only to a job of its own tenant."""
+    person: bool = False
+    """A person waits: for a run instruction, or for a resume that was asked for."""
+    home: str = ""
+    """Id of the node where its container lives; "" when it has none yet."""
+    may_move: bool = False
+    """It may go to another node when a person waits and its home has no room for it."""
+    gpu_model: str = ""
+    """Only on GPUs of this model, because what it had on one is restored from host memory; "" for any."""
+    rest: bool = False
+    """A reclaimed batch job that would go on by itself: takes only room that nobody else waits for, evicts nothing."""
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Position in the queue; the smallest is first."""
-        return -self.priority, self.sequence
+    def rank(self) -> tuple[bool, bool, int, int]:
+        """Position in the queue; the smallest is first: persons first, rest last."""
+        return not self.person, self.rest, -self.priority, self.sequence
 
     @property
     def need(self) -> Hashable:
@@ -52,6 +65,8 @@ class Plan:
     placed: list[tuple[QueuedJob, Decision, list[ProfileChoice]]] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
     """Why each other job waits, in a sentence, by job id; in the order of the queue."""
+    evict: dict[AttemptKey, str] = field(default_factory=dict)
+    """Idle shares, warm ones among them, that are to be taken back now, each with the job that waits for it."""
     wake_at: float | None = None
     """The plan may change at this time without anything having happened."""
 
