@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -20,11 +21,21 @@ from puhui.rpc.identity import request_digest
 from puhui.rpc.moment import now
 from puhui.v1.card_pb2 import AttemptRef
 
-__all__ = ["Mutation", "Mutations"]
+__all__ = ["Beside", "Mutation", "Mutations"]
 
 _log = structlog.get_logger(__name__)
 
+_T = TypeVar("_T")
 _Response = TypeVar("_Response", bound=Message)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """An attempt that a mutation touches beside the one it is for."""
+
+    owner: Owner
+    token: int | None = None
+    """By what right; None where the mutation's own right is enough."""
 
 
 class Mutation(Protocol):
@@ -52,7 +63,12 @@ class Mutations:
         self._running: set[asyncio.Task[Any]] = set()
 
     async def carry_out(
-        self, request: Mutation, kind: type[_Response], act: Callable[[Owner, int], Awaitable[_Response]]
+        self,
+        request: Mutation,
+        kind: type[_Response],
+        act: Callable[[Owner, int], Awaitable[_Response]],
+        *,
+        beside: Sequence[Beside] = (),
     ) -> _Response:
         """Carries a mutation out, unless it was already, and answers it.
 
@@ -62,6 +78,7 @@ class Mutations:
             request: the request.
             kind: class of the response.
             act: does it, given the owner and the fencing token.
+            beside: other attempts that it touches; nothing else happens to them meanwhile.
 
         Raises:
             Refusal: FAILED_PRECONDITION with STALE_FENCING_TOKEN; ALREADY_EXISTS with REQUEST_ID_REUSED;
@@ -69,12 +86,45 @@ class Mutations:
         """
         owner, token = Owner.of(request.owner), request.owner.fencing_token
         name = f"{kind.DESCRIPTOR.name.removesuffix('Response')} for {owner}"
-        task = asyncio.create_task(self._in_turn(owner, token, request, kind, act), name=name)
+        turn = self._in_turn([Beside(owner, token), *beside], lambda: self._answered(owner, token, request, kind, act))
+        return await self._to_the_end(turn, name)
+
+    async def carry_out_once(self, ref: AttemptRef, name: str, act: Callable[[Owner, int], Awaitable[_T]]) -> _T:
+        """Carries out a mutation whose answer is not kept. A caller that goes away does not stop it.
+
+        Args:
+            ref: for whom, and by what right.
+            name: what is done, for the log.
+            act: does it, given the owner and the fencing token.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with STALE_FENCING_TOKEN; INVALID_ARGUMENT with OWNER_INVALID; and whatever
+                `act` raises.
+        """
+        owner, token = Owner.of(ref), ref.fencing_token
+        turn = self._in_turn([Beside(owner, token)], lambda: act(owner, token))
+        return await self._to_the_end(turn, f"{name} for {owner}")
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, _T], name: str) -> _T:
+        task = asyncio.create_task(work, name=name)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
 
-    async def _in_turn(
+    async def _in_turn(self, touched: Sequence[Beside], act: Callable[[], Awaitable[_T]]) -> _T:
+        async with contextlib.AsyncExitStack() as turns:
+            # In one order for all: two that touch the same attempts must not wait for each other.
+            for owner in sorted({one.owner for one in touched}):
+                await turns.enter_async_context(self._locks.setdefault(owner, asyncio.Lock()))
+            for one in touched:
+                if one.token is not None:
+                    self.require_command(one.owner, one.token)
+            for one in touched:
+                if one.token is not None and one.token > self._journal.highest_token(one.owner):
+                    self._journal.raise_token(one.owner, one.token, now())
+            return await act()
+
+    async def _answered(
         self,
         owner: Owner,
         token: int,
@@ -82,26 +132,29 @@ class Mutations:
         kind: type[_Response],
         act: Callable[[Owner, int], Awaitable[_Response]],
     ) -> _Response:
-        async with self._locks.setdefault(owner, asyncio.Lock()):
-            self._fence(owner, token)
-            digest = _digest(request)
-            known = self._journal.answer(owner.centre, request.request_id) if request.request_id else None
-            if known is not None:
-                if (known.rpc, known.digest) != (kind.DESCRIPTOR.name, digest):
-                    raise Refusal(
-                        grpc.StatusCode.ALREADY_EXISTS,
-                        "REQUEST_ID_REUSED",
-                        f"request_id {request.request_id!r} was used for another request; use a new one",
-                        request_id=request.request_id,
-                    )
-                return kind.FromString(known.message)
-            response = await act(owner, token)
-            if request.request_id:
-                answer = Answer(kind.DESCRIPTOR.name, digest, response.SerializeToString())
-                self._journal.keep_answer(owner, request.request_id, answer, now())
-            return response
+        digest = _digest(request)
+        known = self._journal.answer(owner.centre, request.request_id) if request.request_id else None
+        if known is not None:
+            if (known.rpc, known.digest) != (kind.DESCRIPTOR.name, digest):
+                raise Refusal(
+                    grpc.StatusCode.ALREADY_EXISTS,
+                    "REQUEST_ID_REUSED",
+                    f"request_id {request.request_id!r} was used for another request; use a new one",
+                    request_id=request.request_id,
+                )
+            return kind.FromString(known.message)
+        response = await act(owner, token)
+        if request.request_id:
+            answer = Answer(kind.DESCRIPTOR.name, digest, response.SerializeToString())
+            self._journal.keep_answer(owner, request.request_id, answer, now())
+        return response
 
-    def _fence(self, owner: Owner, token: int) -> None:
+    def require_command(self, owner: Owner, token: int) -> None:
+        """Refuses who no longer commands an attempt.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with STALE_FENCING_TOKEN.
+        """
         highest = self._journal.highest_token(owner)
         if token < highest:
             raise Refusal(
@@ -111,8 +164,6 @@ class Mutations:
                 "commands this attempt now",
                 highest_token=str(highest),
             )
-        if token > highest:
-            self._journal.raise_token(owner, token, now())
 
     async def settle(self, limit_s: float) -> None:
         """Waits until every mutation that has begun has ended, but no longer than `limit_s` seconds.
@@ -131,5 +182,7 @@ def _digest(request: Any) -> str:
     # Who takes over an attempt repeats its requests with a token of its own.
     same = type(request)()
     same.CopyFrom(request)
-    same.owner.fencing_token = 0
+    for name in ("owner", "new_owner"):
+        if name in same.DESCRIPTOR.fields_by_name:
+            getattr(same, name).fencing_token = 0
     return request_digest(same.SerializeToString(deterministic=True))

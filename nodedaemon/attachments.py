@@ -267,6 +267,10 @@ class Attachments:
                 message = f"container {record.container_id[:12]} sees its {len(there)} slices again"
                 self._reconciled(owner, "ATTACHMENTS_RESTORED", message)
 
+    def doubt(self, owner: Owner) -> str | None:
+        """Returns why it is not sure that an attempt's container sees what it should; None when it is."""
+        return self._unsure.get(owner)
+
     def _doubt(self, record: ContainerRecord, error: Refusal) -> None:
         """Notes that a container may not see what it should, which is tried again until it does."""
         if self._unsure.get(record.owner) != error.message:

@@ -41,6 +41,7 @@ from nodedaemon.results import Results
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.service import NodeService
 from nodedaemon.slice_recovery import SliceRecovery
+from nodedaemon.slice_transfers import SliceTransfers
 from nodedaemon.slices import Slices
 from nodedaemon.telemetry import Telemetry
 from nodedaemon.utilization_meter import DriverMeter
@@ -128,6 +129,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         slices.on_vanished = attachments.let_go
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image, attachments)
         results = Results(journal, attempts, runtime, containers.ends.ended)
+        transfers = SliceTransfers(journal, gpus, slices, attachments, containers.holder_of)
         mutations = Mutations(journal)
         telemetry = Telemetry(gpus, DriverMeter())
         slice_recovery = SliceRecovery(journal, events, gpus, slices, revision, settle=attachments.settle)
@@ -146,7 +148,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         server.add(
             "puhui.v1.NodeService",
             add_NodeServiceServicer_to_server,
-            NodeService(inventory, mutations, slices, containers, attachments, results, bundles, events, telemetry),
+            NodeService(
+                inventory,
+                mutations,
+                slices,
+                containers,
+                attachments,
+                results,
+                bundles,
+                events,
+                telemetry,
+                transfers,
+            ),
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         stack.push_async_callback(containers.execs.close)

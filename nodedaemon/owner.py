@@ -26,33 +26,37 @@ class Owner:
     attempt: int
 
     @classmethod
-    def of(cls, ref: AttemptRef) -> Self:
+    def of(cls, ref: AttemptRef, name: str = "owner") -> Self:
         """Reads an owner from the wire.
+
+        Args:
+            ref: the owner.
+            name: of the field that it came in.
 
         Raises:
             Refusal: INVALID_ARGUMENT with OWNER_INVALID.
         """
-        for field, value in (("centre", ref.centre), ("job_id", ref.job_id)):
+        for part, value in (("centre", ref.centre), ("job_id", ref.job_id)):
             if not _NAME.fullmatch(value):
                 raise Refusal(
                     grpc.StatusCode.INVALID_ARGUMENT,
                     "OWNER_INVALID",
-                    f"owner.{field} {value!r} must be 1 to 63 letters, digits, '.', '_' or '-', not a sign first",
-                    field=f"owner.{field}",
+                    f"{name}.{part} {value!r} must be 1 to 63 letters, digits, '.', '_' or '-', not a sign first",
+                    field=f"{name}.{part}",
                 )
         if ref.attempt < 1:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "OWNER_INVALID",
-                "owner.attempt counts from 1",
-                field="owner.attempt",
+                f"{name}.attempt counts from 1",
+                field=f"{name}.attempt",
             )
         if ref.fencing_token >= 2**63:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "OWNER_INVALID",
-                "owner.fencing_token must be less than 2^63",
-                field="owner.fencing_token",
+                f"{name}.fencing_token must be less than 2^63",
+                field=f"{name}.fencing_token",
             )
         return cls(ref.centre, ref.job_id, ref.attempt)
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import grpc
 
-from nodedaemon.answers import Mutations
+from nodedaemon.answers import Beside, Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
@@ -17,6 +17,7 @@ from nodedaemon.events import EventLog
 from nodedaemon.inventory import Inventory
 from nodedaemon.owner import Owner
 from nodedaemon.results import Results
+from nodedaemon.slice_transfers import SliceTransfers
 from nodedaemon.slices import Slices
 from nodedaemon.telemetry import Telemetry
 from nodedaemon.utilization import DEFAULT_INTERVAL_S
@@ -56,6 +57,8 @@ from puhui.v1.node_service_pb2 import (
     StopContainerResponse,
     SuspendContainerRequest,
     SuspendContainerResponse,
+    TransferSliceRequest,
+    TransferSliceResponse,
     WatchEventsRequest,
     WatchEventsResponse,
     WatchUtilizationRequest,
@@ -80,6 +83,7 @@ class NodeService(NodeServiceServicer):
         bundles: Bundles,
         events: EventLog,
         telemetry: Telemetry,
+        transfers: SliceTransfers,
     ) -> None:
         self._inventory = inventory
         self._mutations = mutations
@@ -90,6 +94,7 @@ class NodeService(NodeServiceServicer):
         self._bundles = bundles
         self._events = events
         self._telemetry = telemetry
+        self._transfers = transfers
 
     async def GetNode(self, request: GetNodeRequest, context: Any) -> GetNodeResponse:  # noqa: D102, N802
         return GetNodeResponse(node=await self._inventory.read())
@@ -114,6 +119,17 @@ class NodeService(NodeServiceServicer):
 
     async def ListSlices(self, request: ListSlicesRequest, context: Any) -> ListSlicesResponse:  # noqa: D102, N802
         return ListSlicesResponse(slices=await self._slices.book.describe_all(foreign=request.include_foreign))
+
+    async def TransferSlice(self, request: TransferSliceRequest, context: Any) -> TransferSliceResponse:  # noqa: D102, N802
+        new_owner, new_token = Owner.of(request.new_owner, "new_owner"), request.new_owner.fencing_token
+
+        async def act(owner: Owner, token: int) -> TransferSliceResponse:
+            return TransferSliceResponse(
+                slice=await self._transfers.transfer(owner, request.slice_uuid, new_owner, new_token)
+            )
+
+        beside = [Beside(new_owner, new_token)]
+        return await self._mutations.carry_out(request, TransferSliceResponse, act, beside=beside)
 
     # Containers
 

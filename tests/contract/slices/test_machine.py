@@ -197,6 +197,29 @@ class SliceMachine(RuleBasedStateMachine):
             reasons.append("SLICE_IN_USE")
         self._may_refuse(act, lines, *reasons)
 
+    @precondition(lambda self: self._mine())
+    @rule(pick=_PICK, lines=_LINES, live=st.booleans())
+    def transfer(self, pick: int, lines: int | None, live: bool) -> None:
+        """Gives a slice to an attempt that is new, or whose container runs."""
+        record = self._pick(pick)
+        alive = [one.owner for one in self.world.life.journal.containers() if one.stage.is_alive]
+        heir = alive[pick % len(alive)] if live and alive else self._new_owner()
+        faulty, held, attached = bool(self.world.faults), set(self.world.held), self._attached()
+
+        async def act(life: Life) -> str:
+            return (await life.transfers.transfer(record.owner, record.uuid, heir, 1)).uuid
+
+        given, refusal = self._do(act, lines)
+        now = next((one.owner for one in self.world.records() if one.uuid == record.uuid), None)
+        if refusal is None:
+            assert given is None or now == heir
+            assert given is None or heir == record.owner or record.uuid not in held | attached, "it was in use"
+        elif refusal.reason == "SLICE_IN_USE":
+            assert held | attached >= {record.uuid}, refusal.message
+        else:
+            assert faulty or refusal.reason == "SLICE_NOT_FOUND", repr(refusal)
+        assert now in (record.owner, heir, None), "somebody else has it"
+
     def _may_refuse(self, act: Callable[[Life], Awaitable[None]], lines: int | None, *reasons: str) -> None:
         faulty = bool(self.world.faults)
         _, refusal = self._do(act, lines)

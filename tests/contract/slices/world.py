@@ -25,6 +25,7 @@ from nodedaemon.owner import Owner
 from nodedaemon.records import SliceRecord
 from nodedaemon.recovery import Recovery
 from nodedaemon.slice_recovery import SliceRecovery
+from nodedaemon.slice_transfers import SliceTransfers
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.v1.node_pb2 import NodeEvent, NodeEventKind, NodeInventory, RuntimeKind
@@ -44,6 +45,7 @@ class Life:
     slices: Slices
     containers: Containers
     attachments: Attachments
+    transfers: SliceTransfers
     recovery: SliceRecovery
     inventory: Inventory
     watching: asyncio.Task[None]
@@ -128,7 +130,8 @@ class World:
         await Recovery(journal, events, containers, runtime, recovery).run()
         await attachments.restore()
         watching = asyncio.create_task(containers.ends.watch())
-        return Life(doom, journal, gpus, slices, containers, attachments, recovery, inventory, watching)
+        transfers = SliceTransfers(journal, gpus, slices, attachments, containers.holder_of)
+        return Life(doom, journal, gpus, slices, containers, attachments, transfers, recovery, inventory, watching)
 
     def do(self, act: Callable[[Life], Awaitable[T]], *, lines: int | None = None) -> T | None:
         """Has the daemon do something.
