@@ -16,7 +16,15 @@ import grpc
 import structlog
 
 from nodedaemon.descriptions import describe_container
-from nodedaemon.devices import CardDevices, SliceIds, cap_nodes, card_mounts, read_minors, require_cap_nodes
+from nodedaemon.devices import (
+    CardDevices,
+    SliceIds,
+    cap_nodes,
+    card_mounts,
+    read_minors,
+    require_cap_nodes,
+    require_card_node,
+)
 from nodedaemon.driver_facts import GpuFacts, Mig
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
@@ -122,6 +130,8 @@ class Attachments:
             before = self._living(owner)
             one, gpu = self._slices.book.owned(owner, uuid)
             self.require_nodes([(one, gpu)])
+            if not self._cards.emulated:
+                require_card_node(gpu.minor, Path(f"/proc/{before.pid}/root"))
             new = uuid not in before.slice_uuids
             wanted = (*before.slice_uuids, uuid) if new else before.slice_uuids
             nodes = self._nodes(owner, wanted)

@@ -10,16 +10,30 @@ import grpc
 from nodedaemon.owner import Owner
 from nodedaemon.records import SliceRecord
 from puhui.rpc.errors import Refusal
+from puhui.rpc.identity import request_digest
 from puhui.rpc.moment import seconds
 from puhui.v1.node_service_pb2 import CreateContainerRequest
 
-__all__ = ["container_name", "environment", "require_sound"]
+__all__ = ["container_name", "environment", "identity", "require_sound"]
 
 
 def container_name(node_id: str, owner: Owner) -> str:
     """Returns the name of an attempt's container, unique on the host."""
     tail = hashlib.sha256(f"{node_id}/{owner}".encode()).hexdigest()[:12]
     return f"puhui-{owner.job_id}-{owner.attempt}-{tail}"
+
+
+def identity(request: CreateContainerRequest) -> str:
+    """Returns the digest of what must be the same when a request is repeated.
+
+    The slices are left out: they change while a container lives.
+    """
+    same = CreateContainerRequest()
+    same.CopyFrom(request)
+    for name in ("request_id", "slice_uuids"):
+        same.ClearField(name)
+    same.owner.fencing_token = 0
+    return request_digest(same.SerializeToString(deterministic=True))
 
 
 def environment(owner: Owner, slices: Sequence[SliceRecord], *, emulated: bool, caps: str = "") -> dict[str, str]:

@@ -11,7 +11,7 @@ import structlog
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.container_ends import ContainerEnds
-from nodedaemon.container_request import container_name, environment, require_sound
+from nodedaemon.container_request import container_name, environment, identity, require_sound
 from nodedaemon.descriptions import describe_container
 from nodedaemon.devices import CardDevices
 from nodedaemon.events import EventLog
@@ -88,21 +88,17 @@ class Containers:
 
         Raises:
             Refusal: INVALID_ARGUMENT with SPEC_INVALID or COMMAND_NOT_FOUND; FAILED_PRECONDITION with
-                SLICE_NOT_FOUND, BUNDLE_NOT_FOUND or IMAGE_NOT_FOUND; ALREADY_EXISTS with CONTAINER_EXISTS;
+                SLICE_NOT_FOUND, BUNDLE_NOT_FOUND or IMAGE_NOT_FOUND; ALREADY_EXISTS with CONTAINER_EXISTS or
+                CONTAINER_DIFFERS;
                 UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED.
         """
         known = self._journal.container(owner)
         if known is not None and known.stage is not ContainerStage.CREATING:
-            if known.stage is ContainerStage.REMOVED or known.bundle_id != request.bundle_id:
-                raise Refusal(
-                    grpc.StatusCode.ALREADY_EXISTS,
-                    "CONTAINER_EXISTS",
-                    f"{owner} had its container already; a retry is a new attempt",
-                )
+            _require_same(known, request)
             return self.describe(known)  # made before a crash that swallowed the answer
         require_sound(request)
         slices = [self._slices.book.owned(owner, uuid) for uuid in request.slice_uuids]
-        code = self._bundles.code(request.bundle_id)
+        code = self._bundles.code(request.bundle_id) if request.bundle_id else None
         nodes = self._attachments.require_nodes(slices)
         record = self._journal.put_container(
             ContainerRecord(
@@ -115,6 +111,7 @@ class Containers:
                 stop_grace_s=seconds(request.stop_grace) if request.HasField("stop_grace") else _DEFAULT_GRACE_S,
                 create_time=now(),
                 max_duration_s=seconds(request.max_duration) if request.HasField("max_duration") else None,
+                digest=identity(request),
             )
         )
         try:
@@ -130,7 +127,7 @@ class Containers:
                     "puhui.attempt": str(owner.attempt),
                     "puhui.token": str(token),
                 },
-                code=code,
+                code=code or self._attempts.make_empty_code(owner),
                 workspace=folder.workspace,
                 log=folder.log,
                 mounts=await self._attachments.prepare(owner, nodes),
@@ -305,3 +302,25 @@ class Containers:
     def describe(self, record: ContainerRecord) -> Container:
         """Returns a container for the wire."""
         return describe_container(record, self._kind)
+
+
+def _require_same(known: ContainerRecord, request: CreateContainerRequest) -> None:
+    """Refuses to make an attempt's container anew, or another one.
+
+    Raises:
+        Refusal: ALREADY_EXISTS with CONTAINER_EXISTS or CONTAINER_DIFFERS.
+    """
+    if known.stage is ContainerStage.REMOVED:
+        raise Refusal(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "CONTAINER_EXISTS",
+            f"{known.owner} had its container already; a retry is a new attempt",
+        )
+    if known.digest != identity(request) if known.digest else known.bundle_id != request.bundle_id:
+        raise Refusal(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "CONTAINER_DIFFERS",
+            f"{known.owner} has a container that was made by another request: its command, image, environment or "
+            "limits differ; what is to run otherwise is a new attempt",
+            container_id=known.container_id,
+        )

@@ -73,12 +73,13 @@ def describe_foreign(instance: GpuInstance, gpu: GpuFacts, *, emulated: bool) ->
 
 def describe_container(record: ContainerRecord, runtime: RuntimeKind.ValueType) -> Container:
     """Returns a container of this daemon."""
+    seeing = record.stage is ContainerStage.CREATING or record.stage.is_alive
     container = Container(
         id=record.container_id,
         owner=record.owner.ref(record.token),
         state=_CONTAINER_STATES[record.stage],
         image=record.image,
-        slice_uuids=record.slice_uuids,
+        slice_uuids=record.slice_uuids if seeing else (),
         pid=record.pid,
         exit_code=record.exit_code,
         oom_killed=record.oom_killed,

@@ -26,6 +26,7 @@ __all__ = [
     "library_mounts",
     "read_minors",
     "require_cap_nodes",
+    "require_card_node",
 ]
 
 CAPS_PATH = "/dev/nvidia-caps"
@@ -145,6 +146,31 @@ def require_cap_nodes(nodes: Mapping[str, Path], minors: Mapping[str, int]) -> N
                 f"`nvidia-modprobe -f /proc/driver/nvidia/capabilities/{gpu}/mig/{rest}`",
                 node,
             )
+
+
+def require_card_node(gpu_minor: int, root: Path) -> None:
+    """Refuses a GPU whose node a living container was not given when it was made: MIG mode was off then.
+
+    Args:
+        gpu_minor: minor of the GPU.
+        root: the container's root directory, as the host sees it. One that may not be looked into is not refused.
+
+    Raises:
+        Refusal: FAILED_PRECONDITION with HOTPLUG_UNAVAILABLE.
+    """
+    node = f"/dev/nvidia{gpu_minor}"
+    try:
+        there = (root / node[1:]).exists()
+    except PermissionError:
+        return
+    if not there:
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "HOTPLUG_UNAVAILABLE",
+            f"this container was made when {node} was not cut into slices, and cannot be given that now; use a slice of "
+            "another GPU, or create the container anew",
+            node=node,
+        )
 
 
 def _cap_node_missing(message: str, node: str) -> Refusal:

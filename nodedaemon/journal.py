@@ -85,6 +85,13 @@ def m003_indexes(db: Database) -> None:
     db.execute("CREATE INDEX containers_by_stage ON containers (stage)")
 
 
+@_migrations()  # type: ignore[untyped-decorator]
+def m004_requests(db: Database) -> None:
+    """Keeps of a container what was asked for, and whose workspace it began with."""
+    db.execute("ALTER TABLE containers ADD COLUMN digest TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE containers ADD COLUMN workspace_of INTEGER NOT NULL DEFAULT 0")
+
+
 class Journal:
     """The journal of one daemon.
 

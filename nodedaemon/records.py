@@ -85,6 +85,10 @@ class ContainerRecord:
     exit_code: int | None = None
     oom_killed: bool = False
     timed_out: bool = False
+    digest: str = ""
+    """Of the request, to tell a repetition from another one; empty for what an older daemon made."""
+    workspace_of: int = 0
+    """Attempt of the same job whose workspace it began with: its own for an uploaded one, 0 for an empty one."""
 
 
 class ExecStage(StrEnum):

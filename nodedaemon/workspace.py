@@ -2,6 +2,7 @@
 
 attempts/CENTRE/JOB/ATTEMPT/
     workspace/           the container's /workspace; code/ is where the code is mounted, outputs/ is kept
+    code/                the container's /workspace/code when it has no bundle; empty
     caps/                the container's /dev/nvidia-caps
     output.log           all output, in the k8s-file format
     artifacts.tar.gz     what was in outputs/, packed when it is first asked for
@@ -84,6 +85,16 @@ class Attempts:
         folder.log.touch(mode=0o600)  # so that it can be followed before anything is written
         self._give(folder.log)
         return folder
+
+    def make_empty_code(self, owner: Owner) -> Path:
+        """Makes the directory that stands for the code of an attempt without a bundle, which only its owner reaches.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        code = self.folder(owner).path / "code"
+        self._make(code)
+        return code
 
     def exec_folder(self, owner: Owner, exec_id: str) -> Path:
         """Returns where the things of a command beside the container's own are, or would be."""

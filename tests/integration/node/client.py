@@ -104,16 +104,19 @@ class Node:
         max_duration_s: float | None = None,
         stop_grace_s: float | None = None,
         image: str = "",
+        bare: bool = False,
+        workspace_of_attempt: int = 0,
     ) -> Container:
         request = CreateContainerRequest(
             owner=owner,
             command=command,
             env=env or {},
-            bundle_id=bundle_id or await self.put_code(code),
+            bundle_id="" if bare else bundle_id or await self.put_code(code),
             slice_uuids=[one.uuid for one in slices],
             max_duration=duration(max_duration_s) if max_duration_s is not None else None,
             stop_grace=duration(stop_grace_s) if stop_grace_s is not None else None,
             image=image,
+            workspace_of_attempt=workspace_of_attempt,
         )
         return (await self.stub.CreateContainer(request)).container
 

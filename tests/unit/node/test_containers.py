@@ -18,6 +18,7 @@ from nodedaemon.bundles import Bundles
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
+from nodedaemon.driver_facts import Span
 from nodedaemon.emulation import EmulatedDriver, installed, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
@@ -38,6 +39,7 @@ from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import digest_of
 from puhui.rpc.moment import duration
 from puhui.v1.node_service_pb2 import (
+    ContainerLimits,
     CreateContainerRequest,
     NodeServicePutBundleRequest,
     RemoveContainerRequest,
@@ -256,6 +258,51 @@ async def test_a_second_container_for_an_attempt_is_refused(tmp_path: Path) -> N
             await bench.create()
         assert caught.value.reason == "CONTAINER_EXISTS"
         await bench.containers.remove(_OWNER, discard_results=True)
+
+
+async def test_another_request_for_the_same_attempt_is_not_answered_with_the_old_container(tmp_path: Path) -> None:
+    async with opened(tmp_path) as bench:
+        await bench.create("python3", "wait.py")
+        await bench.create("python3", "wait.py")  # the same, as after a crash that swallowed the answer
+        for differs in (
+            CreateContainerRequest(command=["other"]),
+            CreateContainerRequest(env={"A": "1"}),
+            CreateContainerRequest(image="other"),
+            CreateContainerRequest(network=True),
+            CreateContainerRequest(limits=ContainerLimits(cpus=1)),
+        ):
+            request = CreateContainerRequest(command=["python3", "wait.py"], bundle_id=bench.bundle_id)
+            request.MergeFrom(differs)
+            with pytest.raises(Refusal) as caught:
+                await bench.containers.create(_OWNER, 2, request)
+            assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.ALREADY_EXISTS, "CONTAINER_DIFFERS")
+        await bench.containers.stop(_OWNER, 0)
+        await bench.containers.remove(_OWNER, discard_results=True)
+
+
+async def test_a_process_without_a_bundle_begins_in_an_empty_directory(tmp_path: Path) -> None:
+    async with opened(tmp_path) as bench:
+        request = CreateContainerRequest(command=["sh", "-c", "ls -A; echo $CUDA_VISIBLE_DEVICES; ls -A ~"])
+        await bench.containers.create(_OWNER, 1, request)
+        await bench.ended()
+        chunks = bench.results.read_log(_OWNER, offset=0, tail_lines=0, follow=True)
+        assert b"".join([chunk.data async for chunk in chunks]) == b"\ncode\noutputs\n"
+        await bench.containers.remove(_OWNER, discard_results=True)
+        bench.require_nothing_left()
+
+
+async def test_a_container_that_has_ended_sees_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path) as bench:
+        gpu = (await bench.gpus.refresh())[0]
+        one = await bench.slices.create(_OWNER, 1, gpu.uuid, "1g.6gb", Span(0, 1))
+        request = CreateContainerRequest(command=["true"], slice_uuids=[one.uuid])
+        made = await bench.containers.create(_OWNER, 1, request)
+        assert list(made.slice_uuids) == [one.uuid]
+        await bench.ended()
+        (container,) = bench.containers.describe_all()
+        assert list(container.slice_uuids) == []
+        await bench.containers.remove(_OWNER, discard_results=True)
+        await bench.slices.destroy(_OWNER, one.uuid, bench.containers.holder_of)
 
 
 async def test_a_caller_that_leaves_does_not_stop_a_mutation(tmp_path: Path) -> None:

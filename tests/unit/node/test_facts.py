@@ -17,6 +17,7 @@ from nodedaemon.devices import (
     library_mounts,
     read_minors,
     require_cap_nodes,
+    require_card_node,
 )
 from nodedaemon.owner import Owner
 from nodedaemon.podman_account import PodmanUnusableError, cgroup_layout, choose_oci_runtime
@@ -133,3 +134,12 @@ def test_without_a_slice_every_card_is_hidden() -> None:
     env = environment(Owner("centre", "j-1", 2), [], emulated=False)
     assert (env["CUDA_VISIBLE_DEVICES"], env["NVIDIA_VISIBLE_DEVICES"]) == ("", "void")
     assert "PUHUI_EMULATED" not in env
+
+
+def test_a_card_that_a_container_was_not_given_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
+    require_card_node(0, tmp_path)
+    with pytest.raises(Refusal) as caught:
+        require_card_node(1, tmp_path)
+    assert caught.value.reason == "HOTPLUG_UNAVAILABLE"
