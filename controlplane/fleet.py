@@ -8,6 +8,7 @@ two does not know of it.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -123,10 +124,29 @@ class GpuView:
     @functools.cached_property
     def held(self) -> int:
         """Bit mask of memory slices that are not free."""
-        mask = 0
-        for use in self.uses:
-            mask |= use.mask
-        return mask
+        return _union(use.mask for use in self.uses)
+
+    @functools.cached_property
+    def foreign(self) -> int:
+        """Bit mask of memory slices that are held by what is not of this centre."""
+        return _union(use.mask for use in self.uses if use.foreign)
+
+    @functools.cached_property
+    def loose(self) -> tuple[Use, ...]:
+        """What may be evicted or is being evicted, warm before idle, the oldest first."""
+        found = [use for use in self.uses if use.evictable or (use.leaving and not use.foreign)]
+        return tuple(sorted(found, key=lambda use: (not use.warm, use.warm_until, use.idle_since, use.start)))
+
+    @functools.cached_property
+    def firm(self) -> int:
+        """Bit mask of memory slices that are held and stay so until their owner is done."""
+        return _union(use.mask for use in self.uses if not use.leaving and not use.evictable)
+
+    @functools.cached_property
+    def warm(self) -> tuple[Use, ...]:
+        """Warm slices that do not leave, the one that would be dropped first at the front."""
+        found = (use for use in self.loose if use.warm and not use.leaving and use.slice_uuid)
+        return tuple(sorted(found, key=lambda use: (use.warm_until, use.start)))
 
     def count(self, profile: str) -> int:
         """Number of slices of `profile` that are held."""
@@ -136,6 +156,10 @@ class GpuView:
 def span(start: int, size: int) -> int:
     """Returns the bit mask of `size` memory slices from `start` on."""
     return ((1 << size) - 1) << start
+
+
+def _union(masks: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, masks, 0)
 
 
 def geometry_of(gpu: card_pb2.Gpu) -> Geometry:

@@ -17,9 +17,9 @@ from controlplane.lasting import Lasting
 from controlplane.log_reader import LogReader, attempt_number, require_job, require_not_lost
 from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
-from controlplane.placement import Room
 from controlplane.records import BundleRecord, Change, JobQuery, JobRecord, Request
 from controlplane.results import Results
+from controlplane.room import Room
 from controlplane.scheduler import Scheduler
 from controlplane.store import RequestReused, Store
 from controlplane.submission import Submission

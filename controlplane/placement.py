@@ -9,14 +9,12 @@ GPU model), not with the number of GPUs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from controlplane.fleet import Geometry, GpuKey, GpuView, Shape, span
+from controlplane.fleet import Geometry, GpuView, Shape, span
 from controlplane.reservations import AttemptKey
-from puhui.v1 import prediction_pb2
 
-__all__ = ["Decision", "Room", "fit", "most_slices", "room_left"]
+__all__ = ["Decision", "fit", "most_slices", "room_left"]
 
 
 @dataclass(frozen=True)
@@ -76,92 +74,3 @@ def most_slices(shape: Shape, held: int) -> int:
             held |= mask
             count += 1
     return min(count, shape.max_instances)
-
-
-class Room:
-    """The free room of a fleet while a plan is made: what the plan takes is no longer free for the rest of it."""
-
-    def __init__(self, gpus: Iterable[GpuView]) -> None:
-        self._held: dict[GpuKey, int] = {}
-        self._alike: dict[tuple[Geometry, int], dict[GpuKey, GpuView]] = {}
-        self._taken: dict[tuple[GpuKey, str], int] = {}
-        for gpu in gpus:
-            if gpu.usable:
-                self._held[gpu.key] = gpu.held
-                self._alike.setdefault((gpu.geometry, gpu.held), {})[gpu.key] = gpu
-
-    def best(self, choices: Sequence[prediction_pb2.ProfileChoice]) -> Decision | None:
-        """Returns where a slice of the first choice that fits anywhere goes; None when none fits."""
-        for choice in choices:
-            decision = self._best(choice)
-            if decision is not None:
-                return decision
-        return None
-
-    def _best(self, choice: prediction_pb2.ProfileChoice) -> Decision | None:
-        best: Decision | None = None
-        best_rank: tuple[int, int, str, int] | None = None
-        for (geometry, held), gpus in self._alike.items():
-            shape = geometry.by_profile.get(choice.profile)
-            if shape is None or geometry.gpu_model != choice.gpu_model:
-                continue
-            found = fit(geometry, shape, held)
-            if found is None:
-                continue
-            gpu = next((gpu for gpu in gpus.values() if self.count(gpu, shape) < shape.max_instances), None)
-            if gpu is None:
-                continue
-            rank = (found.free_after, -found.kept, gpu.node_name, gpu.gpu_index)
-            if best_rank is None or rank < best_rank:
-                best, best_rank = Decision(gpu, shape, found.start), rank
-        return best
-
-    def held(self, gpu: GpuView) -> int:
-        """Returns the bit mask of memory slices of a usable GPU that are not free for the rest of the plan."""
-        return self._held[gpu.key]
-
-    def count(self, gpu: GpuView, shape: Shape) -> int:
-        """Returns how many slices of a shape are held on a GPU, with those of the plan."""
-        return gpu.count(shape.profile) + self._taken.get((gpu.key, shape.profile), 0)
-
-    def take(self, decision: Decision) -> None:
-        """Takes the room of a decision."""
-        key = (decision.gpu.key, decision.shape.profile)
-        self._taken[key] = self._taken.get(key, 0) + 1
-        self.block(decision.gpu, span(decision.start, decision.shape.size))
-
-    def block(self, gpu: GpuView, mask: int) -> None:
-        """Takes memory slices of a GPU."""
-        before = self._held[gpu.key]
-        if before | mask == before:
-            return
-        alike = self._alike[gpu.geometry, before]
-        del alike[gpu.key]
-        if not alike:
-            del self._alike[gpu.geometry, before]
-        self._held[gpu.key] = before | mask
-        self._alike.setdefault((gpu.geometry, before | mask), {})[gpu.key] = gpu
-
-    def nearest(self, choices: Sequence[prediction_pb2.ProfileChoice]) -> tuple[GpuView, int] | None:
-        """Returns the GPU and mask at which one of `choices` is likely to fit soonest.
-
-        That is where the fewest memory slices have still to become free. Room that is blocked for another
-        waiting job is not counted on.
-        """
-        best: tuple[int, str, int, int] | None = None
-        found: tuple[GpuView, int] | None = None
-        for (geometry, held), gpus in self._alike.items():
-            for choice in choices:
-                shape = geometry.by_profile.get(choice.profile)
-                if shape is None or geometry.gpu_model != choice.gpu_model:
-                    continue
-                for gpu in gpus.values():
-                    blocked = held & ~gpu.held
-                    for start in shape.starts:
-                        mask = span(start, shape.size)
-                        if mask & blocked:
-                            continue
-                        rank = ((mask & held).bit_count(), gpu.node_name, gpu.gpu_index, start)
-                        if best is None or rank < best:
-                            best, found = rank, (gpu, mask)
-        return found

@@ -48,6 +48,15 @@ class Reservations:
         """Attempts that were released lately; a node's report that still shows them is old."""
         return self._released.keys()
 
+    def get(self, key: AttemptKey) -> Reservation | None:
+        """Returns what an attempt holds; None when it holds nothing."""
+        node_id = self._node_of.get(key)
+        return self._held[node_id][key] if node_id is not None else None
+
+    def warm(self) -> list[Reservation]:
+        """Returns every share that is kept for its tenant, with nobody on it."""
+        return [one for held in self._held.values() for one in held.values() if one.is_warm]
+
     def holds(self, key: AttemptKey) -> bool:
         """Returns whether an attempt holds a share."""
         return key in self._node_of

@@ -1,61 +1,36 @@
 """Who goes next: queue and fleet in, plan out.
 
-Higher priority first, then who has waited longest. A job that does not fit lets later ones overtake it, so
-that room is not wasted, but not for ever: once it has waited for `patience_s`, the placement at which it
-will fit soonest is kept for it, and nobody behind it in the queue is placed there. Since every job ahead of
-it ends or waits like it, that placement becomes free and is its own.
+Persons who wait come first, then the queue by priority and age, and at last the reclaimed batch jobs that would go on
+by themselves. A job gets, in this order: a warm slice of its tenant, free room, room that idle shares are evicted from.
+A job whose container lives on a node looks there only; where that node has nothing even so, a job that a person waits
+for may move.
+
+Room that is being vacated is kept for the job that waits for it: the plan finds the same placement again, for nothing,
+for as long as the shares leave. A job that does not fit lets later ones overtake it, so that room is not wasted, but
+not for ever: once it has waited for `patience_s`, the placement at which it will fit soonest is kept for it, and
+nobody behind it in the queue is placed there. Since every job ahead of it ends or waits like it, that placement becomes
+free and is its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from controlplane.fleet import Geometry, GpuView
-from controlplane.placement import Decision, Room, most_slices
+from controlplane.eviction import Eviction
+from controlplane.fleet import GpuView
+from controlplane.placement import Decision
+from controlplane.queued_job import QueuedJob
+from controlplane.reasons import Reasons, ordinal, suffix
 from controlplane.reservations import AttemptKey
-from controlplane.sizing import choices_for, largest
+from controlplane.room import Room
+from controlplane.sizing import choices_for
 from puhui.v1.prediction_pb2 import ProfileChoice
 
 __all__ = ["Plan", "QueuedJob", "make_plan"]
 
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job that waits, as far as the plan needs to know it."""
-
-    id: str
-    priority: int
-    sequence: int
-    profile: str
-    """The profile that is wanted by name; "" for any with enough memory."""
-    required_mib: int
-    since: float
-    """Waits since, in seconds since the epoch."""
-    not_before: float = 0.0
-    """Not to be placed before this time: the last try failed at its node."""
-    tenant: str = ""
-    """Whose it is; a warm slice goes only to a job of its own tenant."""
-    person: bool = False
-    """A person waits: for a run instruction, or for a resume that was asked for."""
-    home: str = ""
-    """Id of the node where its container lives; "" when it has none yet."""
-    may_move: bool = False
-    """It may go to another node when a person waits and its home has no room for it."""
-    gpu_model: str = ""
-    """Only on GPUs of this model, because what it had on one is restored from host memory; "" for any."""
-    rest: bool = False
-    """A reclaimed batch job that would go on by itself: takes only room that nobody else waits for, evicts nothing."""
-
-    @property
-    def rank(self) -> tuple[bool, bool, int, int]:
-        """Position in the queue; the smallest is first: persons first, rest last."""
-        return not self.person, self.rest, -self.priority, self.sequence
-
-    @property
-    def need(self) -> Hashable:
-        """Jobs with the same need fit, or do not fit, together."""
-        return self.profile, self.required_mib
+_Found = TypeVar("_Found")
 
 
 @dataclass
@@ -88,79 +63,109 @@ def make_plan(
         patience_s: how long a job lets itself be overtaken, in seconds.
         nodes_known: number of nodes that ever joined, for the messages.
     """
-    plan = Plan()
-    room = Room(gpus)
-    geometries = list(dict.fromkeys(gpu.geometry for gpu in gpus))
-    why = _Reasons(gpus, geometries, nodes_known)
-    choices: dict[Hashable, list[ProfileChoice]] = {}
-    # Room only shrinks while a plan is made: what did not fit once is not tried again.
-    misses: set[Hashable] = set()
-    ahead = ""
+    maker = _Maker(gpus, at, patience_s, nodes_known)
     for job in queue:
-        if job.not_before > at:
-            plan.waiting[job.id] = f"its node could not start it; tries again in {job.not_before - at:.0f} s"
-            plan.wake_at = _earlier(plan.wake_at, job.not_before)
-            continue
-        if job.need not in choices:
-            choices[job.need] = choices_for(job.profile, job.required_mib, geometries)
-        wanted = choices[job.need]
-        decision = None if job.need in misses else room.best(wanted)
-        if decision is not None:
-            room.take(decision)
-            plan.placed.append((job, decision, wanted))
-            continue
-        misses.add(job.need)
-        plan.waiting[job.id] = why.of(job, wanted, ahead, room)
-        ahead = ahead or job.id
-        if not wanted:
-            continue
-        if at - job.since >= patience_s:
-            kept = room.nearest(wanted)
-            if kept is not None:
-                room.block(*kept)
-        else:
-            plan.wake_at = _earlier(plan.wake_at, job.since + patience_s)
-    return plan
+        maker.look_at(job)
+    return maker.plan
 
 
-def _earlier(one: float | None, other: float) -> float:
-    return other if one is None else min(one, other)
+class _Maker:
+    """A plan that is being made, one job after the other in the order of the queue."""
 
+    def __init__(self, gpus: Sequence[GpuView], at: float, patience_s: float, nodes_known: int) -> None:
+        self.plan = Plan()
+        self._at = at
+        self._patience_s = patience_s
+        self._room = Room(gpus)
+        self._geometries = list(dict.fromkeys(gpu.geometry for gpu in gpus))
+        self._reasons = Reasons(gpus, self._geometries, nodes_known)
+        self._choices: dict[Hashable, list[ProfileChoice]] = {}
+        # Room only shrinks while a plan is made: what was not found once is not looked for again.
+        self._misses: set[Hashable] = set()
 
-class _Reasons:
-    """Sentences that say why a job waits. Jobs with the same need wait for the same reason."""
+    def look_at(self, job: QueuedJob) -> None:
+        wanted = self._wanted(job)
+        if job.not_before > self._at:
+            self._wait(job, wanted, f"its node could not start it; tries again in {job.not_before - self._at:.0f} s")
+            self._wake_at(job.not_before)
+            return
+        if job.home and not self._room.usable(job.home):
+            self._wait(job, wanted, self._reasons.away(job.home))
+            return
+        for node in job.nodes if wanted else ():
+            decision = self._place(job, wanted, node)
+            if decision is not None:
+                self._room.take(decision)
+                moves = bool(job.home) and decision.gpu.node_id != job.home
+                self.plan.placed.append((job, replace(decision, move=True) if moves else decision, wanted))
+                return
+            eviction = None if job.rest else self._evict(job, wanted, node)
+            if eviction is not None:
+                self._wait(job, wanted, self._why(job, wanted), during=eviction)
+                self._room.promise(eviction, job.id)
+                self.plan.evict.update({use.key: job.id for use in eviction.shares if use.key is not None})
+                return
+        self._wait(job, wanted, self._why(job, wanted), kept=self._keep(job, wanted))
 
-    def __init__(self, gpus: Sequence[GpuView], geometries: Sequence[Geometry], nodes_known: int) -> None:
-        self._gpus = gpus
-        self._geometries = geometries
-        self._nodes_known = nodes_known
-        self._made: dict[Hashable, str] = {}
+    def _wanted(self, job: QueuedJob) -> list[ProfileChoice]:
+        if job.need not in self._choices:
+            found = choices_for(job.profile, job.required_mib, self._geometries)
+            self._choices[job.need] = [one for one in found if job.gpu_model in {"", one.gpu_model}]
+        return self._choices[job.need]
 
-    def of(self, job: QueuedJob, wanted: Sequence[ProfileChoice], ahead: str, room: Room) -> str:
-        if job.need not in self._made:
-            self._made[job.need] = self._make(job, wanted, room)
-        return self._made[job.need] + (f"; next ahead: {ahead}" if ahead else "")
-
-    def _make(self, job: QueuedJob, wanted: Sequence[ProfileChoice], room: Room) -> str:
-        if not self._nodes_known:
-            return "waits for a node: none has joined this centre yet"
-        if not self._gpus:
-            return "waits for a GPU: no node of this centre has one that can be cut; see `puhui nodes`"
-        if not wanted:
-            if job.profile:
-                return f"waits for {job.profile}: no GPU of this centre offers it now"
-            top = largest(self._geometries)
-            most = f"{top.profile} with {top.memory_mib} MiB" if top is not None else "none"
-            return f"waits for {job.required_mib} MiB: no card here is that large (the largest slice is {most})"
-        return "waits for " + " or ".join(self._one(choice, room) for choice in wanted)
-
-    def _one(self, choice: ProfileChoice, room: Room) -> str:
-        gpus = [gpu for gpu in self._gpus if gpu.geometry.gpu_model == choice.gpu_model]
-        usable = [gpu for gpu in gpus if gpu.usable]
-        shape = next(shape for gpu in gpus if (shape := gpu.geometry.by_profile.get(choice.profile)) is not None)
-        total = sum(most_slices(shape, 0) for _ in usable)
-        free = sum(
-            min(most_slices(shape, room.held(gpu)), shape.max_instances - room.count(gpu, shape)) for gpu in usable
+    def _place(self, job: QueuedJob, wanted: list[ProfileChoice], node: str) -> Decision | None:
+        room = self._room
+        warm = self._once(
+            ("warm", job.need, node, job.tenant, job.rest),
+            lambda: room.warm(wanted, job.tenant, job.id, node, rest=job.rest),
         )
-        away = f" ({len(gpus) - len(usable)} more out of contact)" if len(usable) < len(gpus) else ""
-        return f"{choice.profile}: {free} of {total} placements free on {len(usable)} {choice.gpu_model}{away}"
+        if warm is not None:
+            return warm
+        if job.rest:
+            return self._once(("rest", job.need, node), lambda: room.at_rest(wanted, node))
+        return self._once(("free", job.need, node), lambda: room.best(wanted, node))
+
+    def _evict(self, job: QueuedJob, wanted: list[ProfileChoice], node: str) -> Eviction | None:
+        return self._once(("evict", job.need, node), lambda: self._room.eviction(wanted, job.id, node))
+
+    def _keep(self, job: QueuedJob, wanted: list[ProfileChoice]) -> bool:
+        """Keeps room for a job whose patience is over; returns whether there is any to keep."""
+        if job.rest or not wanted:
+            return False
+        if self._at - job.since < self._patience_s:
+            self._wake_at(job.since + self._patience_s)
+            return False
+        node = job.nodes[-1]
+        kept = self._once(("keep", job.need, node), lambda: self._room.nearest(wanted, node))
+        if kept is None:
+            return False
+        self._room.keep(*kept)
+        return True
+
+    def _wait(
+        self,
+        job: QueuedJob,
+        wanted: list[ProfileChoice],
+        why: str,
+        *,
+        during: Eviction | None = None,
+        kept: bool = False,
+    ) -> None:
+        if not job.rest:
+            self._room.wish(wanted, job.nodes[-1])
+        place = ordinal(len(self.plan.waiting) + 1)
+        self.plan.waiting[job.id] = f"{place} in the queue; {why}{suffix(during, kept=kept, rest=job.rest)}"
+
+    def _why(self, job: QueuedJob, wanted: list[ProfileChoice]) -> str:
+        return self._reasons.of(job, wanted, self._room)
+
+    def _once(self, what: Hashable, search: Callable[[], _Found | None]) -> _Found | None:
+        if what in self._misses:
+            return None
+        found = search()
+        if found is None:
+            self._misses.add(what)
+        return found
+
+    def _wake_at(self, at: float) -> None:
+        self.plan.wake_at = at if self.plan.wake_at is None else min(self.plan.wake_at, at)

@@ -103,10 +103,10 @@ async def test_a_job_that_does_not_fit_waits_says_why_and_starts_when_there_is_r
         await centre.until(first, JOB_STATE_RUNNING)
         second = await centre.submit()
         event = await centre.until_told(second, "WAITING_FOR_SLICE")
-        assert event.message.startswith("waits for 7g.80gb: 0 of 1 placements free")
+        assert event.message.startswith("1st in the queue; waits for 7g.80gb: 0 of 1 placements free")
         third = await centre.submit()
         await centre.until_told(third, "WAITING_FOR_SLICE")
-        assert (await centre.job(third)).message.endswith(f"; next ahead: {second}")
+        assert (await centre.job(third)).message.startswith("2nd in the queue; waits for 7g.80gb")
         await node.exit(first, 0)
         await centre.until(second, JOB_STATE_RUNNING)
         assert (await centre.job(third)).state == JOB_STATE_QUEUED

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from controlplane.capacity import gpu_capacity, profile_capacity
 from controlplane.fleet import Use, gpu_views, span
-from controlplane.placement import Room, fit, most_slices, room_left
+from controlplane.placement import fit, most_slices, room_left
 from controlplane.records import Reservation
+from controlplane.room import Room
 from controlplane.schedule import QueuedJob, make_plan
 from puhui.v1 import card_pb2, fleet_service_pb2
 from puhui.v1.prediction_pb2 import ProfileChoice
@@ -186,15 +187,15 @@ def test_a_plan_never_books_a_memory_slice_twice(wanted: list[tuple[str, int, fl
         assert not held.get(decision.gpu.gpu_uuid, 0) & mask
         held[decision.gpu.gpu_uuid] = held.get(decision.gpu.gpu_uuid, 0) | mask
     assert {one.id for one, _, _ in plan.placed} | set(plan.waiting) == {one.id for one in queue}
-    assert all(why.startswith("waits for") for why in plan.waiting.values())
+    assert all(" in the queue; waits for " in why for why in plan.waiting.values())
 
 
 def test_priority_then_age() -> None:
     plan = planned([job(1, "7g.80gb"), job(2, "7g.80gb", priority=5), job(3, "7g.80gb")])
     assert [one.id for one, _, _ in plan.placed] == ["j-2"]
     assert list(plan.waiting) == ["j-1", "j-3"]
-    assert plan.waiting["j-1"] == f"waits for 7g.80gb: 0 of 1 placements free on 1 {H100}"
-    assert plan.waiting["j-3"].endswith("; next ahead: j-1")
+    assert plan.waiting["j-1"] == f"1st in the queue; waits for 7g.80gb: 0 of 1 placements free on 1 {H100}"
+    assert plan.waiting["j-3"].startswith("2nd in the queue; waits for 7g.80gb: ")
 
 
 def test_small_jobs_overtake_a_big_one_but_not_for_ever() -> None:
