@@ -7,59 +7,37 @@ control plane at any point the attempt is taken up under a higher fencing token 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import structlog
 
 from controlplane import happenings
-from controlplane.bundles import Bundles
-from controlplane.collect import Collected, collect
+from controlplane.attempt_end import AttemptEnd, Told
+from controlplane.draft import IllegalTransition
 from controlplane.endings import CONTAINER_LOST, not_started
 from controlplane.faults import MOST_ATTEMPTS, Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
-from controlplane.jobs import FINAL_STATES, transition
+from controlplane.jobs import FINAL_STATES, LIVING_STATES, transition
 from controlplane.node_asker import Fenced, GivenUp, NodeAsker
-from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.node_link import NodeLink
-from controlplane.nodes import Nodes
-from controlplane.records import Change, JobRecord
+from controlplane.records import Change, Decide, JobRecord, Reservation
 from controlplane.reservations import Reservations
-from controlplane.results import Results
+from controlplane.share_driver import ShareDriver, cut
 from controlplane.store import Store
+from controlplane.surroundings import Surroundings
+from controlplane.wants import Wants
 from controlplane.workload import container_request
+from controlplane.workspace_carrier import WorkspaceCarrier
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, seconds
 from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2
 
-__all__ = ["AttemptDriver", "Surroundings"]
+__all__ = ["AttemptDriver"]
 
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What every driver works with."""
-
-    centre: str
-    store: Store
-    nodes: Nodes
-    reservations: Reservations
-    bundles: Bundles
-    results: Results
-    release_patience_s: float
-    """A job whose share is not confirmed to be released within this time ends all the same."""
-    collect_patience_s: float
-    """Results that a node in contact has refused for this long, and several times, are given up."""
-
-
-_Told = tuple[Happening, float]
-"""What happened, and when, in seconds since the epoch."""
-
 _DEFAULT_GRACE_S = 10.0
-_TELL_AFTER_TRIES = 2
-_GIVE_UP_AFTER_REFUSALS = 5
 
 
 class AttemptDriver:
@@ -71,9 +49,10 @@ class AttemptDriver:
         self._number = number
         self._cancel = asyncio.Event()
         self._news = asyncio.Event()
-        self._refusals = 0
-        self._refused_at = 0.0
-        self._asker = NodeAsker(lambda: self._link, self._cancel)
+        self._asker = NodeAsker(lambda: self.link, self._cancel)
+        self._share = ShareDriver(self)
+        self._carrier = WorkspaceCarrier(self, around, self._cancel)
+        self._end = AttemptEnd(self, around, self._cancel)
         if record.cancel_requested:
             self._cancel.set()
 
@@ -91,14 +70,19 @@ class AttemptDriver:
         try:
             if adopt:
                 await self._adopt()
+            if self._has_moved_on():
+                await self._end.release_late()
+                return self._record
             if self._record.state == job_pb2.JOB_STATE_STARTING:
                 await self._start()
-            if self._record.state == job_pb2.JOB_STATE_RUNNING:
-                await self._watch()
+            if self._record.state in LIVING_STATES:
+                await self._live()
+            if self._has_moved_on():
+                return self._record
             if self._record.state == job_pb2.JOB_STATE_STOPPING:
-                await self._finish()
+                await self._end.finish()
             elif self._record.state in FINAL_STATES:
-                await self._release_late()
+                await self._end.release_late()
         except Fenced:
             _log.error("another control plane commands this attempt", job=self._record.id, attempt=self._number)
         return self._record
@@ -106,26 +90,80 @@ class AttemptDriver:
     # -- what it stands on
 
     @property
-    def _attempt(self) -> job_pb2.Attempt:
-        return self._record.job.attempts[self._number - 1]
+    def record(self) -> JobRecord:
+        """The job."""
+        return self._record
 
     @property
-    def _link(self) -> NodeLink:
-        link = self._around.nodes.link(self._attempt.node_id)
+    def attempt(self) -> job_pb2.Attempt:
+        """The attempt."""
+        return self._record.job.attempts[self._number - 1]
+
+    def _has_moved_on(self) -> bool:
+        """Whether the job has a newer attempt."""
+        return len(self._record.job.attempts) > self._number
+
+    @property
+    def link(self) -> NodeLink:
+        """The connection to the attempt's node."""
+        return self.link_to(self.attempt)
+
+    def link_to(self, attempt: job_pb2.Attempt) -> NodeLink:
+        """Returns the connection to the node of any attempt of the job."""
+        link = self._around.nodes.link(attempt.node_id)
         if link is None:
-            raise RuntimeError(f"node {self._attempt.node_id} of attempt {self._record.id}/{self._number} is not known")
+            raise RuntimeError(f"node {attempt.node_id} of attempt {self._record.id}/{attempt.number} is not known")
         return link
 
     @property
-    def _owner(self) -> card_pb2.AttemptRef:
+    def owner(self) -> card_pb2.AttemptRef:
+        """Under which its node is commanded."""
+        return self.owner_of(self._number)
+
+    def owner_of(self, number: int) -> card_pb2.AttemptRef:
+        """Returns under which the node of an attempt of the job is commanded."""
         return card_pb2.AttemptRef(
             centre=self._around.centre,
             job_id=self._record.id,
-            attempt=self._number,
-            fencing_token=self._attempt.fencing_token,
+            attempt=number,
+            fencing_token=self._record.job.attempts[number - 1].fencing_token,
         )
 
-    def _request_id(self, step: str) -> str:
+    @property
+    def asker(self) -> NodeAsker:
+        """Asks its node."""
+        return self._asker
+
+    @property
+    def store(self) -> Store:
+        """The centre's memory."""
+        return self._around.store
+
+    @property
+    def reservations(self) -> Reservations:
+        """The shares that are held."""
+        return self._around.reservations
+
+    @property
+    def wants(self) -> Wants:
+        """Runs that wait."""
+        return self._around.wants
+
+    @property
+    def warm_s(self) -> float:
+        """A slice of this job that was taken back is kept for its tenant for this long, in seconds."""
+        return self._around.warm_s(self._record.job.spec.tenant)
+
+    def queue(self) -> None:
+        """The job waits for a share."""
+        self._around.queue(self._record)
+
+    def withdraw(self) -> None:
+        """The job waits for none any longer."""
+        self._around.withdraw(self._record.id)
+
+    def request_id(self, step: str) -> str:
+        """Returns the request id of a step of the attempt."""
         return f"{self._record.id}/{self._number}/{step}"
 
     async def _adopt(self) -> None:
@@ -135,28 +173,57 @@ class AttemptDriver:
 
         self._record = await self._patient_store(decide)
 
-    async def _change(self, *happenings: Happening, before: Sequence[_Told] = (), release: bool = False) -> None:
+    async def change(
+        self,
+        *told: Happening,
+        before: Sequence[Told] = (),
+        release: bool = False,
+        reserve: Reservation | None = None,
+        if_still: bool = False,
+    ) -> bool:
         """Stores what happened in one transaction.
 
         Args:
-            happenings: what happened now.
+            told: what happened now.
             before: what happened before that and was not stored yet, with its time.
             release: the attempt's reservation ends.
-        """
-        told = [*before, *((happening, now()) for happening in happenings)]
+            reserve: the attempt's reservation is this one from now on.
+            if_still: store nothing when it can no longer happen, because somebody else was faster.
 
-        def decide(record: JobRecord, _: int) -> Change:
+        Returns:
+            Whether it was stored.
+
+        Raises:
+            IllegalTransition: it cannot happen, and `if_still` does not say that this may be.
+        """
+        happened = [*before, *((one, now()) for one in told)]
+        stored = True
+        held = self._around.reservations.get((self._record.id, self._number))
+        # A warm share is no longer the attempt's to release.
+        release = release and (held is None or not held.is_warm)
+
+        def decide(record: JobRecord, _: int) -> Change | None:
+            nonlocal stored
             events = []
-            for happening, at in told:
-                record, event = transition(record, happening, at)
-                events.append(event)
-            return Change(record, tuple(events), release=(self._number,) if release else ())
+            try:
+                for one, at in happened:
+                    record, event = transition(record, one, at)
+                    events.append(event)
+            except IllegalTransition:
+                if not if_still:
+                    raise
+                stored = False
+                return None
+            return Change(record, tuple(events), reserve=reserve, release=(self._number,) if release else ())
 
         self._record = await self._patient_store(decide)
-        if release:
+        if stored and release:
             self._around.reservations.release((self._record.id, self._number))
+        if stored and reserve is not None:
+            self._around.reservations.hold(reserve)
+        return stored
 
-    async def _patient_store(self, decide: Callable[[JobRecord, int], Change]) -> JobRecord:
+    async def _patient_store(self, decide: Decide) -> JobRecord:
         """Stores a change; a full disk is waited out, because what happened has happened."""
         tries = 0
         while True:
@@ -173,29 +240,18 @@ class AttemptDriver:
         try:
             if self._cancel.is_set():
                 raise GivenUp
+            carried = await self._carrier.bring() if self._record.carry_from else 0
             piece = await self._make_slice()
             if self._cancel.is_set():
                 raise GivenUp
-            await self._make_container(piece)
+            await self._make_container(piece, carried)
         except GivenUp:
-            await self._change(happenings.Stopped())
+            await self.change(happenings.Stopped())
         except Refusal as refusal:
             await self._not_started(refusal)
 
     async def _make_slice(self) -> card_pb2.Slice:
-        attempt = self._attempt
-        request = node_service_pb2.CreateSliceRequest(
-            owner=self._owner,
-            gpu_uuid=attempt.gpu_uuid,
-            profile=attempt.profile,
-            placement=attempt.placement,
-            request_id=self._request_id("create-slice"),
-        )
-        made, sent = await asyncio.gather(
-            self._asker.ask(lambda client: client.create_slice(request), give_up=True),
-            self._send_bundle(),
-            return_exceptions=True,
-        )
+        made, sent = await asyncio.gather(cut(self, "create-slice"), self._send_bundle(), return_exceptions=True)
         for outcome in (made, sent):
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -203,11 +259,14 @@ class AttemptDriver:
         return made
 
     async def _send_bundle(self) -> None:
+        if not self._record.job.bundle_id:
+            return
         header, archive = await self._around.bundles.locate(self._record.job.bundle_id)
         await self._asker.ask(lambda client: client.put_bundle(header, archive), give_up=True)
 
-    async def _make_container(self, piece: card_pb2.Slice) -> None:
-        request = container_request(self._record.job, self._owner, piece, self._request_id("create-container"))
+    async def _make_container(self, piece: card_pb2.Slice, workspace_of: int) -> None:
+        request = container_request(self._record.job, self.owner, piece, self.request_id("create-container"))
+        request.workspace_of_attempt = workspace_of
 
         async def create() -> node_pb2.Container:
             try:
@@ -220,65 +279,93 @@ class AttemptDriver:
 
         # The slice is noted while the container is made: the next start of the control plane would find either.
         container, noted = await asyncio.gather(
-            create(), self._change(happenings.SliceCreated(piece)), return_exceptions=True
+            create(), self.change(happenings.SliceCreated(piece)), return_exceptions=True
         )
         for outcome in (noted, container):
             if isinstance(outcome, BaseException):
                 raise outcome
         assert isinstance(container, node_pb2.Container)  # noqa: S101 - gather's type cannot say so
-        self._link.note((self._record.id, self._number), container)
-        await self._change(happenings.ContainerStarted(container))
+        self.link.note((self._record.id, self._number), container)
+        await self.change(happenings.ContainerStarted(container))
 
     async def _not_started(self, refusal: Refusal) -> None:
         fault = verdict(refusal)
         if fault is Verdict.FAIL or self._number >= MOST_ATTEMPTS:
-            await self._change(happenings.NotStarted(not_started(refusal)))
+            await self.change(happenings.NotStarted(not_started(refusal)))
             return
         _log.warning("the node could not start it", job=self._record.id, reason=refusal.reason, why=refusal.message)
         # It must be certain that nothing of this attempt runs before another begins.
         try:
-            released = await self._release(give_up=True)
-            await self._asker.ask(lambda _: self._around.nodes.refresh(self._attempt.node_id), give_up=True)
+            released = await self._end.release(give_up=True)
+            await self._asker.ask(lambda _: self._around.nodes.refresh(self.attempt.node_id), give_up=True)
         except (GivenUp, Refusal):
-            await self._change(
+            await self.change(
                 happenings.Stopped() if self._cancel.is_set() else happenings.NotStarted(not_started(refusal))
             )
             return
-        await self._change(happenings.Requeued(refusal.reason, refusal.message), before=released, release=True)
+        await self.change(happenings.Requeued(refusal.reason, refusal.message), before=released, release=True)
 
-    # -- RUNNING
+    # -- RUNNING, IDLE, RESUMING
 
-    async def _watch(self) -> None:
+    async def _live(self) -> None:
+        """Watches over the container and its share until the command has ended, or the job goes on elsewhere."""
         key = (self._record.id, self._number)
-        with self._link.watching(key, self._news):
+        news = self._news
+        with self.link.watching(key, news), self._around.feed.watching(self._record.id, news):
             while True:
-                self._news.clear()
-                container = self._link.containers.get(key)
-                if container is not None and container.state == node_pb2.CONTAINER_STATE_EXITED:
-                    # A control plane before this one may have stopped it, and have had no time to note that.
-                    by_request = self._cancel.is_set()
-                    await self._change((happenings.Stopped if by_request else happenings.CommandEnded)(container))
+                news.clear()
+                self._record = await self._stored()
+                if self._has_moved_on() or self._record.state not in LIVING_STATES:
                     return
-                if self._cancel.is_set():
-                    await self._stop_command()
+                container = self.link.containers.get(key)
+                if await self._is_over(container):
+                    self._around.withdraw(self._record.id)
                     return
-                if container is None and self._link.in_contact and await self._is_lost():
-                    await self._change(happenings.NotStarted(CONTAINER_LOST))
-                    return
-                await self._news.wait()
+                try:
+                    if self._record.carry_from:
+                        await self._carrier.leave()
+                        continue
+                    if await self._share.step(container):
+                        continue
+                except GivenUp:
+                    continue
+                await news.wait()
+
+    async def _stored(self) -> JobRecord:
+        record = await self._around.store.job(self._record.id)
+        if record is None:
+            raise RuntimeError(f"job {self._record.id} is driven, but not in the store")
+        return record
+
+    async def _is_over(self, container: node_pb2.Container | None) -> bool:
+        """Ends the job's life when its command has ended, or somebody asked for that, or its container is lost."""
+        stopped_by_reclaim = self._record.restart or self._record.reclaiming
+        exited = container is not None and container.state == node_pb2.CONTAINER_STATE_EXITED
+        if container is not None and exited and (not stopped_by_reclaim or self._cancel.is_set()):
+            # A control plane before this one may have stopped it, and have had no time to note that.
+            by_request = self._cancel.is_set()
+            await self.change((happenings.Stopped if by_request else happenings.CommandEnded)(container))
+            return True
+        if self._cancel.is_set():
+            await self._stop_command()
+            return True
+        if container is None and self.link.in_contact and not self._record.restart and await self._is_lost():
+            await self.change(happenings.NotStarted(CONTAINER_LOST))
+            return True
+        return False
 
     async def _is_lost(self) -> bool:
         """Asks the node whether it still has the container."""
         for container in await self._asker.ask(lambda client: client.list_containers(), give_up=False):
             owner = container.owner
             if (owner.centre, owner.job_id, owner.attempt) == (self._around.centre, self._record.id, self._number):
-                self._link.note((self._record.id, self._number), container)
+                self.link.note((self._record.id, self._number), container)
                 self._news.set()
                 return False
         return True
 
     async def _stop_command(self) -> None:
-        request = node_service_pb2.StopContainerRequest(owner=self._owner, request_id=self._request_id("stop"))
+        request = node_service_pb2.StopContainerRequest(owner=self.owner, request_id=self.request_id("stop"))
         grace_s = _DEFAULT_GRACE_S
         if self._record.job.spec.HasField("stop_grace"):
             request.grace.CopyFrom(self._record.job.spec.stop_grace)
@@ -287,135 +374,9 @@ class AttemptDriver:
             async with asyncio.timeout(grace_s + self._around.release_patience_s):
                 container = await self._asker.ask(lambda client: client.stop_container(request))
         except TimeoutError:
-            await self._change(happenings.Stopped())
+            await self.change(happenings.Stopped())
         except Refusal as refusal:
             _log.warning("the command could not be stopped", job=self._record.id, why=refusal.message)
-            await self._change(happenings.Stopped())
+            await self.change(happenings.Stopped())
         else:
-            await self._change(happenings.Stopped(container))
-
-    # -- STOPPING
-
-    async def _finish(self) -> None:
-        await self._collect(patient=False)
-        release = asyncio.create_task(self._release_for_certain())
-        try:
-            done, _ = await asyncio.wait({release}, timeout=self._around.release_patience_s)
-            if done:
-                await self._change(happenings.Ended(), before=release.result(), release=True)
-                return
-            name = self._around.nodes.name(self._attempt.node_id)
-            await self._change(happenings.Ended(f"its share stays held until node {name} confirms that it is released"))
-            await self._change(before=await release, release=True)
-        finally:
-            release.cancel()
-            await asyncio.gather(release, return_exceptions=True)
-
-    async def _release_late(self) -> None:
-        """The job has ended, but its share is held."""
-        if self._around.reservations.holds((self._record.id, self._number)):
-            await self._change(before=await self._release_for_certain(), release=True)
-
-    async def _collect(self, *, patient: bool) -> None:
-        """Collects the results; unless `patient`, only until the job's end is asked for.
-
-        A node out of contact is waited for, however long it takes; one that only refuses is not.
-        """
-        tries = 0
-        while not self._record.results_collected and self._attempt.container_id:
-            if self._cancel.is_set() and not patient:
-                return
-            got = await collect(self._link.client, self._owner, self._around.results)
-            if got.error is None:
-                await self._change(happenings.ResultsCollected(got.log_bytes, got.artifacts))
-                return
-            if isinstance(got.error, Refusal) and self._is_hopeless(got.error):
-                await self._lose(got, got.error)
-                return
-            tries += 1
-            await self._bear(got.error, tries, tell=not patient)
-
-    def _is_hopeless(self, refusal: Refusal) -> bool:
-        """Counts a node's refusal to give the results, and says whether it is the last that is borne."""
-        if verdict(refusal) in {Verdict.WAIT, Verdict.FENCED}:
-            return False
-        at = asyncio.get_running_loop().time()
-        self._refused_at = self._refused_at if self._refusals else at
-        self._refusals += 1
-        waited_s = at - self._refused_at
-        return self._refusals >= _GIVE_UP_AFTER_REFUSALS and waited_s >= self._around.collect_patience_s
-
-    async def _lose(self, got: Collected, refusal: Refusal) -> None:
-        _log.error("results are given up", job=self._record.id, missing=got.missing, why=str(refusal))
-        why = f"its {got.missing} could not be had from its node and are lost: {refusal.message} ({refusal.reason})"
-        await self._change(happenings.ResultsLost(why, got.log_bytes, got.artifacts))
-
-    async def _bear(self, error: Refusal | OSError, tries: int, *, tell: bool) -> None:
-        """Waits after the results could not be collected."""
-        unreachable = isinstance(error, Refusal) and is_unreachable(error)
-        if isinstance(error, Refusal) and verdict(error) is Verdict.FENCED:
-            raise Fenced from error
-        _log.warning("results cannot be collected yet", job=self._record.id, why=str(error))
-        if tell and tries == _TELL_AFTER_TRIES:
-            await self._change(happenings.ResultsDelayed(f"its results cannot be collected yet: {error}"))
-        if not unreachable:
-            # Often enough that patience, not the delays, says when it is enough.
-            rarely_s = self._around.collect_patience_s / (_GIVE_UP_AFTER_REFUSALS - 1)
-            delay_s = retry_delay_s(tries)
-            await asyncio.sleep(min(delay_s, rarely_s) if isinstance(error, Refusal) else delay_s)
-            return
-        with contextlib.suppress(GivenUp):
-            await self._asker.until_contact(retry_delay_s(tries), give_up=tell)
-
-    # -- releasing
-
-    async def _release_for_certain(self) -> list[_Told]:
-        """Collects what was not collected, then releases everything, however long it takes."""
-        tries = 0
-        while True:
-            await self._collect(patient=True)
-            try:
-                return await self._release(give_up=False)
-            except Refusal as refusal:
-                tries += 1
-                _log.warning("the share cannot be released yet", job=self._record.id, why=refusal.message)
-                await asyncio.sleep(retry_delay_s(tries))
-
-    async def _release(self, *, give_up: bool) -> list[_Told]:
-        """Removes the container and destroys the slice, whatever of them there is. Returns what happened.
-
-        Raises:
-            Refusal: the node cannot do it now.
-            GivenUp: as `give_up` says.
-        """
-        owner, told = self._owner, list[_Told]()
-        remove = node_service_pb2.RemoveContainerRequest(
-            owner=owner, discard_results=True, request_id=self._request_id("remove-container")
-        )
-        await self._gone(lambda client: client.remove_container(remove), "CONTAINER_NOT_FOUND", give_up)
-        if self._attempt.container_id:
-            told.append((happenings.ContainerRemoved(self._number), now()))
-        uuid = self._attempt.slice_uuid or await self._find_slice(give_up)
-        if uuid:
-            destroy = node_service_pb2.DestroySliceRequest(
-                owner=owner, slice_uuid=uuid, request_id=self._request_id("destroy-slice")
-            )
-            await self._gone(lambda client: client.destroy_slice(destroy), "SLICE_NOT_FOUND", give_up)
-            self._around.nodes.slice_gone(self._attempt.node_id, uuid)
-        told.append((happenings.SliceDestroyed(self._number, uuid), now()))
-        return told
-
-    async def _gone(self, call: Callable[[NodeClient], Awaitable[None]], absent: str, give_up: bool) -> None:
-        try:
-            await self._asker.ask(call, give_up=give_up)
-        except Refusal as refusal:
-            if refusal.reason != absent:
-                raise
-
-    async def _find_slice(self, give_up: bool) -> str:
-        """Returns the slice of an attempt whose control plane was gone before it could note it; "" for none."""
-        for piece in await self._asker.ask(lambda client: client.list_slices(), give_up=give_up):
-            owner = piece.owner
-            if (owner.centre, owner.job_id, owner.attempt) == (self._around.centre, self._record.id, self._number):
-                return piece.uuid
-        return ""
+            await self.change(happenings.Stopped(container))

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import structlog
 
-from controlplane.attempt_driver import AttemptDriver, Surroundings
+from controlplane.attempt_driver import AttemptDriver
 from controlplane.faults import retry_delay_s
 from controlplane.jobs import PLACED_STATES
 from controlplane.records import JobRecord
+from controlplane.surroundings import Surroundings
 
 __all__ = ["Attempts"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import structlog
 
-from controlplane.attempt_driver import Surroundings
 from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.federation_service import FederationService
@@ -29,9 +28,14 @@ from controlplane.prediction import OnnxPrediction, Prediction
 from controlplane.records import JobRecord
 from controlplane.reservations import Reservations
 from controlplane.results import Results
+from controlplane.resumption import Resumption
+from controlplane.runs import Runs
 from controlplane.scheduler import Scheduler
 from controlplane.sqlite_store import SqliteStore
 from controlplane.submission import Submission
+from controlplane.surroundings import Surroundings
+from controlplane.wants import Wants
+from controlplane.warm import WarmShares
 from controlplane.watch import Feed
 from puhui.rpc.moment import now
 from puhui.rpc.server import RpcServer
@@ -67,6 +71,8 @@ class Settings:
     """A job ends without its node's confirmation after this long."""
     collect_patience_s: float = 30.0
     """Results that a node in contact keeps refusing are given up after this long."""
+    warm_s: float = 60.0
+    """A slice that was taken back is kept for its tenant for this long; 0 is not at all."""
 
 
 class Centre:
@@ -105,7 +111,7 @@ class Centre:
         centre._prediction = prediction or OnnxPrediction(settings.prediction_budget_s)
         bundles = Bundles(settings.state / "bundles", store, centre._lasting)
         results = Results(settings.state / "results")
-        reservations = Reservations(lambda: centre._scheduler.wake())
+        reservations = Reservations(lambda: centre._shares_changed())
         centre._nodes = nodes = Nodes(
             store,
             settings.centre,
@@ -114,7 +120,9 @@ class Centre:
             reservations,
             lambda: centre._scheduler.wake(),
         )
-        centre._scheduler = scheduler = Scheduler(store, nodes, reservations, settings.patience_s)
+        centre._warm = warm = WarmShares(settings.centre, store, nodes, reservations)
+        centre._scheduler = scheduler = Scheduler(store, nodes, reservations, warm, feed, settings.patience_s)
+        wants = Wants(feed)
         around = Surroundings(
             settings.centre,
             store,
@@ -122,6 +130,11 @@ class Centre:
             reservations,
             bundles,
             results,
+            feed,
+            wants,
+            scheduler.add,
+            scheduler.remove,
+            lambda tenant: settings.warm_s,
             settings.release_patience_s,
             settings.collect_patience_s,
         )
@@ -132,6 +145,8 @@ class Centre:
         submission = Submission(
             settings.centre, store, bundles, nodes, centre._prediction, centre._lasting, scheduler.add
         )
+        centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
+        await runs.take_up()
         logs = LogReader(settings.centre, store, feed, nodes, results)
         job_service = JobService(
             store,
@@ -145,6 +160,8 @@ class Centre:
             logs,
             pages,
             centre._lasting,
+            runs,
+            Resumption(store, feed, centre._lasting),
         )
         centre._server = server = RpcServer(settings.listen)
         server.add("puhui.v1.JobService", add_JobServiceServicer_to_server, job_service)
@@ -157,6 +174,7 @@ class Centre:
         port = await server.start()
         centre.address = settings.listen if not port else f"{settings.listen.rpartition(':')[0]}:{port}"
         centre._tasks.append(asyncio.create_task(scheduler.run(centre._attempts), name="scheduler"))
+        centre._tasks.append(asyncio.create_task(warm.run(), name="warm shares"))
         centre._tasks.append(asyncio.create_task(centre._forget(), name="forget requests"))
         _log.info("serving", address=centre.address, centre=settings.centre)
         return centre
@@ -169,6 +187,8 @@ class Centre:
     _prediction: Prediction
     _nodes: Nodes
     _scheduler: Scheduler
+    _warm: WarmShares
+    _runs: Runs
     _attempts: Attempts
     _reservations: Reservations
     _server: RpcServer
@@ -186,10 +206,14 @@ class Centre:
             else:
                 self._scheduler.add(record)
         for reservation in held:
-            if reservation.key not in driven:
+            if reservation.key not in driven and not reservation.is_warm:
                 self._attempts.drive(await self._require(reservation.job_id), reservation.attempt, adopt=True)
         if driven or held:
             _log.info("taking up attempts", running=len(driven), held=len(held), queued=self._scheduler.queued)
+
+    def _shares_changed(self) -> None:
+        self._scheduler.wake()
+        self._warm.wake()
 
     async def _require(self, job_id: str) -> JobRecord:
         record = await self._store.job(job_id)
@@ -212,6 +236,7 @@ class Centre:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._runs.stop()
         await self._attempts.stop()
         await self._nodes.stop()
         await self._prediction.close()

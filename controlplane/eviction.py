@@ -1,29 +1,29 @@
 """Which idle shares of a GPU have to go so that a slice fits: shares in, the cheapest way out.
 
 Busy shares, foreign slices and room that is spoken for are never part of a way. The cheapest way takes the fewest
-memory slices from idle shares (their owners are disturbed), then the fewest from warm ones (only cutting is lost),
-then waits for as little as possible that another job waits for already.
+memory slices from idle shares (their owners are disturbed), then the fewest from warm ones (only cutting is lost).
+What leaves already costs nothing.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
-from controlplane.fleet import Geometry, GpuView, Shape, Use, span
+from controlplane.fleet import Geometry, GpuKey, GpuView, Shape, Use, span
 from controlplane.placement import Decision, room_left
 from controlplane.reservations import AttemptKey
 
-__all__ = ["Eviction", "way_on"]
+__all__ = ["Eviction", "Promise", "way_on"]
 
 
 class _Kind(enum.IntEnum):
     WARM = 0
     IDLE = 1
     LEAVING = 2
-    LEAVING_FOR_ANOTHER = 3
 
 
 _Loose = tuple[int, int, _Kind, bool]
@@ -33,12 +33,22 @@ _Loose = tuple[int, int, _Kind, bool]
 @dataclass(frozen=True)
 class _Way:
     cost: tuple[int, ...]
-    """Memory slices of idle shares, of warm ones, of those that leave for another job, of others that leave; shares."""
+    """Memory slices of idle shares that have to go, of warm ones, of those that leave already; number of shares."""
     kept: int
     """Placements, over all shapes, that stay possible."""
     start: int
     evicted: tuple[int, ...]
     awaited: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Room that shares leave for a job, as the next plan needs to know it."""
+
+    gpu: GpuKey
+    profile: str
+    start: int
+    """First memory slice."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,13 @@ class Eviction:
     """To be evicted now."""
     awaited: tuple[Use, ...]
     """In the way too, but they leave already."""
-    rank: tuple[object, ...]
+    rank: tuple[Any, ...]
     """The smallest is the cheapest, over all GPUs."""
+
+    @property
+    def promise(self) -> Promise:
+        """What the job is promised."""
+        return Promise(self.decision.gpu.key, self.decision.shape.profile, self.decision.start)
 
 
 def way_on(
@@ -59,9 +74,9 @@ def way_on(
     shape: Shape,
     spoken_for: int,
     promised: int,
-    leaving: Mapping[AttemptKey, str],
+    leaving: Collection[AttemptKey],
     taken_over: Collection[AttemptKey],
-    job_id: str,
+    starts: tuple[int, ...],
 ) -> Eviction | None:
     """Returns the cheapest way to have a slice of `shape` on a GPU; None when busy shares are in every way.
 
@@ -70,16 +85,16 @@ def way_on(
         shape: what is wanted.
         spoken_for: bit mask of memory slices that the plan has given away or keeps for somebody.
         promised: slices of this shape that the plan has given away or keeps, which are not among the GPU's uses.
-        leaving: shares that the plan evicts, each with the job that it is evicted for.
+        leaving: shares that the plan evicts.
         taken_over: warm shares that the plan lets a job take over.
-        job_id: the job that asks; shares that leave for it are not counted as another's. "" for any job.
+        starts: the placements that are looked at, by their first memory slice.
     """
     if not gpu.loose:
         return None
     loose = [use for use in gpu.loose if use.key not in taken_over]
-    layout = tuple((use.start, use.size, _kind(use, leaving, job_id), use.profile == shape.profile) for use in loose)
+    layout = tuple((use.start, use.size, _kind(use, leaving), use.profile == shape.profile) for use in loose)
     firm = gpu.count(shape.profile) - sum(use.profile == shape.profile for use in loose) + promised
-    way = _cheapest(gpu.geometry, shape, gpu.firm | spoken_for, layout, firm)
+    way = _cheapest(gpu.geometry, shape, starts, gpu.firm | spoken_for, layout, firm)
     if way is None:
         return None
     shares = tuple(loose[at] for at in way.evicted)
@@ -92,29 +107,34 @@ def way_on(
     )
 
 
-def _kind(use: Use, leaving: Mapping[AttemptKey, str], job_id: str) -> _Kind:
-    waiter = leaving.get(use.key) if use.key is not None else None
-    if waiter is None:
-        if not use.leaving:
-            return _Kind.WARM if use.warm else _Kind.IDLE
-        waiter = use.leaving_for
-    return _Kind.LEAVING if waiter in {"", job_id} else _Kind.LEAVING_FOR_ANOTHER
+def _kind(use: Use, leaving: Collection[AttemptKey]) -> _Kind:
+    if use.leaving or use.key in leaving:
+        return _Kind.LEAVING
+    return _Kind.WARM if use.warm else _Kind.IDLE
 
 
 @functools.lru_cache(maxsize=65536)
-def _cheapest(geometry: Geometry, shape: Shape, firm: int, layout: tuple[_Loose, ...], firm_count: int) -> _Way | None:
-    """Returns the cheapest way among all placements of a shape.
+def _cheapest(
+    geometry: Geometry,
+    shape: Shape,
+    starts: tuple[int, ...],
+    firm: int,
+    layout: tuple[_Loose, ...],
+    firm_count: int,
+) -> _Way | None:
+    """Returns the cheapest way among some placements of a shape.
 
     Args:
         geometry: what the GPU can be cut into.
         shape: what is wanted.
+        starts: the placements.
         firm: bit mask of memory slices that no eviction makes free.
         layout: what may leave or leaves, the oldest first.
         firm_count: slices of this shape that no eviction removes.
     """
     best: _Way | None = None
-    best_rank: tuple[object, ...] | None = None
-    for start in shape.starts:
+    best_rank: tuple[Any, ...] | None = None
+    for start in starts:
         mask = span(start, shape.size)
         if mask & firm:
             continue
@@ -141,12 +161,12 @@ def _too_many(shape: Shape, layout: tuple[_Loose, ...], inside: set[int], firm_c
     if excess > len(same):
         return None
     # All of one shape, so equally large: the kind decides, then the age.
-    preference = (_Kind.LEAVING, _Kind.LEAVING_FOR_ANOTHER, _Kind.WARM, _Kind.IDLE)
+    preference = (_Kind.LEAVING, _Kind.WARM, _Kind.IDLE)
     return set(sorted(same, key=lambda at: (preference.index(layout[at][2]), at))[:excess])
 
 
 def _way(geometry: Geometry, firm: int, layout: tuple[_Loose, ...], mask: int, start: int, going: set[int]) -> _Way:
-    slices = [0, 0, 0, 0]
+    slices = [0, 0, 0]
     after = firm | mask
     for at, (first, size, kind, _) in enumerate(layout):
         if at in going:
@@ -155,11 +175,5 @@ def _way(geometry: Geometry, firm: int, layout: tuple[_Loose, ...], mask: int, s
             after |= span(first, size)
     evicted = tuple(at for at in sorted(going) if layout[at][2] <= _Kind.IDLE)
     awaited = tuple(at for at in sorted(going) if layout[at][2] > _Kind.IDLE)
-    cost = (
-        slices[_Kind.IDLE],
-        slices[_Kind.WARM],
-        slices[_Kind.LEAVING_FOR_ANOTHER],
-        slices[_Kind.LEAVING],
-        len(going),
-    )
+    cost = (slices[_Kind.IDLE], slices[_Kind.WARM], slices[_Kind.LEAVING], len(going))
     return _Way(cost, room_left(geometry, after), start, evicted, awaited)

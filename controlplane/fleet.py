@@ -23,7 +23,6 @@ GpuKey = tuple[str, str]
 """(node id, GPU UUID). Emulated nodes may well have the same UUIDs."""
 
 _NONE_IDLE: Mapping[AttemptKey, float] = {}
-_NONE_LEAVES: Mapping[AttemptKey, str] = {}
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,6 @@ class Use:
     """Idle since, in seconds since the epoch; 0 where it is warm, busy, or nobody said."""
     leaving: bool = False
     """It is being evicted already."""
-    leaving_for: str = ""
-    """Job that it is being evicted for; "" when that is not known."""
 
     @property
     def warm(self) -> bool:
@@ -188,7 +185,7 @@ def gpu_views(
     centre: str,
     released: Collection[AttemptKey] = (),
     idle: Mapping[AttemptKey, float] = _NONE_IDLE,
-    leaving: Mapping[AttemptKey, str] = _NONE_LEAVES,
+    leaving: Collection[AttemptKey] = (),
 ) -> list[GpuView]:
     """Returns every GPU that can be cut, by node name and GPU index.
 
@@ -198,7 +195,7 @@ def gpu_views(
         centre: name of this centre, to tell its own slices from foreign ones.
         released: attempts whose slice a node has confirmed to be gone; a report that still shows it is old.
         idle: attempts that do not use their share, with since when, in seconds since the epoch.
-        leaving: attempts whose share is being evicted, with the job that it is evicted for ("" for none).
+        leaving: attempts whose share is being evicted.
     """
     held: dict[GpuKey, list[Reservation]] = {}
     for reservation in reservations:
@@ -229,7 +226,7 @@ def gpu_views(
     return views
 
 
-def _use(held: Reservation, idle: Mapping[AttemptKey, float], leaving: Mapping[AttemptKey, str]) -> Use:
+def _use(held: Reservation, idle: Mapping[AttemptKey, float], leaving: Collection[AttemptKey]) -> Use:
     return Use(
         held.profile,
         held.start,
@@ -242,7 +239,6 @@ def _use(held: Reservation, idle: Mapping[AttemptKey, float], leaving: Mapping[A
         idle=held.is_warm or held.key in idle,
         idle_since=0.0 if held.is_warm else idle.get(held.key, 0.0),
         leaving=held.key in leaving,
-        leaving_for=leaving.get(held.key, ""),
     )
 
 

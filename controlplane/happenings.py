@@ -41,6 +41,7 @@ __all__ = [
     "Submitted",
     "SuspendRequested",
     "Waits",
+    "WarmSliceDropped",
     "WorkspaceCarried",
 ]
 
@@ -225,6 +226,16 @@ class ReclaimRefused(Happening):
 
     reason: str
     message: str
+
+
+@dataclass(frozen=True)
+class WarmSliceDropped(Happening):
+    """A slice that was kept for its tenant after a reclaim is gone."""
+
+    attempt: int
+    slice_uuid: str
+    for_job: str
+    """The job that needed the room; "" when its time was over."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -19,15 +20,17 @@ from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
 from controlplane.records import BundleRecord, Change, JobQuery, JobRecord, Request
 from controlplane.results import Results
+from controlplane.resumption import Resumption
 from controlplane.room import Room
+from controlplane.runs import Runs
 from controlplane.scheduler import Scheduler
 from controlplane.store import RequestReused, Store
 from controlplane.submission import Submission
 from controlplane.watch import Feed
-from puhui.rpc.errors import Refusal, unimplemented
+from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import moment, now
 from puhui.rpc.transfer import read_chunks
-from puhui.v1 import job_pb2, stream_pb2
+from puhui.v1 import idle_pb2, job_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
 from puhui.v1.job_service_pb2_grpc import JobServiceServicer
 
@@ -55,6 +58,8 @@ class JobService(JobServiceServicer):
         logs: LogReader,
         pages: Pages,
         lasting: Lasting,
+        runs: Runs,
+        resumption: Resumption,
     ) -> None:
         self._store = store
         self._feed = feed
@@ -67,6 +72,8 @@ class JobService(JobServiceServicer):
         self._logs = logs
         self._pages = pages
         self._lasting = lasting
+        self._runs = runs
+        self._resumption = resumption
 
     async def PutBundle(  # noqa: N802 - named by the contract
         self, request_iterator: AsyncIterator[wire.PutBundleRequest], context: _Context
@@ -208,40 +215,66 @@ class JobService(JobServiceServicer):
             for chunk in read_chunks(self._results.archive(record.id, number), request.offset):
                 yield wire.GetArtifactsResponse(chunk=chunk)
 
-    def RunJob(  # noqa: N802
+    async def RunJob(  # noqa: N802
         self, request_iterator: AsyncIterator[wire.RunJobRequest], context: _Context
     ) -> AsyncIterator[wire.RunJobResponse]:
-        """Not served yet."""
-        raise unimplemented("RunJob")
+        """Carries out a run instruction."""
+        async with contextlib.aclosing(self._runs.run(request_iterator)) as responses:
+            async for response in responses:
+                yield response
+
+    async def ListRuns(self, request: wire.ListRunsRequest, context: _Context) -> wire.ListRunsResponse:  # noqa: N802
+        """Returns a page of runs."""
+        await require_job(self._store, request.job_id)
+        of = b"runs\0" + request.job_id.encode()
+        before = int(self._pages.after(of, request.page_token)) if request.page_token else None
+        size = page_size(request.page_size)
+        found = await self._store.runs(request.job_id, before, size + 1)
+        page = found[:size]
+        more = self._pages.token(of, str(page[-1][0])) if len(found) > size else ""
+        return wire.ListRunsResponse(runs=[run for _, run in page], next_page_token=more)
 
     async def SuspendJob(self, request: wire.SuspendJobRequest, context: _Context) -> wire.SuspendJobResponse:  # noqa: N802
-        """Not served yet."""
-        raise unimplemented("SuspendJob")
+        """Takes a job's share back."""
+        return wire.SuspendJobResponse(job=self._shown(await self._resumption.suspend(request)))
 
     async def ResumeJob(self, request: wire.ResumeJobRequest, context: _Context) -> wire.ResumeJobResponse:  # noqa: N802
-        """Not served yet."""
-        raise unimplemented("ResumeJob")
+        """Schedules a share for a job without one."""
+        return wire.ResumeJobResponse(job=self._shown(await self._resumption.resume(request)))
 
     async def ExplainJob(self, request: wire.ExplainJobRequest, context: _Context) -> wire.ExplainJobResponse:  # noqa: N802
-        """Not served yet."""
-        raise unimplemented("ExplainJob")
+        """Says why a job waits."""
+        record = await require_job(self._store, request.job_id)
+        position, why = self._scheduler.place_of(record.id), self._scheduler.why_waiting(record.id)
+        return wire.ExplainJobResponse(message=why or self._shown(record).message, queue_position=position)
 
     def _shown(self, record: JobRecord) -> job_pb2.Job:
         """Returns a job as people see it: with what is known only at this moment."""
         job = record.job
         note = ""
-        if job.state == job_pb2.JOB_STATE_QUEUED:
+        if job.state in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RESUMING):
             note = self._scheduler.why_waiting(job.id)
         elif job.state in PLACED_STATES:
             link = self._nodes.link(record.attempt.node_id)
             if link is not None and not link.in_contact:
                 note = f"{job.message}; its node {self._nodes.name(link.node_id)} is out of contact"
-        if not note:
+        idleness = self._idleness(record)
+        if not note and idleness is None:
             return job
         shown = job_pb2.Job()
         shown.CopyFrom(job)
-        shown.message = note
+        shown.message = note or job.message
+        if idleness is not None:
+            shown.idleness.CopyFrom(idleness)
         return shown
+
+    def _idleness(self, record: JobRecord) -> idle_pb2.Idleness | None:
+        """Returns whether a job uses its share, by its node's last word; None when that is not known."""
+        if record.state != job_pb2.JOB_STATE_RUNNING:
+            return None
+        link = self._nodes.link(record.attempt.node_id)
+        container = link.containers.get((record.id, len(record.job.attempts))) if link is not None else None
+        return container.idleness if container is not None and container.HasField("idleness") else None
 
 
 def _cancelled(record: JobRecord, message: str, noted: Request | None) -> Change | None:

@@ -90,7 +90,7 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
     if job.state not in TRANSITIONS[record.state]:
         raise IllegalTransition(_text(record, happening))
     # What a late release tells of is not why the job ended.
-    if record.state not in FINAL_STATES:
+    if record.state not in FINAL_STATES and not isinstance(happening, h.WarmSliceDropped):
         job.reason, job.message = draft.reason, draft.message
     event = job_pb2.JobEvent(
         time=timestamp(at),
@@ -120,20 +120,22 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     h.ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
     h.ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
     h.ResultsLost: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
-    h.ContainerRemoved: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
-    h.SliceDestroyed: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING}) | FINAL_STATES,
+    # A former attempt may be released while the job goes on.
+    h.ContainerRemoved: frozenset(job_pb2.JobState.values()),
+    h.SliceDestroyed: frozenset(job_pb2.JobState.values()),
     h.Ended: frozenset({JOB_STATE_STOPPING}),
     h.SuspendRequested: LIVING_STATES,
     h.ReclaimBegun: frozenset({JOB_STATE_RUNNING}),
     h.Reclaimed: frozenset({JOB_STATE_RUNNING}),
     h.ReclaimRefused: frozenset({JOB_STATE_RUNNING}),
+    h.WarmSliceDropped: frozenset(job_pb2.JobState.values()),
     h.ResumeRequested: frozenset({JOB_STATE_IDLE}),
     h.ResumeWithdrawn: frozenset({JOB_STATE_RESUMING}),
     h.ShareReserved: frozenset({JOB_STATE_RESUMING}),
     h.ResumeRetried: frozenset({JOB_STATE_RESUMING}),
     h.Resumed: frozenset({JOB_STATE_RESUMING}),
     h.Moves: frozenset({JOB_STATE_RESUMING}),
-    h.WorkspaceCarried: frozenset({JOB_STATE_STARTING}),
+    h.WorkspaceCarried: LIVING_STATES,
     h.RunAsked: frozenset({JOB_STATE_QUEUED, JOB_STATE_STARTING}) | LIVING_STATES,
     h.RunStarted: LIVING_STATES,
     h.RunEnded: frozenset(job_pb2.JobState.values()),
@@ -146,7 +148,8 @@ _BEFORE_PLACEMENT = (h.Submitted, h.Predicted, h.Waits, h.Reserved, h.CancelRequ
 def _require(record: JobRecord, happening: Happening) -> None:
     if record.state not in _ALLOWED_IN[type(happening)]:
         raise IllegalTransition(_text(record, happening))
-    number = happening.attempt if isinstance(happening, h.ContainerRemoved | h.SliceDestroyed) else 1
+    about = h.ContainerRemoved | h.SliceDestroyed | h.WarmSliceDropped
+    number = happening.attempt if isinstance(happening, about) else 1
     if not isinstance(happening, _BEFORE_PLACEMENT) and not 1 <= number <= len(record.job.attempts):
         raise IllegalTransition(f"{record.id}: it has no such attempt")
     if isinstance(happening, h.Ended) and record.ending is None:
@@ -428,6 +431,7 @@ _APPLY: Mapping[type[Happening], Callable[[Draft, Any], None]] = {
     h.ReclaimBegun: sharing.reclaim_begun,
     h.Reclaimed: sharing.reclaimed,
     h.ReclaimRefused: sharing.reclaim_refused,
+    h.WarmSliceDropped: sharing.warm_slice_dropped,
     h.ResumeRequested: sharing.resume_requested,
     h.ResumeWithdrawn: sharing.resume_withdrawn,
     h.ShareReserved: sharing.share_reserved,

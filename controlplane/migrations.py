@@ -118,6 +118,7 @@ def m0003_runs(db: Database) -> None:
             sequence integer primary key autoincrement,
             id text not null unique,
             job_id text not null,
+            start blob not null,     -- puhui.v1.RunStart
             body blob not null       -- puhui.v1.Run
         )
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from puhui.rpc.transfer import read_chunks
 from puhui.v1 import card_pb2, node_pb2, node_service_pb2, stream_pb2
 from puhui.v1.node_service_pb2_grpc import NodeServiceStub
 
-__all__ = ["GrpcNodeClient", "NodeClient", "is_unreachable"]
+__all__ = ["ExecCall", "GrpcNodeClient", "NodeClient", "is_unreachable"]
 
 _UNREACHABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
 
@@ -40,6 +40,16 @@ _RECLAIM_S = 900.0
 def is_unreachable(refusal: Refusal) -> bool:
     """Returns whether nothing is known about what the node did, because no answer came."""
     return refusal.code in _UNREACHABLE and refusal.reason == "UNKNOWN"
+
+
+class ExecCall(Protocol):
+    """A command that runs in a container, as its caller sees it."""
+
+    def answers(self) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
+        """Yields output, and at last the exit code."""
+
+    def close(self) -> None:
+        """Goes away; what becomes of the command, its start has said."""
 
 
 class NodeClient(Protocol):
@@ -75,6 +85,9 @@ class NodeClient(Protocol):
     async def attach_slice(self, request: node_service_pb2.AttachSliceRequest) -> node_pb2.Container:
         """Makes a slice appear in a living container."""
 
+    async def detach_slice(self, request: node_service_pb2.DetachSliceRequest) -> node_pb2.Container:
+        """Makes a slice vanish from a living container."""
+
     async def transfer_slice(self, request: node_service_pb2.TransferSliceRequest) -> card_pb2.Slice:
         """Gives a slice to another attempt."""
 
@@ -86,10 +99,8 @@ class NodeClient(Protocol):
     async def resume_container(self, request: node_service_pb2.ResumeContainerRequest) -> node_pb2.Container:
         """Thaws a container, and moves what was checkpointed in it to its slice."""
 
-    def exec(
-        self, requests: AsyncIterator[node_service_pb2.ExecRequest], started: Callable[[], None]
-    ) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
-        """Runs a command in a living container; `started` is called once it runs, before anything is yielded."""
+    async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCall:
+        """Runs a command in a living container, and returns once it runs. Close what is returned."""
 
     def read_workspace(
         self, owner: card_pb2.AttemptRef, offset: int
@@ -129,7 +140,9 @@ class GrpcNodeClient:
         self._closed = True
         await self._channel.close(None)
 
-    async def _stream(self, call: grpc.aio.UnaryStreamCall[Any, _T]) -> AsyncGenerator[_T, None]:
+    async def _stream(
+        self, call: grpc.aio.UnaryStreamCall[Any, _T] | grpc.aio.StreamStreamCall[Any, _T]
+    ) -> AsyncGenerator[_T, None]:
         with self._refusals():
             try:
                 async for response in call:
@@ -206,6 +219,11 @@ class GrpcNodeClient:
         with self._refusals():
             return (await self._stub.AttachSlice(request, timeout=_SLICE_S)).container
 
+    async def detach_slice(self, request: node_service_pb2.DetachSliceRequest) -> node_pb2.Container:
+        """Makes a slice vanish from a living container."""
+        with self._refusals():
+            return (await self._stub.DetachSlice(request, timeout=_SLICE_S)).container
+
     async def transfer_slice(self, request: node_service_pb2.TransferSliceRequest) -> card_pb2.Slice:
         """Gives a slice to another attempt."""
         with self._refusals():
@@ -223,24 +241,22 @@ class GrpcNodeClient:
         with self._refusals():
             return (await self._stub.ResumeContainer(request, timeout=_CONTAINER_S)).container
 
-    async def exec(
-        self, requests: AsyncIterator[node_service_pb2.ExecRequest], started: Callable[[], None]
-    ) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
-        """Runs a command in a living container; `started` is called once it runs, before anything is yielded."""
+    async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCall:
+        """Runs a command in a living container, and returns once it runs. Close what is returned."""
         running = asyncio.Event()
         call = self._stub.Exec(_held_back(requests, running))
-        with self._refusals():
-            try:
+        try:
+            with self._refusals():
                 # The start is sent at once. A refusal ends the call here, with nothing of the input on its way:
                 # grpc.aio makes an INTERNAL of a refusal that meets a caller who is still writing.
                 await call.initial_metadata()
-                if not call.done() or await call.code() == grpc.StatusCode.OK:
-                    started()
-                    running.set()
-                async for response in call:
-                    yield response
-            finally:
-                call.cancel()
+                if call.done() and await call.code() != grpc.StatusCode.OK:
+                    await call.read()
+        except BaseException:
+            call.cancel()
+            raise
+        running.set()
+        return _GrpcExecCall(call, self._stream(call))
 
     async def read_workspace(
         self, owner: card_pb2.AttemptRef, offset: int
@@ -282,6 +298,20 @@ class GrpcNodeClient:
         async with contextlib.aclosing(self._stream(self._stub.WatchEvents(request))) as responses:
             async for response in responses:
                 yield response.event
+
+
+class _GrpcExecCall:
+    def __init__(self, call: grpc.aio.Call, stream: AsyncGenerator[node_service_pb2.ExecResponse, None]) -> None:
+        self._call = call
+        self._stream = stream
+
+    def answers(self) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
+        """Yields output, and at last the exit code."""
+        return self._stream
+
+    def close(self) -> None:
+        """Goes away."""
+        self._call.cancel()
 
 
 async def _parts(

@@ -63,6 +63,8 @@ class NodeLink:
         self.client = connect(address)
         self.event_cursor = event_cursor
         self.containers: dict[AttemptKey, node_pb2.Container] = {}
+        self.wanted: set[AttemptKey] = set()
+        """Attempts whose checkpointed processes ask for their card."""
         self._centre = centre
         self._connect = connect
         self._owner = owner
@@ -187,6 +189,8 @@ class NodeLink:
         self.event_cursor = max(self.event_cursor, event.cursor)
         if event.HasField("container") and event.owner.centre == self._centre:
             key = _key(event.owner)
+            if event.kind == node_pb2.NODE_EVENT_KIND_CARD_WANTED:
+                self.wanted.add(key)
             if event.kind == node_pb2.NODE_EVENT_KIND_CONTAINER_REMOVED:
                 self.containers.pop(key, None)
             else:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Iterable
 
 import structlog
 
+from controlplane.jobs import PLACED_STATES
 from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.reservations import Reservations
 from controlplane.store import Store
@@ -34,7 +35,7 @@ async def remove_orphans(
     """
     for container in containers:
         owner = container.owner
-        if owner.centre == centre and await _over(owner, store, reservations):
+        if owner.centre == centre and await _over(owner, store, reservations, living=True):
             _log.warning("removing an orphaned container", job=owner.job_id, attempt=owner.attempt)
             await _tolerate(
                 client.remove_container(
@@ -45,7 +46,11 @@ async def remove_orphans(
             )
     for piece in slices:
         owner = piece.owner
-        if not piece.HasField("owner") or owner.centre != centre or not await _over(owner, store, reservations):
+        if (
+            not piece.HasField("owner")
+            or owner.centre != centre
+            or not await _over(owner, store, reservations, living=False)
+        ):
             continue
         _log.warning("destroying an orphaned slice", job=owner.job_id, attempt=owner.attempt, slice=piece.uuid)
         await _tolerate(
@@ -57,14 +62,24 @@ async def remove_orphans(
         )
 
 
-async def _over(owner: card_pb2.AttemptRef, store: Store, reservations: Reservations) -> bool:
+async def _over(owner: card_pb2.AttemptRef, store: Store, reservations: Reservations, *, living: bool) -> bool:
+    """Returns whether an attempt is over, so that nothing of it may be left.
+
+    Args:
+        owner: the attempt.
+        store: the centre's memory.
+        reservations: what is held.
+        living: an attempt without a share may have it nevertheless: its container lives on, or its workspace is needed.
+    """
     if reservations.holds((owner.job_id, owner.attempt)):
         return False
     record = await store.job(owner.job_id)
     if record is None:
         return False
-    # An attempt that is being driven holds its share; the check above has seen to it.
-    return owner.attempt <= len(record.job.attempts)
+    newest = len(record.job.attempts)
+    if living and record.state in PLACED_STATES and owner.attempt in (newest, record.carry_from):
+        return False
+    return owner.attempt <= newest
 
 
 def _request_id(owner: card_pb2.AttemptRef, step: str) -> str:

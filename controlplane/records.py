@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.endings import Ending
-from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2
+from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2
 
 __all__ = [
     "BundleRecord",
@@ -54,12 +54,12 @@ class JobRecord:
     """What of them was given up and why, in a sentence; "" when nothing was."""
     reclaiming: str = ""
     """Why its share is being taken back, see `happenings.ReclaimBegun`; "" when it is not."""
-    hardest: int = 0
-    """The hardest rung (job_pb2.ReclaimMode) that this reclaim may take."""
+    hardest: job_pb2.ReclaimMode.ValueType = job_pb2.RECLAIM_MODE_UNSPECIFIED
+    """The hardest rung that this reclaim may take."""
     reclaims: int = 0
     """Number of reclaims that were begun; tells their request ids apart."""
-    suspend: int = 0
-    """The hardest rung that somebody allowed who wants its share taken back now; 0 when nobody does."""
+    suspend: job_pb2.ReclaimMode.ValueType = job_pb2.RECLAIM_MODE_UNSPECIFIED
+    """The hardest rung that somebody allowed who wants its share taken back now; UNSPECIFIED when nobody does."""
     resumes: int = 0
     """Number of shares that were reserved for it after the first; tells their request ids apart."""
     wake: str = ""
@@ -161,6 +161,8 @@ class Change:
     """The warm reservation (job id, attempt) that ends because `reserve` takes its slice."""
     runs: tuple[job_pb2.Run, ...] = ()
     """Runs as they are now."""
+    run_start: job_service_pb2.RunStart | None = None
+    """What was asked for of the one run that is new."""
     token_taken: bool = False
     """The fencing token that was offered is used, and never offered again."""
     request: Request | None = None

@@ -4,6 +4,7 @@
     RESULTS/<job>/<attempt>/log.index        (offset in the output, position in `log`), every 256 KiB of long logs
     RESULTS/<job>/<attempt>/artifacts.tar.gz the archive, as the node made it
     RESULTS/<job>/<attempt>/artifacts.pb     its ArtifactManifest
+    RESULTS/<job>/<attempt>/workspace.*      the same of a workspace, while it is on its way to another node
 
 A file has its final name only when all of it is on disk.
 """
@@ -53,6 +54,26 @@ class Results:
             OSError: the disk is full.
         """
         return ArtifactWriter(self._made(job_id, attempt))
+
+    def write_workspace(self, job_id: str, attempt: int) -> ArtifactWriter:
+        """Begins the workspace of an attempt, on its way to another node, anew.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        return ArtifactWriter(self._made(job_id, attempt), "workspace")
+
+    def workspace(self, job_id: str, attempt: int) -> tuple[Path, stream_pb2.ArtifactManifest] | None:
+        """Returns the archive of an attempt's workspace and what it holds; None when it is not here."""
+        path = self.folder(job_id, attempt) / "workspace.pb"
+        if not path.exists():
+            return None
+        return path.with_name("workspace.tar.gz"), stream_pb2.ArtifactManifest.FromString(path.read_bytes())
+
+    def drop_workspace(self, job_id: str, attempt: int) -> None:
+        """Forgets the workspace of an attempt: it has arrived."""
+        for name in ("workspace.pb", "workspace.tar.gz"):
+            (self.folder(job_id, attempt) / name).unlink(missing_ok=True)
 
     def _made(self, job_id: str, attempt: int) -> Path:
         folder = self.folder(job_id, attempt)
@@ -205,11 +226,16 @@ class LogWriter:
 
 
 class ArtifactWriter:
-    """Writes one artifact archive and its manifest. Leave the block without `keep`, and there is none."""
+    """Writes one archive and its manifest. Leave the block without `keep`, and there is none.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._archive = _Durable(folder / "artifacts.tar.gz")
+    Args:
+        folder: where.
+        name: "artifacts" or "workspace".
+    """
+
+    def __init__(self, folder: Path, name: str = "artifacts") -> None:
+        self._manifest = folder / f"{name}.pb"
+        self._archive = _Durable(folder / f"{name}.tar.gz")
         self._digest = hashlib.sha256()
         self._kept = False
         self.size_bytes = 0
@@ -239,15 +265,13 @@ class ArtifactWriter:
         return self.size_bytes == manifest.size_bytes and "sha256:" + self._digest.hexdigest() == manifest.digest
 
     def keep(self, manifest: stream_pb2.ArtifactManifest) -> None:
-        """The archive is whole: gives it its name. Nothing is kept of an archive without files.
+        """The archive is whole: gives it its name.
 
         Raises:
             OSError: the disk is full.
         """
-        if not manifest.files:
-            return
         self._archive.keep()
-        words = _Durable(self._folder / "artifacts.pb")
+        words = _Durable(self._manifest)
         words.write(manifest.SerializeToString())
         words.keep()
         self._kept = True

@@ -2,21 +2,21 @@
 
 A question about one node looks at that node's GPUs only. A question about the whole fleet looks at GPUs that are alike
 together, or, for evictions and for room to keep, at a heap for each need that is brought up to date where the plan
-changed something: a decision does not cost more because the fleet is larger.
+changed something: many decisions of one plan do not cost more because the fleet is larger.
 """
 
 from __future__ import annotations
 
 import functools
 import heapq
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from controlplane.eviction import Eviction, way_on
+from controlplane.eviction import Eviction, Promise, way_on
 from controlplane.fleet import Geometry, GpuKey, GpuView, Shape, Use, span
 from controlplane.placement import Decision, fit
 from controlplane.reservations import AttemptKey
+from controlplane.warm_slices import WarmSlices
 from puhui.v1.prediction_pb2 import ProfileChoice
 
 __all__ = ["Room"]
@@ -24,31 +24,36 @@ __all__ = ["Room"]
 _Found = TypeVar("_Found")
 _Ranked = tuple[tuple[Any, ...], _Found]
 """The smallest rank is the best."""
-_Warm = tuple[GpuView, Use]
 
 
 class Room:
     """What is free, warm, or can be had by evicting, on the GPUs on which something may be placed.
 
-    `node` is, throughout, the id of the only node that is asked about; "" for any.
+    `node` is, throughout, the id of the only node that is asked about; "" for any. Room that is reserved, because shares
+    leave it for a job, is not there for the others, unless they are told to press: then who comes first takes it.
     """
 
     def __init__(self, gpus: Iterable[GpuView]) -> None:
-        self._held: dict[GpuKey, int] = {}
-        self._alike: dict[tuple[Geometry, int], dict[GpuKey, GpuView]] = {}
+        self._gpus: dict[GpuKey, GpuView] = {}
         self._of_node: dict[str, list[GpuView]] = {}
-        self._taken: dict[tuple[GpuKey, str], int] = {}
+        self._alike: dict[tuple[Geometry, int], dict[GpuKey, GpuView]] = {}
+        self._closed: dict[GpuKey, int] = {}
+        """Memory slices that are not free, or are spoken for, or reserved."""
         self._spoken: dict[GpuKey, int] = {}
         """Memory slices that the plan has given away or keeps, whoever is on them now."""
-        self._leaving: dict[AttemptKey, str] = {}
-        self._taken_over: set[AttemptKey] = set()
+        self._reserved: dict[GpuKey, dict[str, int]] = {}
+        """Memory slices that are reserved, by the job that waits for them."""
+        self._taken: dict[tuple[GpuKey, str], int] = {}
+        self._leaving: set[AttemptKey] = set()
         self._wishes: dict[str, set[tuple[str, str]]] = {}
         self._best_of: dict[Hashable, _BestFirst[Any]] = {}
         for gpu in gpus:
             if gpu.usable:
-                self._held[gpu.key] = gpu.held
-                self._alike.setdefault((gpu.geometry, gpu.held), {})[gpu.key] = gpu
+                self._gpus[gpu.key] = gpu
                 self._of_node.setdefault(gpu.node_id, []).append(gpu)
+                self._closed[gpu.key] = gpu.held
+                self._alike.setdefault((gpu.geometry, gpu.held), {})[gpu.key] = gpu
+        self._warm = WarmSlices(self._gpus.values())
 
     def usable(self, node: str) -> bool:
         """Returns whether something may be placed on a node."""
@@ -56,18 +61,13 @@ class Room:
 
     def held(self, gpu: GpuView) -> int:
         """Returns the bit mask of memory slices of a usable GPU that are not free for the rest of the plan."""
-        return self._held[gpu.key]
+        return self._closed[gpu.key]
 
     def count(self, gpu: GpuView, shape: Shape) -> int:
         """Returns how many slices of a shape are held on a GPU, with those of the plan."""
         return gpu.count(shape.profile) + self._promised(gpu, shape)
 
     # -- where a slice could go
-
-    def best(self, choices: Sequence[ProfileChoice], node: str = "") -> Decision | None:
-        """Returns where a slice of the first choice that fits into free room goes; None when none fits."""
-        search = functools.partial(self._best_on, node=node) if node else self._best
-        return next((found for choice in choices if (found := search(choice)) is not None), None)
 
     def warm(
         self, choices: Sequence[ProfileChoice], tenant: str, job_id: str, node: str = "", *, rest: bool = False
@@ -84,47 +84,56 @@ class Room:
             node: where.
             rest: not where a job that waits could go, see `wish`.
         """
-        wanted = [(choice.gpu_model, choice.profile) for choice in choices]
-        if node or rest:
-            found: Iterable[_Warm] = ((gpu, use) for gpu in self._on(node) for use in gpu.warm if use.tenant == tenant)
-        else:
-            heads = (self._first_warm(tenant, *kind) for kind in wanted)
-            found = (*self._warm_of_job.get((tenant, job_id), ()), *(head for head in heads if head is not None))
-        best: _Ranked[_Warm] | None = None
-        for gpu, use in found:
-            if (gpu.geometry.gpu_model, use.profile) not in wanted or not self._is_open(gpu, use):
-                continue
-            if rest and use.mask & self._wished(gpu):
-                continue
-            rank = (not _is_of(use, job_id), *_soonest(gpu, use))
-            if best is None or rank < best[0]:
-                best = rank, (gpu, use)
-        if best is None:
-            return None
-        gpu, use = best[1]
-        return Decision(gpu, gpu.geometry.by_profile[use.profile], use.start, use.key, use.slice_uuid)
 
-    def at_rest(self, choices: Sequence[ProfileChoice], node: str = "") -> Decision | None:
-        """Returns free room for a slice where no job that waits could go, see `wish`; None when there is none."""
+        def is_open(gpu: GpuView, use: Use) -> bool:
+            return use.key not in self._leaving and not use.mask & self._unavailable(gpu)
+
+        def is_open_at_rest(gpu: GpuView, use: Use) -> bool:
+            return is_open(gpu, use) and not use.mask & self._wished(gpu)
+
+        if node or rest:
+            return self._warm.among(self._on(node), choices, tenant, job_id, is_open_at_rest if rest else is_open)
+        return self._warm.anywhere(choices, tenant, job_id, is_open)
+
+    def best(self, choices: Sequence[ProfileChoice], node: str = "", *, press: bool = False) -> Decision | None:
+        """Returns where a slice of the first choice that fits into free room goes; None when none fits.
+
+        Args:
+            choices: the profiles that satisfy the job, the best first.
+            node: where.
+            press: only where room is reserved for others, which they lose then.
+        """
         for choice in choices:
-            found = self._best_on(choice, node=node, rest=True)
+            if press:
+                found = self._best_on(self._reserved_on(node), choice, self._without_reserves)
+            elif node:
+                found = self._best_on(self._on(node), choice, self.held)
+            else:
+                found = self._best(choice)
             if found is not None:
                 return found
         return None
 
-    def eviction(self, choices: Sequence[ProfileChoice], job_id: str, node: str = "") -> Eviction | None:
-        """Returns the cheapest placement that becomes free when idle shares leave; None when nothing could leave.
+    def at_rest(self, choices: Sequence[ProfileChoice], node: str = "") -> Decision | None:
+        """Returns free room for a slice where no job that waits could go, see `wish`; None when there is none."""
+        for choice in choices:
+            found = self._best_on(self._on(node), choice, lambda gpu: self._closed[gpu.key] | self._wished(gpu))
+            if found is not None:
+                return found
+        return None
 
-        Room that is being vacated for this job already comes before anything else.
+    def eviction(self, choices: Sequence[ProfileChoice], node: str = "", *, press: bool = False) -> Eviction | None:
+        """Returns the cheapest placement that becomes free when idle shares leave; None when there is none.
+
+        Args:
+            choices: the profiles that satisfy the job.
+            node: where.
+            press: only where room is reserved for others, which they lose then.
         """
-        own = [gpu for gpu in self._leaving_for.get(job_id, ()) if not node or gpu.node_id == node]
-        ways = [way[1] for gpu in own if (way := self._way(gpu, choices, job_id)) is not None]
-        vacated = [
-            way for way in ways if not way.shares and all(self._waiter(use) in {"", job_id} for use in way.awaited)
-        ]
-        if vacated:
-            return min(vacated, key=lambda way: way.rank)
-        return self._cheapest("eviction", choices, node, lambda gpu: self._way(gpu, choices, ""))
+        if press:
+            found = [self._way(gpu, choices, self._spoken.get(gpu.key, 0)) for gpu in self._reserved_on(node)]
+            return min((way for way in found if way is not None), key=lambda way: way[0], default=(None, None))[1]
+        return self._cheapest("eviction", choices, node, lambda gpu: self._way(gpu, choices, self._unavailable(gpu)))
 
     def nearest(self, choices: Sequence[ProfileChoice], node: str = "") -> tuple[GpuView, int] | None:
         """Returns the GPU and mask at which one of `choices` is likely to fit soonest.
@@ -134,36 +143,62 @@ class Room:
         """
         return self._cheapest("nearest", choices, node, lambda gpu: self._near(gpu, choices))
 
+    # -- room that an earlier plan promised
+
+    def reserve(self, job_id: str, promise: Promise) -> bool:
+        """Reserves room that shares leave for a job; returns whether that can still be."""
+        gpu = self._gpus.get(promise.gpu)
+        shape = gpu.geometry.by_profile.get(promise.profile) if gpu is not None else None
+        if gpu is None or shape is None or promise.start not in shape.starts:
+            return False
+        mask = span(promise.start, shape.size)
+        # Whatever does not leave has made the promise void; a share that stays after all is one of them.
+        if mask & (gpu.held & ~self._vacated(gpu)) or mask & self._unavailable(gpu):
+            return False
+        self._reserved.setdefault(gpu.key, {})[job_id] = mask
+        self._refresh(gpu)
+        return True
+
+    def redeem(self, job_id: str, promise: Promise) -> Decision | Eviction | None:
+        """Ends a job's reserve, and returns what has become of it: room, or room that shares still leave.
+
+        None when it is neither, or when who came first has taken it.
+        """
+        gpu = self._gpus[promise.gpu]
+        if self._reserved.get(gpu.key, {}).pop(job_id, None) is None:
+            return None
+        self._refresh(gpu)
+        shape = gpu.geometry.by_profile[promise.profile]
+        mask = span(promise.start, shape.size)
+        if not mask & self._closed[gpu.key] and self.count(gpu, shape) < shape.max_instances:
+            return Decision(gpu, shape, promise.start)
+        spoken = self._unavailable(gpu)
+        way = way_on(gpu, shape, spoken, self._promised(gpu, shape), self._leaving, self._warm.taken, (promise.start,))
+        return way if way is not None and not way.shares else None
+
     # -- what the plan does with it
 
     def take(self, decision: Decision) -> None:
         """Takes the room of a decision."""
-        mask = span(decision.start, decision.shape.size)
         if decision.take_over is not None:
-            self._taken_over.add(decision.take_over)
+            self._warm.take(decision.take_over)
         else:
             self._count(decision)
-        self.keep(decision.gpu, mask)
+        self.keep(decision.gpu, span(decision.start, decision.shape.size))
 
-    def promise(self, eviction: Eviction, job_id: str) -> None:
-        """Lets shares leave for a job, and keeps their room for it."""
-        self._leaving.update({use.key: job_id for use in (*eviction.shares, *eviction.awaited) if use.key is not None})
+    def promise(self, eviction: Eviction) -> None:
+        """Lets shares leave, and keeps their room."""
+        self._leaving.update(use.key for use in eviction.shares if use.key is not None)
         self._count(eviction.decision)
         self.keep(eviction.decision.gpu, span(eviction.decision.start, eviction.decision.shape.size))
 
     def keep(self, gpu: GpuView, mask: int) -> None:
-        """Gives memory slices of a GPU to nobody else for the rest of the plan."""
-        before = self._held[gpu.key]
-        if before | mask != before:
-            alike = self._alike[gpu.geometry, before]
-            del alike[gpu.key]
-            if not alike:
-                del self._alike[gpu.geometry, before]
-            self._held[gpu.key] = before | mask
-            self._alike.setdefault((gpu.geometry, before | mask), {})[gpu.key] = gpu
+        """Gives memory slices of a GPU to nobody else for the rest of the plan; reserves that need them end."""
         self._spoken[gpu.key] = self._spoken.get(gpu.key, 0) | mask
-        for one in self._best_of.values():
-            one.update(gpu)
+        reserves = self._reserved.get(gpu.key, {})
+        for job_id in [job_id for job_id, reserved in reserves.items() if reserved & mask]:
+            del reserves[job_id]
+        self._refresh(gpu)
 
     def wish(self, choices: Iterable[ProfileChoice], node: str = "") -> None:
         """Notes that a job that waits could go wherever one of `choices` can be."""
@@ -173,9 +208,9 @@ class Room:
 
     def _best(self, choice: ProfileChoice) -> Decision | None:
         best: _Ranked[Decision] | None = None
-        for (geometry, held), gpus in self._alike.items():
+        for (geometry, closed), gpus in self._alike.items():
             shape = _shape(geometry, choice)
-            found = fit(geometry, shape, held) if shape is not None else None
+            found = fit(geometry, shape, closed) if shape is not None else None
             if shape is None or found is None:
                 continue
             gpu = next((gpu for gpu in gpus.values() if self.count(gpu, shape) < shape.max_instances), None)
@@ -186,13 +221,15 @@ class Room:
                 best = rank, Decision(gpu, shape, found.start)
         return best[1] if best is not None else None
 
-    def _best_on(self, choice: ProfileChoice, node: str, *, rest: bool = False) -> Decision | None:
+    def _best_on(
+        self, gpus: Iterable[GpuView], choice: ProfileChoice, closed: Callable[[GpuView], int]
+    ) -> Decision | None:
         best: _Ranked[Decision] | None = None
-        for gpu in self._on(node):
+        for gpu in gpus:
             shape = _shape(gpu.geometry, choice)
             if shape is None or self.count(gpu, shape) >= shape.max_instances:
                 continue
-            found = fit(gpu.geometry, shape, self._held[gpu.key] | (self._wished(gpu) if rest else 0))
+            found = fit(gpu.geometry, shape, closed(gpu))
             if found is None:
                 continue
             rank = (found.free_after, -found.kept, gpu.node_name, gpu.gpu_index)
@@ -201,53 +238,23 @@ class Room:
         return best[1] if best is not None else None
 
     def _on(self, node: str) -> Iterable[GpuView]:
-        if node:
-            return self._of_node.get(node, ())
-        return (gpu for gpus in self._of_node.values() for gpu in gpus)
+        return self._of_node.get(node, ()) if node else self._gpus.values()
 
-    def _is_open(self, gpu: GpuView, use: Use) -> bool:
-        """Returns whether a warm slice can still be taken over; once it cannot, it cannot for the rest of the plan."""
-        return (
-            use.key not in self._taken_over
-            and use.key not in self._leaving
-            and not use.mask & self._spoken.get(gpu.key, 0)
-        )
+    def _reserved_on(self, node: str) -> Iterator[GpuView]:
+        return (self._gpus[key] for key, reserves in self._reserved.items() if reserves and node in {"", key[0]})
 
-    def _first_warm(self, tenant: str, gpu_model: str, profile: str) -> _Warm | None:
-        queue = self._warm_queues.get((tenant, gpu_model, profile))
-        while queue:
-            if self._is_open(*queue[0]):
-                return queue[0]
-            queue.popleft()
-        return None
+    def _without_reserves(self, gpu: GpuView) -> int:
+        return gpu.held | self._spoken.get(gpu.key, 0)
 
-    @functools.cached_property
-    def _warm_queues(self) -> dict[tuple[str, str, str], deque[_Warm]]:
-        found: dict[tuple[str, str, str], list[_Warm]] = {}
-        for gpu in self._on(""):
-            for use in gpu.warm:
-                found.setdefault((use.tenant, gpu.geometry.gpu_model, use.profile), []).append((gpu, use))
-        return {kind: deque(sorted(all_, key=lambda one: _soonest(*one))) for kind, all_ in found.items()}
+    def _unavailable(self, gpu: GpuView) -> int:
+        """Returns the memory slices that are spoken for or reserved."""
+        mask = self._spoken.get(gpu.key, 0)
+        for reserved in self._reserved.get(gpu.key, {}).values():
+            mask |= reserved
+        return mask
 
-    @functools.cached_property
-    def _warm_of_job(self) -> dict[tuple[str, str], list[_Warm]]:
-        index: dict[tuple[str, str], list[_Warm]] = {}
-        for gpu in self._on(""):
-            for use in gpu.warm:
-                if use.key is not None:
-                    index.setdefault((use.tenant, use.key[0]), []).append((gpu, use))
-        return index
-
-    @functools.cached_property
-    def _leaving_for(self) -> dict[str, list[GpuView]]:
-        index: dict[str, list[GpuView]] = {}
-        for gpu in self._on(""):
-            for waiter in sorted({use.leaving_for for use in gpu.loose if use.leaving_for}):
-                index.setdefault(waiter, []).append(gpu)
-        return index
-
-    def _waiter(self, use: Use) -> str:
-        return self._leaving.get(use.key, use.leaving_for) if use.key is not None else ""
+    def _vacated(self, gpu: GpuView) -> int:
+        return functools.reduce(lambda mask, use: mask | use.mask, (use for use in gpu.loose if use.leaving), 0)
 
     def _wished(self, gpu: GpuView) -> int:
         wanted = self._wishes.get("", set()) | self._wishes.get(gpu.node_id, set())
@@ -264,15 +271,26 @@ class Room:
         key = (decision.gpu.key, decision.shape.profile)
         self._taken[key] = self._taken.get(key, 0) + 1
 
-    def _way(self, gpu: GpuView, choices: Sequence[ProfileChoice], job_id: str) -> _Ranked[Eviction] | None:
+    def _refresh(self, gpu: GpuView) -> None:
+        before, after = self._closed[gpu.key], gpu.held | self._unavailable(gpu)
+        if before != after:
+            alike = self._alike[gpu.geometry, before]
+            del alike[gpu.key]
+            if not alike:
+                del self._alike[gpu.geometry, before]
+            self._closed[gpu.key] = after
+            self._alike.setdefault((gpu.geometry, after), {})[gpu.key] = gpu
+        for one in self._best_of.values():
+            one.update(gpu)
+
+    def _way(self, gpu: GpuView, choices: Sequence[ProfileChoice], spoken: int) -> _Ranked[Eviction] | None:
         best: _Ranked[Eviction] | None = None
-        spoken = self._spoken.get(gpu.key, 0)
         for at, choice in enumerate(choices):
             shape = _shape(gpu.geometry, choice)
             if shape is None:
                 continue
             promised = self._promised(gpu, shape)
-            way = way_on(gpu, shape, spoken, promised, self._leaving, self._taken_over, job_id)
+            way = way_on(gpu, shape, spoken, promised, self._leaving, self._warm.taken, shape.starts)
             if way is None:
                 continue
             rank = (way.rank[0], at, *way.rank[1:])
@@ -282,14 +300,16 @@ class Room:
 
     def _near(self, gpu: GpuView, choices: Sequence[ProfileChoice]) -> _Ranked[tuple[GpuView, int]] | None:
         best: _Ranked[tuple[GpuView, int]] | None = None
-        held, spoken = self._held[gpu.key], self._spoken.get(gpu.key, 0)
+        unavailable, closed = self._unavailable(gpu), self._closed[gpu.key]
         for choice in choices:
             shape = _shape(gpu.geometry, choice)
-            for start in shape.starts if shape is not None else ():
-                mask = span(start, shape.size) if shape is not None else 0
-                if mask & spoken:
+            if shape is None:
+                continue
+            for start in shape.starts:
+                mask = span(start, shape.size)
+                if mask & unavailable:
                     continue
-                in_the_way = (mask & gpu.foreign, mask & gpu.firm, mask & held)
+                in_the_way = (mask & gpu.foreign, mask & gpu.firm, mask & closed)
                 rank = (*(one.bit_count() for one in in_the_way), gpu.node_name, gpu.gpu_index, start)
                 if best is None or rank < best[0]:
                     best = rank, (gpu, mask)
@@ -338,15 +358,6 @@ class _BestFirst(Generic[_Found]):
                 return found
             heapq.heappop(self._heap)
         return None
-
-
-def _is_of(use: Use, job_id: str) -> bool:
-    return use.key is not None and use.key[0] == job_id
-
-
-def _soonest(gpu: GpuView, use: Use) -> tuple[float, str, int, int]:
-    """Returns what puts warm slices in the order in which they would be dropped."""
-    return use.warm_until, gpu.node_name, gpu.gpu_index, use.start
 
 
 def _shape(geometry: Geometry, choice: ProfileChoice) -> Shape | None:

@@ -5,8 +5,8 @@ by themselves. A job gets, in this order: a warm slice of its tenant, free room,
 A job whose container lives on a node looks there only; where that node has nothing even so, a job that a person waits
 for may move.
 
-Room that is being vacated is kept for the job that waits for it: the plan finds the same placement again, for nothing,
-for as long as the shares leave. A job that does not fit lets later ones overtake it, so that room is not wasted, but
+Room that is being vacated is promised to the job that waits for it: the next plan is told of it, and gives it to another
+only if that one comes first in the queue and finds nothing else. A job that does not fit lets later ones overtake it, so that room is not wasted, but
 not for ever: once it has waited for `patience_s`, the placement at which it will fit soonest is kept for it, and
 nobody behind it in the queue is placed there. Since every job ahead of it ends or waits like it, that placement becomes
 free and is its own.
@@ -14,11 +14,11 @@ free and is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from controlplane.eviction import Eviction
+from controlplane.eviction import Eviction, Promise
 from controlplane.fleet import GpuView
 from controlplane.placement import Decision
 from controlplane.queued_job import QueuedJob
@@ -31,6 +31,7 @@ from puhui.v1.prediction_pb2 import ProfileChoice
 __all__ = ["Plan", "QueuedJob", "make_plan"]
 
 _Found = TypeVar("_Found")
+_NOTHING_PROMISED: Mapping[str, Promise] = {}
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Plan:
     """Why each other job waits, in a sentence, by job id; in the order of the queue."""
     evict: dict[AttemptKey, str] = field(default_factory=dict)
     """Idle shares, warm ones among them, that are to be taken back now, each with the job that waits for it."""
+    promised: dict[str, Promise] = field(default_factory=dict)
+    """Room that shares leave for waiting jobs, by job id; the next plan is to be told of it."""
     wake_at: float | None = None
     """The plan may change at this time without anything having happened."""
 
@@ -53,6 +56,7 @@ def make_plan(
     patience_s: float,
     *,
     nodes_known: int,
+    promised: Mapping[str, Promise] = _NOTHING_PROMISED,
 ) -> Plan:
     """Decides which waiting jobs start now, and where.
 
@@ -62,9 +66,13 @@ def make_plan(
         at: now, in seconds since the epoch.
         patience_s: how long a job lets itself be overtaken, in seconds.
         nodes_known: number of nodes that ever joined, for the messages.
+        promised: what the plan before promised.
     """
+    waiting = list(queue)
     maker = _Maker(gpus, at, patience_s, nodes_known)
-    for job in queue:
+    if promised:
+        maker.reserve(waiting, promised)
+    for job in waiting:
         maker.look_at(job)
     return maker.plan
 
@@ -82,9 +90,17 @@ class _Maker:
         self._choices: dict[Hashable, list[ProfileChoice]] = {}
         # Room only shrinks while a plan is made: what was not found once is not looked for again.
         self._misses: set[Hashable] = set()
+        self._promised: dict[str, Promise] = {}
+
+    def reserve(self, queue: Iterable[QueuedJob], promised: Mapping[str, Promise]) -> None:
+        for job in queue:
+            promise = promised.get(job.id)
+            if promise is not None and self._room.reserve(job.id, promise):
+                self._promised[job.id] = promise
 
     def look_at(self, job: QueuedJob) -> None:
         wanted = self._wanted(job)
+        own = self._redeem(job)
         if job.not_before > self._at:
             self._wait(job, wanted, f"its node could not start it; tries again in {job.not_before - self._at:.0f} s")
             self._wake_at(job.not_before)
@@ -93,40 +109,59 @@ class _Maker:
             self._wait(job, wanted, self._reasons.away(job.home))
             return
         for node in job.nodes if wanted else ():
-            decision = self._place(job, wanted, node)
-            if decision is not None:
-                self._room.take(decision)
-                moves = bool(job.home) and decision.gpu.node_id != job.home
-                self.plan.placed.append((job, replace(decision, move=True) if moves else decision, wanted))
+            found = self._look_on(job, wanted, node, own)
+            if isinstance(found, Decision):
+                self._place(job, wanted, found)
                 return
-            eviction = None if job.rest else self._evict(job, wanted, node)
-            if eviction is not None:
-                self._wait(job, wanted, self._why(job, wanted), during=eviction)
-                self._room.promise(eviction, job.id)
-                self.plan.evict.update({use.key: job.id for use in eviction.shares if use.key is not None})
+            if found is not None:
+                self._wait(job, wanted, self._why(job, wanted), during=found)
+                self._room.promise(found)
+                self.plan.promised[job.id] = found.promise
+                self.plan.evict.update({use.key: job.id for use in found.shares if use.key is not None})
                 return
         self._wait(job, wanted, self._why(job, wanted), kept=self._keep(job, wanted))
+
+    def _redeem(self, job: QueuedJob) -> Decision | Eviction | None:
+        promise = self._promised.get(job.id)
+        if promise is None:
+            return None
+        # Its room may be there for the others again.
+        self._misses.clear()
+        return self._room.redeem(job.id, promise)
+
+    def _look_on(
+        self, job: QueuedJob, wanted: list[ProfileChoice], node: str, own: Decision | Eviction | None
+    ) -> Decision | Eviction | None:
+        room, need = self._room, job.need
+        if own is not None and node not in {"", (own if isinstance(own, Decision) else own.decision).gpu.node_id}:
+            own = None
+        warm = self._once(
+            ("warm", need, node, job.tenant, job.rest),
+            lambda: room.warm(wanted, job.tenant, job.id, node, rest=job.rest),
+        )
+        if warm is not None:
+            return warm
+        if job.rest:
+            return self._once(("rest", need, node), lambda: room.at_rest(wanted, node))
+        return (
+            (own if isinstance(own, Decision) else None)
+            or self._once(("free", need, node), lambda: room.best(wanted, node))
+            or own
+            or room.best(wanted, node, press=True)
+            or self._once(("evict", need, node), lambda: room.eviction(wanted, node))
+            or room.eviction(wanted, node, press=True)
+        )
+
+    def _place(self, job: QueuedJob, wanted: list[ProfileChoice], decision: Decision) -> None:
+        self._room.take(decision)
+        moves = bool(job.home) and decision.gpu.node_id != job.home
+        self.plan.placed.append((job, replace(decision, move=True) if moves else decision, wanted))
 
     def _wanted(self, job: QueuedJob) -> list[ProfileChoice]:
         if job.need not in self._choices:
             found = choices_for(job.profile, job.required_mib, self._geometries)
             self._choices[job.need] = [one for one in found if job.gpu_model in {"", one.gpu_model}]
         return self._choices[job.need]
-
-    def _place(self, job: QueuedJob, wanted: list[ProfileChoice], node: str) -> Decision | None:
-        room = self._room
-        warm = self._once(
-            ("warm", job.need, node, job.tenant, job.rest),
-            lambda: room.warm(wanted, job.tenant, job.id, node, rest=job.rest),
-        )
-        if warm is not None:
-            return warm
-        if job.rest:
-            return self._once(("rest", job.need, node), lambda: room.at_rest(wanted, node))
-        return self._once(("free", job.need, node), lambda: room.best(wanted, node))
-
-    def _evict(self, job: QueuedJob, wanted: list[ProfileChoice], node: str) -> Eviction | None:
-        return self._once(("evict", job.need, node), lambda: self._room.eviction(wanted, job.id, node))
 
     def _keep(self, job: QueuedJob, wanted: list[ProfileChoice]) -> bool:
         """Keeps room for a job whose patience is over; returns whether there is any to keep."""

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+from dataclasses import replace
 
 import structlog
 
 from controlplane import happenings
 from controlplane.attempts import Attempts
 from controlplane.faults import retry_delay_s
-from controlplane.jobs import transition
+from controlplane.jobs import LIVING_STATES, transition
 from controlplane.nodes import Nodes
 from controlplane.placement import Decision
-from controlplane.records import Change, Decide, JobRecord, Reservation
-from controlplane.reservations import Reservations
+from controlplane.records import Change, Decide, JobRecord, Reservation, TakeOver
+from controlplane.reservations import AttemptKey, Reservations
 from controlplane.schedule import Plan, QueuedJob, make_plan
+from controlplane.share_driver import rest_until
 from controlplane.sizing import need_of, sizing_for
 from controlplane.store import Store
+from controlplane.warm import WarmShares
+from controlplane.watch import Feed
 from puhui.rpc.moment import moment, now
 from puhui.v1 import job_pb2
 from puhui.v1.prediction_pb2 import ProfileChoice
@@ -27,22 +31,34 @@ __all__ = ["Scheduler"]
 
 _log = structlog.get_logger(__name__)
 
+_TOLD_STATES = frozenset({job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RESUMING})
+_WAITING_STATES = _TOLD_STATES | {job_pb2.JOB_STATE_IDLE}
+
 
 class Scheduler:
     """The queue of a centre."""
 
-    def __init__(self, store: Store, nodes: Nodes, reservations: Reservations, patience_s: float) -> None:
+    def __init__(
+        self, store: Store, nodes: Nodes, reservations: Reservations, warm: WarmShares, feed: Feed, patience_s: float
+    ) -> None:
         self._store = store
         self._nodes = nodes
         self._reservations = reservations
+        self._warm = warm
+        self._feed = feed
         self._patience_s = patience_s
         self._queue: list[QueuedJob] = []
+        self._placing: set[str] = set()
+        self._keys: dict[str, AttemptKey] = {}
+        """The newest attempt of every job that waits with a container, or a workspace, of its own."""
         self._told: set[str] = set()
         self._waiting: dict[str, str] = {}
         self._wake = asyncio.Event()
 
     def add(self, record: JobRecord) -> None:
-        """A job waits."""
+        """A job waits: for its first share, or, with a container that lives, for another."""
+        if record.id in self._placing or any(job.id == record.id for job in self._queue):
+            return
         resources = record.job.spec.resources
         prediction = record.job.prediction if record.job.HasField("prediction") else None
         _, profile, required_mib = need_of(resources, prediction)
@@ -54,10 +70,37 @@ class Scheduler:
             profile,
             required_mib,
             moment(record.job.create_time),
-            now() + retry_delay_s(len(attempts)) if attempts else 0.0,
+            now() + retry_delay_s(len(attempts)) if attempts and record.state == job_pb2.JOB_STATE_QUEUED else 0.0,
+            tenant=record.job.spec.tenant,
         )
-        bisect.insort(self._queue, queued, key=lambda job: job.rank)
+        self._keys.pop(record.id, None)
+        if record.state in LIVING_STATES:
+            queued = self._living(queued, record)
+        self._put(queued)
         self.wake()
+
+    def _living(self, queued: QueuedJob, record: JobRecord) -> QueuedJob:
+        """Returns the entry of a job whose container lives, or whose workspace is kept, on its node."""
+        attempt, session = record.attempt, record.job.spec.kind == job_pb2.JOB_KIND_SESSION
+        self._keys[record.id] = (record.id, attempt.number)
+        link = self._nodes.link(attempt.node_id)
+        container = link.containers.get((record.id, attempt.number)) if link is not None else None
+        queued = replace(
+            queued,
+            since=record.idle_at,
+            home=attempt.node_id,
+            person=record.wake in ("RUN", "RESUME"),
+            # What is frozen or checkpointed cannot be carried.
+            may_move=session or record.restart,
+        )
+        if container is not None and container.checkpointed:
+            queued = replace(queued, profile=attempt.profile, gpu_model=attempt.gpu_model, may_move=False)
+        if record.state == job_pb2.JOB_STATE_IDLE:
+            queued = replace(queued, rest=True, not_before=rest_until(record))
+        return queued
+
+    def _put(self, queued: QueuedJob) -> None:
+        bisect.insort(self._queue, queued, key=lambda job: job.rank)
 
     def put_back(self, record: JobRecord) -> None:
         """A driver is done with a job: it waits again, or has ended."""
@@ -85,6 +128,10 @@ class Scheduler:
         """Returns why a job waits, in a sentence; "" when it has not been looked at yet."""
         return self._waiting.get(job_id, "")
 
+    def place_of(self, job_id: str) -> int:
+        """Returns a job's place in the queue, from 1; 0 when it does not wait."""
+        return next((place for place, job in enumerate(self._queue, 1) if job.id == job_id), 0)
+
     async def run(self, attempts: Attempts) -> None:
         """Places jobs for ever."""
         while True:
@@ -104,8 +151,11 @@ class Scheduler:
             return None
         plan = make_plan(self._queue, self._nodes.gpus(), now(), self._patience_s, nodes_known=len(self._nodes))
         self._waiting = plan.waiting
+        for key, for_job in plan.evict.items():
+            self._evict(key, for_job)
         placed = {job.id for job, _, _ in plan.placed}
         self._queue = [job for job in self._queue if job.id not in placed]
+        self._placing |= placed
         # Told of together, they share one commit.
         await asyncio.gather(
             *(self._reserve(job, decision, choices, attempts) for job, decision, choices in plan.placed),
@@ -113,32 +163,58 @@ class Scheduler:
         )
         return plan.wake_at
 
+    def _evict(self, key: AttemptKey, for_job: str) -> None:
+        """Has an idle share taken back, because a job waits for the room."""
+        held = self._reservations.get(key)
+        if held is not None and held.is_warm:
+            self._warm.evict(key, for_job)
+            return
+        self._reservations.mark_leaving(key, for_job)
+        # Whoever drives it looks at that.
+        self._feed.publish([key[0]])
+
     async def _reserve(
         self, queued: QueuedJob, decision: Decision, choices: list[ProfileChoice], attempts: Attempts
     ) -> None:
         gpu, shape = decision.gpu, decision.shape
+        take_over = TakeOver(*decision.take_over, decision.slice_uuid) if decision.take_over is not None else None
+        own = self._reservations.get(self._keys.get(queued.id, ("", 0)))
+        if own is not None and decision.take_over != own.key and not decision.move:
+            # An attempt has one share. Its last one, kept warm where it cannot be used, has to go first.
+            if own.is_warm:
+                self._evict(own.key, queued.id)
+                self._put(queued)
+            self._placing.discard(queued.id)
+            return
+
+        made: Reservation | None = None
+        attempts_before = 0
 
         def decide(record: JobRecord, token: int) -> Change | None:
-            if record.state != job_pb2.JOB_STATE_QUEUED:
+            nonlocal made, attempts_before
+            made, attempts_before = None, len(record.job.attempts)
+            if record.cancel_requested or record.state not in _WAITING_STATES:
                 return None
-            attempt = job_pb2.Attempt(
-                fencing_token=token,
-                node_id=gpu.node_id,
-                gpu_uuid=gpu.gpu_uuid,
-                gpu_index=gpu.gpu_index,
-                gpu_model=gpu.geometry.gpu_model,
-                profile=shape.profile,
-                emulated=gpu.emulated,
-            )
-            attempt.placement.start, attempt.placement.size = decision.start, shape.size
-            happening = happenings.Reserved(attempt, sizing_for(record.job, choices), gpu.node_name)
+            attempt = _attempt_on(decision, token)
+            events = []
+            if record.state == job_pb2.JOB_STATE_IDLE:
+                record, event = transition(record, happenings.ResumeRequested("ROOM"), now())
+                events.append(event)
+            happening = _reserving(record, attempt, decision, choices, take_over)
             after, event = transition(record, happening, now())
-            return Change(after, (event,), reserve=reservation(len(after.job.attempts)), token_taken=True)
+            made = reservation(after)
+            return Change(
+                after,
+                (*events, event),
+                reserve=made,
+                take_over=take_over.key if take_over is not None else None,
+                token_taken=True,
+            )
 
-        def reservation(number: int) -> Reservation:
+        def reservation(record: JobRecord) -> Reservation:
             return Reservation(
                 queued.id,
-                number,
+                len(record.job.attempts),
                 gpu.node_id,
                 gpu.gpu_uuid,
                 shape.profile,
@@ -146,16 +222,25 @@ class Scheduler:
                 shape.size,
                 shape.compute_slices,
                 shape.memory_mib,
+                queued.tenant,
             )
 
         try:
             record = await self._store.change_job(queued.id, decide)
         except BaseException:
-            bisect.insort(self._queue, queued, key=lambda job: job.rank)
+            self._put(queued)
             raise
-        if record.state == job_pb2.JOB_STATE_STARTING:
-            self._reservations.hold(reservation(len(record.job.attempts)))
+        finally:
+            self._placing.discard(queued.id)
+        if made is None:
+            return
+        if take_over is not None:
+            self._reservations.release(take_over.key)
+        self._reservations.hold(made)
+        if len(record.job.attempts) > attempts_before:
             attempts.drive(record)
+        # Whoever drives a living container looked before this was held.
+        self._feed.publish([record.id])
 
     async def _tell(self, plan: Plan) -> None:
         """Stores, once for each wait of a job, that it waits and why."""
@@ -164,10 +249,42 @@ class Scheduler:
         await asyncio.gather(*(self._store.change_job(job_id, _telling(why)) for job_id, why in fresh))
 
 
+def _reserving(
+    record: JobRecord,
+    attempt: job_pb2.Attempt,
+    decision: Decision,
+    choices: list[ProfileChoice],
+    take_over: TakeOver | None,
+) -> happenings.Happening:
+    """Returns what it is to a job that a share is reserved for it."""
+    name = decision.gpu.node_name
+    if record.state == job_pb2.JOB_STATE_QUEUED:
+        return happenings.Reserved(attempt, sizing_for(record.job, choices), name, take_over)
+    if decision.move or record.restart:
+        return happenings.Moves(attempt, name, take_over)
+    return happenings.ShareReserved(attempt, name, take_over)
+
+
+def _attempt_on(decision: Decision, token: int) -> job_pb2.Attempt:
+    """Returns an attempt with the share that was decided upon."""
+    gpu, shape = decision.gpu, decision.shape
+    attempt = job_pb2.Attempt(
+        fencing_token=token,
+        node_id=gpu.node_id,
+        gpu_uuid=gpu.gpu_uuid,
+        gpu_index=gpu.gpu_index,
+        gpu_model=gpu.geometry.gpu_model,
+        profile=shape.profile,
+        emulated=gpu.emulated,
+    )
+    attempt.placement.start, attempt.placement.size = decision.start, shape.size
+    return attempt
+
+
 def _telling(why: str) -> Decide:
     def decide(record: JobRecord, _: int) -> Change | None:
         # After a restart of the control plane it has been told already.
-        if record.state != job_pb2.JOB_STATE_QUEUED or record.job.reason == "WAITING_FOR_SLICE":
+        if record.state not in _TOLD_STATES or record.job.reason == "WAITING_FOR_SLICE":
             return None
         after, event = transition(record, happenings.Waits(why), now())
         return Change(after, (event,))

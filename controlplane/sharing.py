@@ -29,12 +29,14 @@ __all__ = [
     "run_started",
     "share_reserved",
     "suspend_requested",
+    "warm_slice_dropped",
     "workspace_carried",
 ]
 
 MOST_RUNS = 10
 """So many of a job's runs are told of with it, the newest; all that are under way are."""
 
+_NO_MODE = job_pb2.RECLAIM_MODE_UNSPECIFIED
 _WHY_RECLAIM = {
     "IDLE": "it has not been used for as long as its idle policy says",
     "SUSPENDED": "somebody asked for it",
@@ -55,6 +57,10 @@ def mode_name(mode: job_pb2.ReclaimMode.ValueType) -> str:
 
 def suspend_requested(draft: Draft, it: h.SuspendRequested) -> None:
     """Notes that somebody wants the share taken back."""
+    if draft.job.state == JOB_STATE_IDLE:
+        draft.record = replace(draft.record, parked=True)
+        draft.tell("SUSPENDED", "it has no share, and gets none before somebody asks for one")
+        return
     draft.record = replace(draft.record, suspend=it.hardest)
     draft.tell("SUSPEND_REQUESTED", "its share is to be taken back by request", hardest=mode_name(it.hardest))
 
@@ -63,7 +69,7 @@ def reclaim_begun(draft: Draft, it: h.ReclaimBegun) -> None:
     """Notes why, and how far it may go: a control plane after this one goes on with it."""
     share = current_share(draft.job.attempts[-1])
     draft.record = replace(
-        draft.record, reclaiming=it.why, hardest=it.hardest, reclaims=draft.record.reclaims + 1, suspend=0
+        draft.record, reclaiming=it.why, hardest=it.hardest, reclaims=draft.record.reclaims + 1, suspend=_NO_MODE
     )
     idle = it.idleness
     draft.tell(
@@ -89,7 +95,7 @@ def reclaimed(draft: Draft, it: h.Reclaimed) -> None:
     draft.end_share(attempt, it.mode, max(0.0, busy_s))
     stopped = it.mode == job_pb2.RECLAIM_MODE_STOP and not it.container.pid
     draft.record = replace(
-        draft.record, reclaiming="", hardest=0, idle_at=draft.at, restart=stopped, parked=why == "SUSPENDED"
+        draft.record, reclaiming="", hardest=_NO_MODE, idle_at=draft.at, restart=stopped, parked=why == "SUSPENDED"
     )
     draft.job.state = JOB_STATE_IDLE
     draft.job.idleness.CopyFrom(it.container.idleness)
@@ -118,20 +124,27 @@ def reclaimed(draft: Draft, it: h.Reclaimed) -> None:
 
 def reclaim_refused(draft: Draft, it: h.ReclaimRefused) -> None:
     """The share stays with the job."""
-    draft.record = replace(draft.record, reclaiming="", hardest=0)
+    draft.record = replace(draft.record, reclaiming="", hardest=_NO_MODE)
     draft.tell("RECLAIM_REFUSED", f"its share was not taken back: {it.message}", node_reason=it.reason)
+
+
+def warm_slice_dropped(draft: Draft, it: h.WarmSliceDropped) -> None:
+    """The slice is kept no longer; the job has had nothing of it since it was taken back."""
+    draft.attempt = it.attempt
+    why = f"job {it.for_job} needs the room" if it.for_job else "it was kept for its tenant long enough"
+    draft.tell("WARM_SLICE_DROPPED", f"the slice is destroyed: {why}", slice_uuid=it.slice_uuid, for_job=it.for_job)
 
 
 def resume_requested(draft: Draft, it: h.ResumeRequested) -> None:
     """The job re-enters the scheduler (S8)."""
-    draft.record = replace(draft.record, wake=it.why, suspend=0, parked=False)
+    draft.record = replace(draft.record, wake=it.why, suspend=_NO_MODE, parked=False)
     draft.job.state = JOB_STATE_RESUMING
     draft.tell("RESUMING", f"a share is being scheduled for it: {_WHY_RESUME[it.why]}", why=it.why)
 
 
 def resume_withdrawn(draft: Draft, _: h.ResumeWithdrawn) -> None:
     """The job waits for nothing any longer."""
-    draft.record = replace(draft.record, wake="")
+    draft.record = replace(draft.record, wake="", parked=True)
     draft.job.state = JOB_STATE_IDLE
     draft.tell("RESUME_WITHDRAWN", "nobody waits any longer for it to have a share")
 
@@ -272,6 +285,9 @@ def run_started(draft: Draft, it: h.RunStarted) -> None:
     share = current_share(attempt)
     run.attempt = attempt.number
     run.start_time.CopyFrom(timestamp(draft.at))
+    # It may have been given up for lost after a restart of the control plane, and its caller came back.
+    run.ClearField("end_time")
+    run.message = ""
     if share is not None:
         run.slice_uuid, run.gpu_index = share.slice_uuid, share.gpu_index
     draft.tell(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import grpc
 
@@ -39,7 +39,7 @@ def require_valid(spec: job_pb2.JobSpec) -> None:
             what this version does not serve yet.
     """
     _identity(spec)
-    _command(spec)
+    _command(spec.command)
     _resources(spec.resources)
     _times(spec)
     _texts(spec)
@@ -54,14 +54,24 @@ def _identity(spec: job_pb2.JobSpec) -> None:
     _require(len(spec.image) <= 512 and not re.search(r"\s", spec.image), "image", "is an image reference")
 
 
-def _command(spec: job_pb2.JobSpec) -> None:
-    _require(spec.command and spec.command[0], "command", 'is needed: what to run, such as ["python", "train.py"]')
+def require_valid_command(command: Sequence[str], env: Mapping[str, str]) -> None:
+    """Refuses a command, or an environment, that no container can be given.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT with SPEC_INVALID, its metadata naming the field.
+    """
+    _command(command)
+    _env(env)
+
+
+def _command(command: Sequence[str]) -> None:
+    _require(command and command[0], "command", 'is needed: what to run, such as ["python", "train.py"]')
     _require(
-        sum(len(word.encode()) + 1 for word in spec.command) <= _MOST_COMMAND_BYTES,
+        sum(len(word.encode()) + 1 for word in command) <= _MOST_COMMAND_BYTES,
         "command",
         "is at most 128 KiB long",
     )
-    _require(not any("\0" in word for word in spec.command), "command", "holds a NUL character")
+    _require(not any("\0" in word for word in command), "command", "holds a NUL character")
 
 
 def _resources(resources: job_pb2.Resources) -> None:
@@ -84,13 +94,17 @@ def _times(spec: job_pb2.JobSpec) -> None:
         _require(0 <= seconds(spec.stop_grace) <= _MOST_GRACE_S, "stop_grace", "is from 0 to 1 h")
 
 
-def _texts(spec: job_pb2.JobSpec) -> None:
-    for key, value in spec.env.items():
+def _env(env: Mapping[str, str]) -> None:
+    for key, value in env.items():
         _require(_ENV.fullmatch(key), f"env.{key[:64]}", "is no name of an environment variable")
         _require("\0" not in value, f"env.{key[:64]}", "holds a NUL character")
         _require(not key.startswith(_OWN_ENV), f"env.{key[:64]}", "is set by Puhui itself; leave it out")
-    size = sum(len(key) + len(value.encode()) + 2 for key, value in spec.env.items())
+    size = sum(len(key) + len(value.encode()) + 2 for key, value in env.items())
     _require(size <= _MOST_ENV_BYTES, "env", "is at most 128 KiB together")
+
+
+def _texts(spec: job_pb2.JobSpec) -> None:
+    _env(spec.env)
     _require(len(spec.labels) <= _MOST_LABELS, "labels", "are at most 64")
     for key, value in spec.labels.items():
         _require(_LABEL.fullmatch(key), f"labels.{key[:64]}", "has a key that is no label")

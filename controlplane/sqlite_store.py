@@ -30,7 +30,7 @@ from controlplane.records import (
 from controlplane.store import RequestReused, ShareTaken
 from controlplane.watch import Feed
 from puhui.rpc.moment import moment
-from puhui.v1 import fleet_service_pb2, job_pb2
+from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
 
 __all__ = ["SqliteStore"]
 
@@ -137,9 +137,14 @@ class SqliteStore:
             _write_reservations(db, job_id, change)
             for run in change.runs:
                 db.execute(
-                    "insert into runs (id, job_id, body) values (?, ?, ?) "
+                    "insert into runs (id, job_id, start, body) values (?, ?, ?, ?) "
                     "on conflict (id) do update set body = excluded.body",
-                    [run.id, job_id, run.SerializeToString()],
+                    [
+                        run.id,
+                        job_id,
+                        change.run_start.SerializeToString() if change.run_start is not None else b"",
+                        run.SerializeToString(),
+                    ],
                 )
             return _write_job(db, before.sequence, change.record, change.events), True
 
@@ -191,6 +196,11 @@ class SqliteStore:
             [job_id, before if before is not None else 2**62, limit],
         )
         return [(sequence, job_pb2.Run.FromString(body)) for sequence, body in rows]
+
+    async def run(self, run_id: str) -> tuple[job_pb2.Run, job_service_pb2.RunStart] | None:
+        """Returns a run, and what was asked for of it."""
+        row = self._read.execute("select body, start from runs where id = ?", [run_id]).fetchone()
+        return (job_pb2.Run.FromString(row[0]), job_service_pb2.RunStart.FromString(row[1])) if row else None
 
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""

@@ -18,7 +18,7 @@ from controlplane.records import (
     Request,
     Reservation,
 )
-from puhui.v1 import job_pb2
+from puhui.v1 import job_pb2, job_service_pb2
 
 __all__ = ["RequestReused", "ShareTaken", "Store"]
 
@@ -85,6 +85,9 @@ class Store(Protocol):
             before: only runs with a smaller sequence; None is all of them.
             limit: at most this many.
         """
+
+    async def run(self, run_id: str) -> tuple[job_pb2.Run, job_service_pb2.RunStart] | None:
+        """Returns a run, and what was asked for of it."""
 
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""

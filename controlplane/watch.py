@@ -25,9 +25,14 @@ class Feed:
         self._watchers: dict[str, set[asyncio.Event]] = {}
 
     @contextlib.contextmanager
-    def watching(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Yields an event that is set whenever something about the job was stored."""
-        news = asyncio.Event()
+    def watching(self, job_id: str, news: asyncio.Event | None = None) -> Iterator[asyncio.Event]:
+        """Yields an event that is set whenever something about the job was stored.
+
+        Args:
+            job_id: the job.
+            news: the event; a new one if not given.
+        """
+        news = news or asyncio.Event()
         self._watchers.setdefault(job_id, set()).add(news)
         try:
             yield news

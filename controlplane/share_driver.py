@@ -1,0 +1,340 @@
+"""Takes the share of a living job back and gives it one again (steps S6 to S8).
+
+The job in the store says what is meant; every step may be done again after a crash. The node executes: it looks again
+whether the share is really unused, warns, and takes the mildest rung that works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import structlog
+
+from controlplane import happenings
+from controlplane.faults import Verdict, retry_delay_s, verdict
+from controlplane.happenings import Happening
+from controlplane.node_asker import Fenced, NodeAsker
+from controlplane.node_link import NodeLink
+from controlplane.records import JobRecord, Reservation, TakeOver
+from controlplane.reservations import Reservations
+from controlplane.store import Store
+from controlplane.wants import Wants
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import now, seconds
+from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2
+from puhui.v1.job_pb2 import (
+    RECLAIM_MODE_CHECKPOINT,
+    RECLAIM_MODE_DETACH,
+    RECLAIM_MODE_NEVER,
+    RECLAIM_MODE_STOP,
+)
+
+__all__ = ["Driven", "ShareDriver", "cut", "hardest_mild", "rest_until", "taken"]
+
+_log = structlog.get_logger(__name__)
+
+_LONGEST_REST_S = 3600.0
+
+
+class Driven(Protocol):
+    """The attempt whose share comes and goes."""
+
+    @property
+    def record(self) -> JobRecord:
+        """The job."""
+
+    @property
+    def attempt(self) -> job_pb2.Attempt:
+        """The attempt."""
+
+    @property
+    def owner(self) -> card_pb2.AttemptRef:
+        """Under which its node is commanded."""
+
+    @property
+    def link(self) -> NodeLink:
+        """The connection to its node."""
+
+    @property
+    def asker(self) -> NodeAsker:
+        """Asks its node."""
+
+    @property
+    def store(self) -> Store:
+        """The centre's memory."""
+
+    @property
+    def reservations(self) -> Reservations:
+        """The shares that are held."""
+
+    @property
+    def wants(self) -> Wants:
+        """Runs that wait."""
+
+    @property
+    def warm_s(self) -> float:
+        """A slice of this job that was taken back is kept for its tenant for this long, in seconds."""
+
+    async def change(
+        self, *told: Happening, release: bool = False, reserve: Reservation | None = None, if_still: bool = False
+    ) -> bool:
+        """Stores what happened; with `if_still`, returns False where it can no longer happen."""
+
+    def queue(self) -> None:
+        """The job waits for a share."""
+
+    def withdraw(self) -> None:
+        """The job waits for none any longer."""
+
+
+def hardest_mild(policy: job_pb2.IdlePolicy) -> job_pb2.ReclaimMode.ValueType:
+    """Returns the hardest rung that a job's share is taken by although nobody waits for it: none that ends work."""
+    if policy.reclaim_mode in (RECLAIM_MODE_NEVER, RECLAIM_MODE_DETACH):
+        return policy.reclaim_mode
+    return RECLAIM_MODE_CHECKPOINT
+
+
+def rest_until(record: JobRecord) -> float:
+    """Returns when a batch job that lost its share for being idle looks for room again, in seconds since the epoch.
+
+    It rests as long as it was idle before, and twice as long each time that this was in vain.
+    """
+    idle_after_s = seconds(record.job.idle_policy.idle_after)
+    return record.idle_at + float(min(_LONGEST_REST_S, idle_after_s * 2 ** min(record.rests, 16)))
+
+
+class ShareDriver:
+    """Drives what the share of one attempt does, while its container lives."""
+
+    def __init__(self, driven: Driven) -> None:
+        self._driven = driven
+        self._refused_since: float | None = None
+        """Unused since then it could not be taken; it is not tried again before that changes."""
+        self._tries = 0
+
+    @property
+    def _key(self) -> tuple[str, int]:
+        return self._driven.owner.job_id, self._driven.owner.attempt
+
+    async def step(self, container: node_pb2.Container | None) -> bool:
+        """Does what is to be done now. Returns False when there is nothing.
+
+        Args:
+            container: the container as the node tells of it; None when it does not.
+        """
+        state = self._driven.record.state
+        if state == job_pb2.JOB_STATE_RUNNING:
+            return container is not None and await self._running(container)
+        if state == job_pb2.JOB_STATE_IDLE:
+            return await self._idle()
+        return await self._resuming(container)
+
+    # -- RUNNING: is it to be taken back?
+
+    async def _running(self, container: node_pb2.Container) -> bool:
+        record = self._driven.record
+        if record.reclaiming:
+            await self._reclaim()
+            return True
+        if record.suspend:
+            await self._begin("SUSPENDED", record.suspend, None)
+            return True
+        idle = container.HasField("idleness") and container.idleness.idle
+        reservations, policy = self._driven.reservations, record.job.idle_policy
+        if not idle or record.id in self._driven.wants:
+            if not idle:
+                self._refused_since = None
+            reservations.mark_idle(self._key, False)
+            return False
+        since = container.idleness.unused_since.ToNanoseconds() / 1e9
+        if self._key in reservations.leaving and policy.reclaim_mode == RECLAIM_MODE_STOP:
+            await self._begin("NEEDED", RECLAIM_MODE_STOP, container)
+            return True
+        hardest = hardest_mild(policy)
+        if hardest == RECLAIM_MODE_NEVER:
+            return False
+        if self._refused_since == since:
+            # Whoever needs it may have it, if the job allows its work to be ended.
+            reservations.mark_idle(self._key, policy.reclaim_mode == RECLAIM_MODE_STOP, since)
+            return False
+        await self._begin("IDLE", hardest, container)
+        return True
+
+    async def _begin(
+        self, why: str, hardest: job_pb2.ReclaimMode.ValueType, container: node_pb2.Container | None
+    ) -> None:
+        idleness = container.idleness if container is not None else None
+        self._refused_since = idleness.unused_since.ToNanoseconds() / 1e9 if idleness is not None else None
+        if await self._driven.change(happenings.ReclaimBegun(why, hardest, idleness), if_still=True):
+            await self._reclaim()
+
+    async def _reclaim(self) -> None:
+        """Has the node take the share back; what it answers may be asked for again."""
+        driven, record = self._driven, self._driven.record
+        policy = record.job.idle_policy
+        batch = record.job.spec.kind != job_pb2.JOB_KIND_SESSION
+        request = node_service_pb2.ReclaimContainerRequest(
+            owner=driven.owner,
+            hardest=record.hardest,
+            only_if_idle=record.reclaiming != "SUSPENDED",
+            freeze=batch,
+            warn_signal=policy.warn_signal,
+            on_reclaim=policy.on_reclaim,
+            request_id=f"{record.id}/{driven.owner.attempt}/reclaim-{record.reclaims}",
+        )
+        if policy.HasField("on_reclaim_limit"):
+            request.on_reclaim_limit.CopyFrom(policy.on_reclaim_limit)
+        try:
+            answer = await driven.asker.ask(lambda client: client.reclaim_container(request))
+        except Refusal as refusal:
+            await driven.change(happenings.ReclaimRefused(refusal.reason, refusal.message))
+            driven.reservations.mark_leaving(self._key, leaving=False)
+            if refusal.reason == "NOT_IDLE":
+                self._refused_since = None
+            return
+        driven.link.note(self._key, answer.container)
+        held = driven.reservations.get(self._key)
+        kept = None
+        if held is not None and not held.is_warm:
+            kept = replace(held, slice_uuid=driven.attempt.slice_uuid, warm_until=now() + driven.warm_s)
+        await driven.change(
+            happenings.Reclaimed(answer.mode, answer.container, answer.message, driven.warm_s), reserve=kept
+        )
+
+    # -- IDLE: is it to have one again?
+
+    async def _idle(self) -> bool:
+        driven, record = self._driven, self._driven.record
+        if record.id in driven.wants:
+            return await driven.change(happenings.ResumeRequested("RUN"), if_still=True)
+        batch = record.job.spec.kind != job_pb2.JOB_KIND_SESSION
+        if batch and not record.parked:
+            if self._key in driven.link.wanted:
+                return await driven.change(happenings.ResumeRequested("WANTED"), if_still=True)
+            driven.queue()
+        return False
+
+    # -- RESUMING: a share is scheduled for it, then made and attached
+
+    async def _resuming(self, container: node_pb2.Container | None) -> bool:
+        driven, record = self._driven, self._driven.record
+        held = driven.reservations.get(self._key)
+        if held is None or held.is_warm:
+            if record.wake == "RUN" and record.id not in driven.wants:
+                driven.withdraw()
+                return await driven.change(happenings.ResumeWithdrawn(), if_still=True)
+            driven.queue()
+            return False
+        if container is None:
+            return False
+        try:
+            piece = await cut(driven, f"resume-{record.resumes}")
+            request = node_service_pb2.AttachSliceRequest(
+                owner=driven.owner, slice_uuid=piece.uuid, request_id=self._request_id("attach")
+            )
+            await driven.asker.ask(lambda client: client.attach_slice(request), give_up=True)
+            thaw = node_service_pb2.ResumeContainerRequest(owner=driven.owner, request_id=self._request_id("thaw"))
+            if container.checkpointed or container.state == node_pb2.CONTAINER_STATE_SUSPENDED:
+                after = await driven.asker.ask(lambda client: client.resume_container(thaw), give_up=True)
+                driven.link.note(self._key, after)
+        except Refusal as refusal:
+            await self._retry(refusal)
+            return True
+        driven.link.wanted.discard(self._key)
+        self._tries, self._refused_since = 0, None
+        await driven.change(happenings.Resumed(piece, container.checkpointed))
+        return True
+
+    async def _retry(self, refusal: Refusal) -> None:
+        """The node could not give the share: it is given back, and another is waited for."""
+        driven = self._driven
+        if verdict(refusal) is Verdict.FENCED:
+            raise Fenced from refusal
+        _log.warning("a share could not be given to a living job", job=driven.owner.job_id, why=str(refusal))
+        self._tries += 1
+        await driven.asker.until_contact(retry_delay_s(self._tries), give_up=True)
+        if not await self._drop():
+            return
+        await driven.change(happenings.ResumeRetried(refusal.reason, refusal.message), release=True)
+
+    async def _drop(self) -> bool:
+        """Takes off and destroys whatever slice of the attempt there is. Returns whether that is certain."""
+        driven = self._driven
+        try:
+            for piece in await driven.asker.ask(lambda client: client.list_slices(), give_up=True):
+                owner = piece.owner
+                if (owner.centre, owner.job_id, owner.attempt) != (driven.owner.centre, *self._key):
+                    continue
+                detach = node_service_pb2.DetachSliceRequest(owner=driven.owner, slice_uuid=piece.uuid)
+                destroy = node_service_pb2.DestroySliceRequest(owner=driven.owner, slice_uuid=piece.uuid)
+                if piece.container_id:
+                    await driven.asker.ask(lambda client, it=detach: client.detach_slice(it), give_up=True)  # type: ignore[misc]
+                await driven.asker.ask(lambda client, it=destroy: client.destroy_slice(it), give_up=True)  # type: ignore[misc]
+        except Refusal as refusal:
+            _log.warning("a share cannot be given back yet", job=driven.owner.job_id, why=str(refusal))
+            return False
+        return True
+
+    def _request_id(self, step: str) -> str:
+        return f"{self._driven.record.id}/{self._driven.owner.attempt}/{step}-{self._driven.record.resumes}"
+
+
+async def cut(driven: Driven, step: str) -> card_pb2.Slice:
+    """Returns the slice of the share that is reserved for an attempt: a warm one that is taken over, or a new one.
+
+    Args:
+        driven: the attempt.
+        step: tells this slice from others of the attempt.
+
+    Raises:
+        Refusal: the node's.
+        GivenUp: the job's end was asked for, and the node cannot be asked.
+    """
+    record, attempt = driven.record, driven.attempt
+    if record.take_over is not None:
+        piece = await taken(driven, record.take_over)
+        if piece is not None:
+            return piece
+    request = node_service_pb2.CreateSliceRequest(
+        owner=driven.owner,
+        gpu_uuid=attempt.gpu_uuid,
+        profile=attempt.profile,
+        placement=attempt.placement,
+        request_id=f"{record.id}/{attempt.number}/{step}",
+    )
+    return await driven.asker.ask(lambda client: client.create_slice(request), give_up=True)
+
+
+async def taken(driven: Driven, warm: TakeOver) -> card_pb2.Slice | None:
+    """Returns the warm slice, the attempt's own now; None when it is gone.
+
+    Raises:
+        Refusal: the node's.
+        GivenUp: the job's end was asked for, and the node cannot be asked.
+    """
+    if warm.key == (driven.owner.job_id, driven.owner.attempt):
+        for piece in await driven.asker.ask(lambda client: client.list_slices(), give_up=True):
+            if piece.uuid == warm.slice_uuid and piece.state != card_pb2.SLICE_STATE_ERROR:
+                return piece
+        return None
+    former = await driven.store.job(warm.job_id)
+    if former is None:
+        return None
+    request = node_service_pb2.TransferSliceRequest(
+        owner=card_pb2.AttemptRef(
+            centre=driven.owner.centre,
+            job_id=warm.job_id,
+            attempt=warm.attempt,
+            fencing_token=former.job.attempts[warm.attempt - 1].fencing_token,
+        ),
+        slice_uuid=warm.slice_uuid,
+        new_owner=driven.owner,
+        request_id=f"{driven.owner.job_id}/{driven.owner.attempt}/take-over-{driven.record.resumes}",
+    )
+    try:
+        return await driven.asker.ask(lambda client: client.transfer_slice(request), give_up=True)
+    except Refusal as refusal:
+        if refusal.reason != "SLICE_NOT_FOUND":
+            raise
+        return None
