@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import os
+import posixpath
 import stat
 import tarfile
 from collections.abc import Collection, Sequence
@@ -23,7 +24,7 @@ from puhui.rpc.bundle_rules import BundleEntries, BundleLimits
 from puhui.rpc.errors import Refusal
 from puhui.v1.stream_pb2 import ArtifactFile, ArtifactManifest
 
-__all__ = ["LEFT_OUT", "MOST_DEPTH", "pack_artifacts", "read_manifest"]
+__all__ = ["LEFT_OUT", "LIMITS", "MOST_DEPTH", "pack_artifacts", "pack_tree", "read_manifest"]
 
 _log = structlog.get_logger(__name__)
 
@@ -34,10 +35,10 @@ LEFT_OUT = "LEFT_OUT.txt"
 
 _MOST_LINES = 1000
 _MOST_SHOWN = 300
-# Results are as large as they are; paths and links are bounded, for whoever unpacks them.
-_LIMITS = BundleLimits(archive_bytes=2**50, unpacked_bytes=2**50, files=2**31, links=2000, ratio=2**30)
+LIMITS = BundleLimits(archive_bytes=2**50, unpacked_bytes=2**50, files=2**31, links=2000, ratio=2**30)
+"""Results are as large as they are; paths and links are bounded, for whoever unpacks them."""
 _REASONS = {
-    "BUNDLE_LINK_OUTSIDE": "this symbolic link leads out of the outputs, in circles, or through too many others",
+    "BUNDLE_LINK_OUTSIDE": "this symbolic link leads out of them, in circles, or through too many others",
     "BUNDLE_NAME_ENCODING": "this name is not UTF-8",
     "BUNDLE_PATH_OUTSIDE": "this path is too long, or has a backslash in it",
     "BUNDLE_TOO_MANY_FILES": "there are too many files or links",
@@ -48,15 +49,25 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def pack_artifacts(outputs: Path, archive: Path) -> ArtifactManifest:
-    """Packs everything below `outputs` into `archive`, and its manifest beside it.
+    """Packs everything below an attempt's `outputs`, as `pack_tree` does."""
+    return pack_tree(outputs, archive, LIMITS)
+
+
+def pack_tree(
+    root: Path, archive: Path, limits: BundleLimits, *, without: Collection[str] = (), place: str = ""
+) -> ArtifactManifest:
+    """Packs everything below `root` into `archive`, and its manifest beside it.
 
     The same tree packs to the same bytes. Everything that `puhui.rpc.bundle.unpack` accepts is packed, to a depth of
     `MOST_DEPTH` folders. The rest (sockets, links that lead outside or in circles, names that are not UTF-8, ...) is
-    left out, and the file `LEFT_OUT` in the archive says what and why. A missing or replaced `outputs` packs as empty.
+    left out, and the file `LEFT_OUT` in the archive says what and why. A missing or replaced `root` packs as empty.
 
     Args:
-        outputs: the directory; nothing writes to it any more.
+        root: the directory; nothing writes to it any more.
         archive: where the gzip-compressed tar archive goes; put there in one step.
+        limits: of paths and links.
+        without: names right below `root` that are not packed, and not told of.
+        place: where those who wrote the links saw `root`; links into it by its whole path become relative ones.
 
     Returns:
         The manifest, as `read_manifest` will return it.
@@ -75,13 +86,13 @@ def pack_artifacts(outputs: Path, archive: Path) -> ArtifactManifest:
                 ) as zipped,
                 tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as tar,
             ):
-                packer = _Packer(tar)
-                root = _opened(outputs)
-                if root is not None:
-                    packer.add_tree(root)
+                packer = _Packer(tar, limits, place)
+                folder = _opened(root)
+                if folder is not None:
+                    packer.add_tree(folder, without)
         if packer.left_out:
             _log.warning(
-                "left some outputs out", archive=str(archive), count=len(packer.left_out), first=packer.left_out[0]
+                "left some files out", archive=str(archive), count=len(packer.left_out), first=packer.left_out[0]
             )
         manifest = ArtifactManifest(
             digest="sha256:" + digesting.sha256.hexdigest(), size_bytes=digesting.count, files=packer.files
@@ -93,9 +104,9 @@ def pack_artifacts(outputs: Path, archive: Path) -> ArtifactManifest:
     return manifest
 
 
-def _opened(outputs: Path) -> int | None:
+def _opened(root: Path) -> int | None:
     try:
-        return os.open(outputs, _FOLDER_FLAGS)
+        return os.open(root, _FOLDER_FLAGS)
     except PermissionError:
         raise
     except OSError as error:
@@ -118,18 +129,20 @@ def _manifest_path(archive: Path) -> Path:
 class _Packer:
     """Adds a tree to an archive: everything that `puhui.rpc.bundle.unpack` accepts, and a list of the rest."""
 
-    def __init__(self, tar: tarfile.TarFile) -> None:
+    def __init__(self, tar: tarfile.TarFile, limits: BundleLimits, place: str) -> None:
         self._tar = tar
-        self._entries = BundleEntries(_LIMITS)
+        self._limits = limits
+        self._place = place
+        self._entries = BundleEntries(limits)
         self._links: list[tarfile.TarInfo] = []
         self.files: list[ArtifactFile] = []
         self.left_out: list[str] = []
 
-    def add_tree(self, root: int) -> None:
-        """Adds everything below an open directory, which is closed then."""
+    def add_tree(self, root: int, without: Collection[str]) -> None:
+        """Adds everything below an open directory, which is closed then, but for some names right below it."""
         # One descriptor per level, and no recursion: code that nobody trusts chose how deep the tree is.
-        above = [("", root, iter(_listed(root)))]
-        taken = set(_listed(root))
+        taken = _listed(root)
+        above = [("", root, iter([name for name in taken if name not in without]))]
         try:
             while above:
                 prefix, folder, names = above[-1]
@@ -155,7 +168,7 @@ class _Packer:
         entry.mode = stat.S_IMODE(status.st_mode) & 0o777
         if stat.S_ISLNK(status.st_mode):
             entry.type = tarfile.SYMTYPE
-            entry.linkname = os.readlink(name, dir_fd=folder)
+            entry.linkname = _relative(path, os.readlink(name, dir_fd=folder), self._place)
             self._links.append(entry)  # whether it stays inside depends on the others
         elif stat.S_ISDIR(status.st_mode):
             entry.type = tarfile.DIRTYPE
@@ -195,7 +208,7 @@ class _Packer:
         pending = [plain] if plain else []
         while pending:
             group = pending.pop()
-            if _links_fit([*kept, *group]):
+            if _links_fit([*kept, *group], self._limits):
                 kept.extend(group)
             elif len(group) == 1:
                 self._leave_out(group[0].name, _REASONS["BUNDLE_LINK_OUTSIDE"])
@@ -233,8 +246,14 @@ def _listed(folder: int) -> list[str]:
     return sorted(os.listdir(folder), key=os.fsencode)
 
 
-def _links_fit(links: Sequence[tarfile.TarInfo]) -> bool:
-    entries = BundleEntries(_LIMITS)
+def _relative(path: str, target: str, place: str) -> str:
+    """Returns a link's target as seen from the link, when it names something below `place` by its whole path."""
+    inside = place and (target == place or target.startswith(place + "/")) and ".." not in target.split("/")
+    return posixpath.relpath(target, posixpath.join(place, posixpath.dirname(path))) if inside else target
+
+
+def _links_fit(links: Sequence[tarfile.TarInfo], limits: BundleLimits) -> bool:
+    entries = BundleEntries(limits)
     try:
         for entry in links:
             entries.add(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import replace
 
 import grpc
@@ -10,6 +11,7 @@ import structlog
 
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
+from nodedaemon.carrying import choose_workspace
 from nodedaemon.container_ends import ContainerEnds
 from nodedaemon.container_request import container_name, environment, identity, require_sound
 from nodedaemon.descriptions import describe_container
@@ -88,7 +90,8 @@ class Containers:
 
         Raises:
             Refusal: INVALID_ARGUMENT with SPEC_INVALID or COMMAND_NOT_FOUND; FAILED_PRECONDITION with
-                SLICE_NOT_FOUND, BUNDLE_NOT_FOUND or IMAGE_NOT_FOUND; ALREADY_EXISTS with CONTAINER_EXISTS or
+                SLICE_NOT_FOUND, BUNDLE_NOT_FOUND, IMAGE_NOT_FOUND, NOT_FINISHED, WORKSPACE_NOT_FOUND or
+                WORKSPACE_UPLOADED; ALREADY_EXISTS with CONTAINER_EXISTS or
                 CONTAINER_DIFFERS;
                 UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED.
         """
@@ -100,6 +103,7 @@ class Containers:
         slices = [self._slices.book.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id) if request.bundle_id else None
         nodes = self._attachments.require_nodes(slices)
+        begins_with = choose_workspace(self._journal, self._attempts, owner, request.workspace_of_attempt, known)
         record = self._journal.put_container(
             ContainerRecord(
                 owner=owner,
@@ -112,9 +116,13 @@ class Containers:
                 create_time=now(),
                 max_duration_s=seconds(request.max_duration) if request.HasField("max_duration") else None,
                 digest=identity(request),
+                workspace_of=begins_with,
             )
         )
         try:
+            if begins_with:
+                async with self._attempts.lock(owner.of_attempt(begins_with)):
+                    self._attempts.take_workspace(owner, begins_with)
             folder = self._attempts.make(owner)
             spec = ContainerSpec(
                 name=self._name(owner),
@@ -188,7 +196,9 @@ class Containers:
         record = self._journal.container(record.owner) or record
         try:
             await self._remove_from_runtime(record)
-            await self._discard(record.owner)
+            if record.workspace_of:
+                self._attempts.return_workspace(record.owner, record.workspace_of)
+            await self._discard(record.owner, but_carried=True)
         except Refusal as error:
             # Still CREATING in the journal: the next start finds it.
             _log.error("a half-made container could not be rolled back", owner=str(record.owner), error=error.message)
@@ -219,6 +229,8 @@ class Containers:
         """
         record = self._journal.container(owner)
         if record is None:
+            if discard_results and self._attempts.folder(owner).path.exists():
+                await self._discard(owner)  # a workspace that was uploaded for it
             return
         if record.stage.is_alive:
             record = await self.ends.end(record, record.stop_grace_s)
@@ -239,13 +251,14 @@ class Containers:
             self._journal.delete_container(owner)
             self.ends.forget(owner)
 
-    async def _discard(self, owner: Owner) -> None:
+    async def _discard(self, owner: Owner, *, but_carried: bool = False) -> None:
+        remove = functools.partial(self._attempts.remove, owner, but_carried=but_carried)
         try:
-            await asyncio.to_thread(self._attempts.remove, owner)
+            await asyncio.to_thread(remove)
         except PermissionError:
             await self._runtime.make_removable(self._attempts.folder(owner).path)
             try:
-                await asyncio.to_thread(self._attempts.remove, owner)
+                await asyncio.to_thread(remove)
             except PermissionError as error:
                 raise Refusal(
                     grpc.StatusCode.INTERNAL,

@@ -17,6 +17,7 @@ import structlog
 from nodedaemon.answers import Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
+from nodedaemon.carrying import Carrying
 from nodedaemon.cgroups import CgroupTree, claim
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
@@ -130,6 +131,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image, attachments)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         transfers = SliceTransfers(journal, gpus, slices, attachments, containers.holder_of)
+        carrying = Carrying(settings.state / "uploads", journal, attempts, runtime, user.uid, user.gid)
         mutations = Mutations(journal)
         telemetry = Telemetry(gpus, DriverMeter())
         slice_recovery = SliceRecovery(journal, events, gpus, slices, revision, settle=attachments.settle)
@@ -159,11 +161,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 events,
                 telemetry,
                 transfers,
+                carrying,
             ),
         )
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         stack.push_async_callback(containers.execs.close)
-        await stack.enter_async_context(_background(_prune(journal, containers.execs), stop))
+        await stack.enter_async_context(_background(_prune(journal, containers.execs, carrying), stop))
         await stack.enter_async_context(_background(slice_recovery.keep(), stop))
         await stack.enter_async_context(_background(telemetry.run(), stop))
         try:
@@ -269,11 +272,12 @@ async def _background(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> A
             await task
 
 
-async def _prune(journal: Journal, execs: Execs) -> None:
+async def _prune(journal: Journal, execs: Execs, carrying: Carrying) -> None:
     while True:
         try:
             execs.prune(now())
             journal.prune(now())
+            await carrying.prune(now())
         except OSError as error:
             _log.warning("what is old is kept for longer", error=str(error))
         await asyncio.sleep(_PRUNE_S)

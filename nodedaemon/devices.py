@@ -167,7 +167,7 @@ def require_card_node(gpu_minor: int, root: Path) -> None:
         raise Refusal(
             grpc.StatusCode.FAILED_PRECONDITION,
             "HOTPLUG_UNAVAILABLE",
-            f"this container was made when {node} was not cut into slices, and cannot be given that now; use a slice of "
+            f"this container was made when {node} was not cut into slices, and cannot be given it now; use a slice of "
             "another GPU, or create the container anew",
             node=node,
         )

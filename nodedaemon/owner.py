@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import grpc
@@ -59,6 +59,10 @@ class Owner:
                 field=f"{name}.fencing_token",
             )
         return cls(ref.centre, ref.job_id, ref.attempt)
+
+    def of_attempt(self, attempt: int) -> Self:
+        """Returns another attempt of the same job."""
+        return replace(self, attempt=attempt)
 
     def ref(self, fencing_token: int = 0) -> AttemptRef:
         """Returns the owner for the wire."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import grpc
 
@@ -59,7 +58,6 @@ class Results:
         self._attempts = attempts
         self._runtime = runtime
         self._ended = ended
-        self._packing: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
 
     async def read_log(self, owner: Owner, *, offset: int, tail_lines: int, follow: bool) -> AsyncIterator[LogChunk]:
         """Yields output of an attempt's container, until it ends if asked to follow it.
@@ -87,7 +85,7 @@ class Results:
                 f"the command of {owner} still runs; its artifacts are collected when it has ended",
             )
         folder = self._attempts.folder(owner)
-        async with self._packing.setdefault(owner, asyncio.Lock()):
+        async with self._attempts.lock(owner):
             manifest = read_manifest(folder.artifacts)
             if manifest is None:
                 try:

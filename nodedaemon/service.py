@@ -11,6 +11,7 @@ import grpc
 from nodedaemon.answers import Beside, Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
+from nodedaemon.carrying import Carrying
 from nodedaemon.containers import Containers
 from nodedaemon.driver_facts import Span
 from nodedaemon.events import EventLog
@@ -39,6 +40,8 @@ from puhui.v1.node_service_pb2 import (
     ExecResponse,
     GetNodeRequest,
     GetNodeResponse,
+    GetWorkspaceRequest,
+    GetWorkspaceResponse,
     ListContainersRequest,
     ListContainersResponse,
     ListSlicesRequest,
@@ -49,6 +52,8 @@ from puhui.v1.node_service_pb2 import (
     NodeServicePutBundleResponse,
     NodeServiceReadLogsRequest,
     NodeServiceReadLogsResponse,
+    PutWorkspaceRequest,
+    PutWorkspaceResponse,
     RemoveContainerRequest,
     RemoveContainerResponse,
     ResumeContainerRequest,
@@ -84,6 +89,7 @@ class NodeService(NodeServiceServicer):
         events: EventLog,
         telemetry: Telemetry,
         transfers: SliceTransfers,
+        carrying: Carrying,
     ) -> None:
         self._inventory = inventory
         self._mutations = mutations
@@ -95,6 +101,7 @@ class NodeService(NodeServiceServicer):
         self._events = events
         self._telemetry = telemetry
         self._transfers = transfers
+        self._carrying = carrying
 
     async def GetNode(self, request: GetNodeRequest, context: Any) -> GetNodeResponse:  # noqa: D102, N802
         return GetNodeResponse(node=await self._inventory.read())
@@ -139,7 +146,9 @@ class NodeService(NodeServiceServicer):
         async def act(owner: Owner, token: int) -> CreateContainerResponse:
             return CreateContainerResponse(container=await self._containers.create(owner, token, request))
 
-        return await self._mutations.carry_out(request, CreateContainerResponse, act)
+        earlier = Owner.of(request.owner).of_attempt(request.workspace_of_attempt)
+        beside = [Beside(earlier)] if request.workspace_of_attempt else []
+        return await self._mutations.carry_out(request, CreateContainerResponse, act, beside=beside)
 
     async def StopContainer(self, request: StopContainerRequest, context: Any) -> StopContainerResponse:  # noqa: D102, N802
         async def act(owner: Owner, token: int) -> StopContainerResponse:
@@ -234,6 +243,20 @@ class NodeService(NodeServiceServicer):
         yield NodeServiceGetArtifactsResponse(manifest=manifest)
         for chunk in read_chunks(archive, request.offset):
             yield NodeServiceGetArtifactsResponse(chunk=chunk)
+
+    async def GetWorkspace(  # noqa: D102, N802
+        self, request: GetWorkspaceRequest, context: Any
+    ) -> AsyncIterator[GetWorkspaceResponse]:
+        manifest, archive = await self._carrying.give(Owner.of(request.owner))
+        yield GetWorkspaceResponse(manifest=manifest)
+        for chunk in read_chunks(archive, request.offset):
+            yield GetWorkspaceResponse(chunk=chunk)
+
+    async def PutWorkspace(  # noqa: D102, N802
+        self, request_iterator: AsyncIterator[PutWorkspaceRequest], context: Any
+    ) -> PutWorkspaceResponse:
+        await self._carrying.take_in(request_iterator, self._mutations)
+        return PutWorkspaceResponse()
 
     # Watching
 

@@ -34,6 +34,8 @@ class BundleLimits:
     """Below this unpacked size any ratio is harmless."""
     path_bytes: int = 1024
     """Length of one path, and of the target of a link."""
+    least_files: int = 1
+    """Regular files that it must hold."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class BundleEntries:
         for name, target in self._links.items():
             if not self._stays_inside(name):
                 raise _link_outside(name, target)
-        if not self._sizes:
+        if len(self._sizes) < self._limits.least_files:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT, "BUNDLE_EMPTY", "the bundle holds no file; submit the code to run"
             )

@@ -24,15 +24,18 @@ from puhui.v1.node_service_pb2 import (
     DestroySliceRequest,
     DetachSliceRequest,
     GetNodeRequest,
+    GetWorkspaceRequest,
     ListContainersRequest,
     ListSlicesRequest,
     NodeServiceGetArtifactsRequest,
     NodeServicePutBundleRequest,
     NodeServicePutBundleResponse,
     NodeServiceReadLogsRequest,
+    PutWorkspaceRequest,
     RemoveContainerRequest,
     StopContainerRequest,
     WatchEventsRequest,
+    WorkspaceHeader,
 )
 from puhui.v1.node_service_pb2_grpc import NodeServiceStub
 from puhui.v1.stream_pb2 import ArtifactManifest, BundleHeader, LogChunk
@@ -127,7 +130,8 @@ class Node:
     async def event(self, owner: AttemptRef, kind: NodeEventKind.ValueType) -> NodeEvent:
         """Waits for the first event of a kind about an attempt."""
         async for event in self.events():
-            if event.owner.job_id == owner.job_id and event.kind == kind:
+            same = (event.owner.job_id, event.owner.attempt) == (owner.job_id, owner.attempt)
+            if same and event.kind == kind:
                 return event
         raise AssertionError("the event stream ended")
 
@@ -168,6 +172,24 @@ class Node:
         request = NodeServiceGetArtifactsRequest(owner=owner)
         responses = [response async for response in self.stub.GetArtifacts(request, timeout=30)]
         return responses[0].manifest, b"".join(response.chunk for response in responses[1:])
+
+    async def workspace(self, owner: AttemptRef, offset: int = 0) -> tuple[ArtifactManifest, bytes]:
+        request = GetWorkspaceRequest(owner=owner, offset=offset)
+        responses = [response async for response in self.stub.GetWorkspace(request, timeout=60)]
+        return responses[0].manifest, b"".join(response.chunk for response in responses[1:])
+
+    async def put_workspace(self, owner: AttemptRef, archive: bytes, *, digest: str = "", sent: int = -1) -> None:
+        """Uploads a workspace, or only so many bytes of it."""
+        digest = digest or "sha256:" + hashlib.sha256(archive).hexdigest()
+        header = WorkspaceHeader(owner=owner, digest=digest, size_bytes=len(archive))
+
+        async def parts() -> AsyncIterator[PutWorkspaceRequest]:
+            yield PutWorkspaceRequest(header=header)
+            some = archive[:sent] if sent >= 0 else archive
+            for at in range(0, len(some), 2**18):
+                yield PutWorkspaceRequest(chunk=some[at : at + 2**18])
+
+        await self.stub.PutWorkspace(parts(), timeout=60)
 
     async def stop(self, owner: AttemptRef, grace_s: float | None = None) -> Container:
         request = StopContainerRequest(owner=owner, grace=duration(grace_s) if grace_s is not None else None)
