@@ -6,7 +6,10 @@ import hashlib
 from collections.abc import Sequence
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
+from nodedaemon.commands import command_problem, env_problem, is_image_name
 from nodedaemon.owner import Owner
 from nodedaemon.records import SliceRecord
 from puhui.rpc.errors import Refusal
@@ -14,7 +17,9 @@ from puhui.rpc.identity import request_digest
 from puhui.rpc.moment import seconds
 from puhui.v1.node_service_pb2 import CreateContainerRequest
 
-__all__ = ["container_name", "environment", "identity", "require_sound"]
+__all__ = ["container_name", "duration_problem", "environment", "identity", "require_sound"]
+
+_MOST_SECONDS = 315_576_000_000  # of a protobuf Duration
 
 
 def container_name(node_id: str, owner: Owner) -> str:
@@ -71,18 +76,33 @@ def require_sound(request: CreateContainerRequest) -> None:
     Raises:
         Refusal: INVALID_ARGUMENT with SPEC_INVALID, naming the field.
     """
-    problem = ""
-    if not request.command or not request.command[0]:
-        field, problem = "command", "names nothing to run"
-    elif any("\0" in word for word in request.command):
-        field, problem = "command", "holds a NUL character"
-    elif any(not name or "=" in name or "\0" in name + value for name, value in request.env.items()):
-        field, problem = "env", "has a name that is empty or holds '=', or a NUL character"
-    elif not 0 <= request.limits.cpus < float("inf"):
-        field, problem = "limits.cpus", "must be a number, and not negative"
-    elif request.HasField("max_duration") and seconds(request.max_duration) <= 0:
-        field, problem = "max_duration", "must be longer than nothing"
-    elif request.HasField("stop_grace") and seconds(request.stop_grace) < 0:
-        field, problem = "stop_grace", "must not be negative"
-    if problem:
-        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", f"{field} {problem}", field=field)
+    for field, problem in (
+        ("command", command_problem(request.command)),
+        ("env", env_problem(request.env)),
+        (
+            "image",
+            "" if not request.image or is_image_name(request.image) else f"{request.image[:80]!r} names no image",
+        ),
+        ("limits.cpus", "" if 0 <= request.limits.cpus < float("inf") else "must be a number, and not negative"),
+        ("max_duration", duration_problem(request, "max_duration")),
+        ("stop_grace", duration_problem(request, "stop_grace")),
+    ):
+        if problem:
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", f"{field} {problem}", field=field)
+    if request.HasField("max_duration") and seconds(request.max_duration) <= 0:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "SPEC_INVALID",
+            "max_duration must be longer than nothing",
+            field="max_duration",
+        )
+
+
+def duration_problem(request: Message, name: str) -> str:
+    """Returns what is wrong with a duration of a request that must not be negative; empty when nothing is."""
+    if not request.HasField(name):
+        return ""
+    length: Duration = getattr(request, name)
+    if not 0 <= length.nanos < 10**9 or length.seconds > _MOST_SECONDS:
+        return "is no duration: its nanos must be 0 to 999999999, and its seconds at most 315576000000"
+    return "must not be negative" if length.seconds < 0 else ""

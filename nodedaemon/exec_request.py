@@ -7,6 +7,7 @@ import signal
 
 import grpc
 
+from nodedaemon.commands import command_problem, env_problem
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_service_pb2 import ExecRequest, ExecStart, ExecTerminalSize
 
@@ -44,12 +45,9 @@ def require_sound_start(start: ExecStart) -> None:
     Raises:
         Refusal: INVALID_ARGUMENT with SPEC_INVALID, naming the field.
     """
-    if not start.command or not start.command[0]:
-        raise _invalid("command", "names nothing to run")
-    if any("\0" in word for word in start.command):
-        raise _invalid("command", "holds a NUL character")
-    if any(not name or "=" in name or "\0" in name + value for name, value in start.env.items()):
-        raise _invalid("env", "has a name that is empty or holds '=', or a NUL character")
+    for field, problem in (("command", command_problem(start.command)), ("env", env_problem(start.env))):
+        if problem:
+            raise _invalid(field, problem)
     directory = start.working_directory
     if directory and (not posixpath.isabs(directory) or "\0" in directory):
         raise _invalid("working_directory", "must be an absolute path in the container, without a NUL character")

@@ -225,7 +225,8 @@ class Gpus:
             Refusal: the driver does not say; PERMISSION_DENIED for an unprivileged user, say.
         """
         pids = await self.read(gpu, partial(self.driver.processes, gpu.uuid, gi))
-        return [holder(pid) for pid in pids]
+        # Each is looked up in /proc.
+        return await asyncio.to_thread(lambda: [holder(pid) for pid in pids]) if pids else []
 
     async def read(self, gpu: GpuFacts, call: Callable[[], _T]) -> _T:
         """Asks the driver for something that changes nothing, and waits no longer than a patience for it.

@@ -220,7 +220,8 @@ class ProcessRuntime:
         await stop_all(functools.partial(processes_in_sessions, leaders))
 
     async def resume(self, container_id: str) -> None:  # noqa: D102
-        continue_all(processes_in_sessions(frozenset(self._sessions(container_id))))
+        leaders = frozenset(self._sessions(container_id))
+        continue_all(await asyncio.to_thread(processes_in_sessions, leaders))
 
     async def remove(self, container_id: str) -> None:  # noqa: D102
         place = self._folder / container_id

@@ -12,6 +12,7 @@ from nodedaemon.answers import Beside, Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.carrying import Carrying
+from nodedaemon.container_request import duration_problem
 from nodedaemon.containers import Containers
 from nodedaemon.driver_facts import Span
 from nodedaemon.events import EventLog
@@ -152,11 +153,10 @@ class NodeService(NodeServiceServicer):
 
     async def StopContainer(self, request: StopContainerRequest, context: Any) -> StopContainerResponse:  # noqa: D102, N802
         async def act(owner: Owner, token: int) -> StopContainerResponse:
+            problem = duration_problem(request, "grace")
+            if problem:
+                raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", f"grace {problem}", field="grace")
             grace_s = seconds(request.grace) if request.HasField("grace") else None
-            if grace_s is not None and grace_s < 0:
-                raise Refusal(
-                    grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", "grace must not be negative", field="grace"
-                )
             return StopContainerResponse(container=await self._containers.stop(owner, grace_s))
 
         return await self._mutations.carry_out(request, StopContainerResponse, act)

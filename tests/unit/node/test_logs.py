@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nodedaemon.inotify import FileWatch
 from nodedaemon.logs import LogDecoder, follow_log
 from nodedaemon.process_keeper import log_lines as keeper_lines
 
@@ -80,3 +84,38 @@ async def test_following_ends_when_the_command_has_and_all_is_sent(tmp_path: Pat
 
 async def test_a_missing_log_is_an_empty_one(tmp_path: Path) -> None:
     assert [c async for c in follow_log(tmp_path / "none", offset=0, tail_lines=3, end=asyncio.Event())] == []
+
+
+async def test_many_followers_share_one_inotify_instance(tmp_path: Path) -> None:
+    def instances() -> int:
+        return sum(
+            "inotify" in os.readlink(link)  # noqa: PTH115 - no path
+            for link in Path("/proc/self/fd").iterdir()
+            if link.is_symlink()
+        )
+
+    before = instances()
+    logs = [tmp_path / f"log-{number}" for number in range(20)]
+    for log in logs:
+        log.touch()
+    with contextlib.ExitStack() as stack:
+        watches = [stack.enter_context(FileWatch(log)) for log in logs for _ in range(10)]
+        assert instances() == before + 1
+        logs[3].write_text("x")
+        await watches[35].changed.wait()
+        await watches[30].changed.wait()  # everybody who watches the same file is told
+        assert not watches[40].changed.is_set()
+        # One who goes leaves the others watching, and so does a file that goes.
+        watches[30].changed.clear()
+        with FileWatch(logs[3]) as another:
+            logs[3].write_text("y")
+            await another.changed.wait()
+        await watches[30].changed.wait()
+        logs[5].unlink()
+        await watches[55].changed.wait()
+        watches[190].changed.clear()
+        logs[19].write_text("z")
+        await watches[190].changed.wait()
+        with pytest.raises(FileNotFoundError):
+            FileWatch(tmp_path / "none")
+    assert instances() == before
