@@ -316,7 +316,9 @@ class Execs:
 
     def _discard(self, record: ExecRecord) -> None:
         self._journal.delete_exec(record.id)
-        shutil.rmtree(self._folder(record), ignore_errors=True)
+        folder = self._folder(record)
+        # Its output may be large.
+        self._run(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True), f"removal of {record.id}")
 
     # With the daemon and the container --------------------------------------------------------------------
 
