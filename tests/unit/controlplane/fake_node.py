@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
 import grpc
 
 from puhui.rpc.errors import Refusal
-from puhui.v1 import card_pb2, node_pb2, node_service_pb2, stream_pb2
+from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2, stream_pb2
 from tests.unit.controlplane.samples import inventory
 
 Key = tuple[str, int]
@@ -18,6 +18,50 @@ Key = tuple[str, int]
 
 def away() -> Refusal:
     return Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "connection refused")
+
+
+class ExecCommand:
+    """A command in a container; the test says what it does."""
+
+    def __init__(self, node: FakeNode, start: node_service_pb2.ExecStart, slice_uuids: list[str]) -> None:
+        self.node = node
+        self.start = start
+        self.slice_uuids = slice_uuids
+        """What its container saw when it began."""
+        self.offset = start.output_offset
+        self.output = b""
+        self.exit_code: int | None = None
+        self.closed = 0
+        self._news = asyncio.Condition()
+
+    async def write(self, data: bytes) -> None:
+        self.output += data
+        async with self._news:
+            self._news.notify_all()
+
+    async def end(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        async with self._news:
+            self._news.notify_all()
+
+    async def answers(self) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
+        while True:
+            if not self.node.reachable:
+                raise away()
+            data = self.output[self.offset :]
+            if data:
+                chunk = stream_pb2.LogChunk(offset=self.offset, data=data, stream=stream_pb2.LOG_STREAM_STDOUT)
+                self.offset += len(data)
+                yield node_service_pb2.ExecResponse(output=chunk)
+            elif self.exit_code is not None:
+                yield node_service_pb2.ExecResponse(exit_code=self.exit_code)
+                return
+            else:
+                async with self._news:
+                    await self._news.wait()
+
+    def close(self) -> None:
+        self.closed += 1
 
 
 class FakeNode:
@@ -36,6 +80,9 @@ class FakeNode:
         self.held: dict[str, asyncio.Event] = {}
         self.reachable = True
         self.exits_at_once: int | None = 0
+        self.workspaces: dict[Key, bytes] = {}
+        self.reclaim_mode = job_pb2.RECLAIM_MODE_DETACH
+        self.commands: list[ExecCommand] = []
         self._made = 0
         self._events: list[node_pb2.NodeEvent] = []
         self._news = asyncio.Condition()
@@ -61,13 +108,31 @@ class FakeNode:
         self.reachable = reachable
         async with self._news:
             self._news.notify_all()
+        for command in self.commands:
+            await command.write(b"")
 
     async def exit(self, job_id: str, code: int, attempt: int = 1) -> None:
         """The command of a job ends."""
         container = self.containers[job_id, attempt]
         container.state = node_pb2.CONTAINER_STATE_EXITED
-        container.exit_code = code
+        container.exit_code, container.pid = code, 0
+        del container.slice_uuids[:]
         await self._tell(node_pb2.NODE_EVENT_KIND_CONTAINER_EXITED, container=container)
+
+    async def idle(self, job_id: str, attempt: int = 1, *, idle: bool = True, busy_s: float = 3.0) -> None:
+        """The container of a job is seen not to use its card, or to use it again."""
+        container = self.containers[job_id, attempt]
+        container.idleness.Clear()
+        container.idleness.idle, container.idleness.signal = idle, "multiprocessors"
+        container.idleness.busy_seconds = busy_s
+        if idle:
+            container.idleness.unused_since.GetCurrentTime()
+        busy, quiet = node_pb2.NODE_EVENT_KIND_CONTAINER_BUSY, node_pb2.NODE_EVENT_KIND_CONTAINER_IDLE
+        await self._tell(quiet if idle else busy, container=container)
+
+    async def want_card(self, job_id: str, attempt: int = 1) -> None:
+        """A checkpointed process asks for its card."""
+        await self._tell(node_pb2.NODE_EVENT_KIND_CARD_WANTED, container=self.containers[job_id, attempt])
 
     async def write(self, job_id: str, data: bytes, attempt: int = 1) -> None:
         """The command of a job writes."""
@@ -117,6 +182,8 @@ class FakeNode:
         await self._called("create_slice", request.owner)
         for piece in self.slices.values():
             if (piece.owner.job_id, piece.owner.attempt) == (request.owner.job_id, request.owner.attempt):
+                same = (piece.gpu_uuid, piece.placement) == (request.gpu_uuid, request.placement)
+                assert same, "an attempt has one slice"
                 return piece
             mine, theirs = request.placement, piece.placement
             overlap = mine.start < theirs.start + theirs.size and theirs.start < mine.start + mine.size
@@ -140,7 +207,9 @@ class FakeNode:
         piece = self.slices.pop(request.slice_uuid, None)
         if piece is None:
             raise Refusal(grpc.StatusCode.NOT_FOUND, "SLICE_NOT_FOUND", "no such slice")
-        assert (piece.owner.job_id, piece.owner.attempt) not in self.containers, "destroyed under a container"
+        container = self.containers.get((piece.owner.job_id, piece.owner.attempt))
+        seen = container is not None and piece.uuid in container.slice_uuids
+        assert not seen, "destroyed under a container"
         await self._tell(node_pb2.NODE_EVENT_KIND_SLICE_DESTROYED, slice=piece)
 
     async def list_slices(self) -> list[card_pb2.Slice]:
@@ -158,7 +227,13 @@ class FakeNode:
                 owner=request.owner,
                 state=node_pb2.CONTAINER_STATE_RUNNING,
                 runtime=node_pb2.RUNTIME_KIND_PROCESS,
+                slice_uuids=request.slice_uuids,
+                pid=1000 + len(self.started),
             )
+            if request.workspace_of_attempt:
+                former = (request.owner.job_id, request.workspace_of_attempt)
+                self.workspaces[key] = self.workspaces[former]
+            self.workspaces.setdefault(key, b"")
             self.containers[key] = container
             await self._tell(node_pb2.NODE_EVENT_KIND_CONTAINER_STARTED, container=container)
             if self.exits_at_once is not None:
@@ -180,6 +255,7 @@ class FakeNode:
         if request.discard_results:
             self.output.pop(key, None)
             self.artifacts.pop(key, None)
+            self.workspaces.pop(key, None)
         container = self.containers.pop(key, None)
         if container is None:
             raise Refusal(grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND", "no such container")
@@ -188,6 +264,90 @@ class FakeNode:
     async def list_containers(self) -> list[node_pb2.Container]:
         await self._called("list_containers")
         return list(self.containers.values())
+
+    async def attach_slice(self, request: node_service_pb2.AttachSliceRequest) -> node_pb2.Container:
+        await self._called("attach_slice", request.owner)
+        container = self.containers[request.owner.job_id, request.owner.attempt]
+        assert self.slices[request.slice_uuid].owner.job_id == request.owner.job_id
+        if request.slice_uuid not in container.slice_uuids:
+            container.slice_uuids.append(request.slice_uuid)
+        return container
+
+    async def detach_slice(self, request: node_service_pb2.DetachSliceRequest) -> node_pb2.Container:
+        await self._called("detach_slice", request.owner)
+        container = self.containers[request.owner.job_id, request.owner.attempt]
+        if request.slice_uuid in container.slice_uuids:
+            container.slice_uuids.remove(request.slice_uuid)
+        return container
+
+    async def transfer_slice(self, request: node_service_pb2.TransferSliceRequest) -> card_pb2.Slice:
+        await self._called("transfer_slice", request.owner)
+        piece = self.slices.get(request.slice_uuid)
+        if piece is None:
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "SLICE_NOT_FOUND", "no such slice")
+        former = self.containers.get((piece.owner.job_id, piece.owner.attempt))
+        assert former is None or piece.uuid not in former.slice_uuids
+        piece.owner.CopyFrom(request.new_owner)
+        await self._tell(node_pb2.NODE_EVENT_KIND_SLICE_TRANSFERRED, slice=piece)
+        return piece
+
+    async def reclaim_container(
+        self, request: node_service_pb2.ReclaimContainerRequest
+    ) -> node_service_pb2.ReclaimContainerResponse:
+        await self._called("reclaim_container", request.owner)
+        key = (request.owner.job_id, request.owner.attempt)
+        container = self.containers[key]
+        if request.only_if_idle and not container.idleness.idle:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "NOT_IDLE", "its card has come into use")
+        if self.reclaim_mode > request.hardest:
+            raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "RECLAIM_IMPOSSIBLE", "python (42) holds the card")
+        uuids = list(container.slice_uuids)
+        del container.slice_uuids[:]
+        container.idleness.idle = False
+        container.checkpointed = self.reclaim_mode == job_pb2.RECLAIM_MODE_CHECKPOINT
+        if self.reclaim_mode == job_pb2.RECLAIM_MODE_STOP:
+            await self.exit(key[0], 143, key[1])
+        elif request.freeze:
+            container.state = node_pb2.CONTAINER_STATE_SUSPENDED
+        await self._tell(node_pb2.NODE_EVENT_KIND_RECLAIMED, container=container)
+        return node_service_pb2.ReclaimContainerResponse(
+            container=container, mode=self.reclaim_mode, slice_uuids=uuids, message="done"
+        )
+
+    async def resume_container(self, request: node_service_pb2.ResumeContainerRequest) -> node_pb2.Container:
+        await self._called("resume_container", request.owner)
+        container = self.containers[request.owner.job_id, request.owner.attempt]
+        assert container.slice_uuids or not container.checkpointed
+        container.checkpointed, container.state = False, node_pb2.CONTAINER_STATE_RUNNING
+        return container
+
+    async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCommand:
+        start = (await anext(requests)).start
+        await self._called("exec", start.owner)
+        known = [one for one in self.commands if start.request_id and one.start.request_id == start.request_id]
+        if known:
+            known[0].offset = start.output_offset
+            return known[0]
+        container = self.containers[start.owner.job_id, start.owner.attempt]
+        command = ExecCommand(self, start, list(container.slice_uuids))
+        self.commands.append(command)
+        return command
+
+    async def read_workspace(
+        self, owner: card_pb2.AttemptRef, offset: int
+    ) -> AsyncGenerator[node_service_pb2.GetWorkspaceResponse, None]:
+        await self._called("read_workspace")
+        archive = self.workspaces[owner.job_id, owner.attempt]
+        digest = "sha256:" + hashlib.sha256(archive).hexdigest()
+        manifest = stream_pb2.ArtifactManifest(digest=digest, size_bytes=len(archive))
+        yield node_service_pb2.GetWorkspaceResponse(manifest=manifest)
+        yield node_service_pb2.GetWorkspaceResponse(chunk=archive[offset:])
+
+    async def put_workspace(self, header: node_service_pb2.WorkspaceHeader, archive: Path) -> None:
+        await self._called("put_workspace", header.owner)
+        content = await asyncio.to_thread(archive.read_bytes)
+        assert header.digest == "sha256:" + hashlib.sha256(content).hexdigest()
+        self.workspaces[header.owner.job_id, header.owner.attempt] = content
 
     async def read_logs(
         self, owner: card_pb2.AttemptRef, offset: int, tail_lines: int, follow: bool
