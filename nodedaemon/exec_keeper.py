@@ -20,10 +20,11 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import IO, Any
 
-from nodedaemon.process_keeper import dropped, log_lines, restore_signals, tell
+from nodedaemon.process_keeper import ROOM_S, append, dropped, has_room, log_lines, restore_signals, tell
 
 _READ_BYTES = 32768
 _MOST_HELD = 65536
@@ -64,8 +65,8 @@ class _Keeper:
         with Path("log").open("ab", buffering=0) as log:
             self._copy(log)
         code = process.wait()
-        (self._folder / "exit" / "code.new").write_text(str(128 - code if code < 0 else code))
-        (self._folder / "exit" / "code.new").replace(self._folder / "exit" / "code")
+        while not has_room(lambda: _write_code(self._folder / "exit", 128 - code if code < 0 else code)):
+            time.sleep(ROOM_S)
         return 0
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -119,7 +120,7 @@ class _Keeper:
                 except OSError:
                     data = b""  # nobody has the terminal open any more
                 if data:
-                    log.write(log_lines(data, key.data.encode()))
+                    append(log, log_lines(data, key.data.encode()))
                 else:
                     self._selector.unregister(key.fileobj)
             if over:
@@ -188,6 +189,11 @@ class _Keeper:
     def _resize(self, rows: int, columns: int) -> None:
         if self._master >= 0:
             fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _write_code(folder: Path, code: int) -> None:
+    (folder / "code.new").write_text(str(code))
+    (folder / "code.new").replace(folder / "code")
 
 
 def main(folder: Path) -> int:

@@ -22,8 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+ROOM_S = 0.5
+"""Time between two tries to write on a full disk, in seconds."""
+
 _READ_BYTES = 8192
-_ROOM_S = 0.5
 
 
 def main(folder: Path) -> int:
@@ -59,8 +61,8 @@ def main(folder: Path) -> int:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     ended: dict[str, object] = {"exit_code": 128 - code if code < 0 else code, "end_time": time.time()}
-    while not _has_room(lambda: _write(folder / "exit.json", ended)):
-        time.sleep(_ROOM_S)
+    while not has_room(lambda: _write(folder / "exit.json", ended)):
+        time.sleep(ROOM_S)
     return 0
 
 
@@ -104,7 +106,7 @@ def _copy(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
                     continue
                 data = os.read(key.fd, _READ_BYTES)
                 if data:
-                    _append(log, log_lines(data, key.data))
+                    append(log, log_lines(data, key.data))
                 else:
                     selector.unregister(key.fileobj)
                     open_pipes -= 1
@@ -113,7 +115,7 @@ def _copy(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     os.close(ended)
 
 
-def _append(log: IO[bytes], lines: bytes) -> None:
+def append(log: IO[bytes], lines: bytes) -> None:
     """Writes output down. On a full disk it waits for room, and so in the end does the process: nothing is lost."""
     left = memoryview(lines)
 
@@ -122,11 +124,11 @@ def _append(log: IO[bytes], lines: bytes) -> None:
         while left:
             left = left[log.write(left) :]
 
-    while not _has_room(write):
-        time.sleep(_ROOM_S)
+    while not has_room(write):
+        time.sleep(ROOM_S)
 
 
-def _has_room(write: Callable[[], None]) -> bool:
+def has_room(write: Callable[[], None]) -> bool:
     """Writes something, and says whether the disk had room for it."""
     try:
         write()

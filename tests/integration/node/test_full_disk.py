@@ -164,3 +164,29 @@ async def test_a_full_disk_is_told_and_nothing_is_done_by_halves(disk: Path) -> 
             await node.clear()
             assert list((disk / "attempts").iterdir()) == []
         assert running.stop() == 0
+
+
+async def test_a_command_that_writes_and_ends_on_a_full_disk_loses_nothing(disk: Path) -> None:
+    centre, ballast = new_id("centre"), _Ballast(disk)
+    arguments = ["--listen", "127.0.0.1:0", "--state", str(disk), "--emulate", CARDS, "--runtime", "process"]
+    # It writes less than a pipe takes, and tells that it is about to end by something that takes no room.
+    write = 'echo runs; read word; head -c 40000 /dev/zero | tr "\\0" a; ln -s / "$PUHUI_OUTPUTS/written"; exit 7'
+    with daemon("nodedaemon", arguments, disk.parent / "node.log") as running:
+        async with connected(running, centre) as node, _cleared(node, ballast):
+            owner = node.attempt()
+            await node.start(owner, WATCHING)
+            attempt = disk / "attempts" / centre / owner.job_id / "1"
+            async with Exec(node, owner, ["sh", "-c", write], request_id="writes") as call:
+                await call.until(b"runs\n")
+                (folder,) = (attempt / "execs").iterdir()
+                end = os.pidfd_open(int((folder / "pid").read_text()))
+                ballast.fill()
+                await call.send(stdin=b"go\n")
+                assert await asyncio.to_thread(select.select, [end], [], [], 20) == ([end], [], [])
+                os.close(end)
+                assert (attempt / "workspace/outputs/written").is_symlink()
+                keeper = int((folder / "conmon.pid").read_text())
+                assert Path(f"/proc/{keeper}").exists()
+                ballast.free()
+                assert await call.rest() == b"runs\n" + b"a" * 40000
+                assert call.exit_code == 7
