@@ -29,8 +29,8 @@ _Ranked = tuple[tuple[Any, ...], _Found]
 class Room:
     """What is free, warm, or can be had by evicting, on the GPUs on which something may be placed.
 
-    `node` is, throughout, the id of the only node that is asked about; "" for any. Room that is reserved, because shares
-    leave it for a job, is not there for the others, unless they are told to press: then who comes first takes it.
+    `node` is, throughout, the id of the only node that is asked about; "" for any. Room that is reserved, because
+    shares leave it for a job, is not there for the others, unless they press: then who comes first takes it.
     """
 
     def __init__(self, gpus: Iterable[GpuView]) -> None:

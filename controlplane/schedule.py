@@ -5,11 +5,11 @@ by themselves. A job gets, in this order: a warm slice of its tenant, free room,
 A job whose container lives on a node looks there only; where that node has nothing even so, a job that a person waits
 for may move.
 
-Room that is being vacated is promised to the job that waits for it: the next plan is told of it, and gives it to another
-only if that one comes first in the queue and finds nothing else. A job that does not fit lets later ones overtake it, so that room is not wasted, but
-not for ever: once it has waited for `patience_s`, the placement at which it will fit soonest is kept for it, and
-nobody behind it in the queue is placed there. Since every job ahead of it ends or waits like it, that placement becomes
-free and is its own.
+Room that is being vacated is promised to the job that waits for it: the next plan is told of it, and gives it to
+another only if that one comes first in the queue and finds no other. A job that does not fit lets later ones overtake
+it, so that room is not wasted, but not for ever: once it has waited for `patience_s`, the placement at which it will
+fit soonest is kept for it, and nobody behind it in the queue is placed there. Since every job ahead of it ends or waits
+like it, that placement becomes free and is its own.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class _Maker:
 
     def look_at(self, job: QueuedJob) -> None:
         wanted = self._wanted(job)
-        own = self._redeem(job)
+        own = self._redeem(job, wanted)
         if job.not_before > self._at:
             self._wait(job, wanted, f"its node could not start it; tries again in {job.not_before - self._at:.0f} s")
             self._wake_at(job.not_before)
@@ -110,6 +110,8 @@ class _Maker:
             return
         for node in job.nodes if wanted else ():
             found = self._look_on(job, wanted, node, own)
+            if found is not None and found is not own and job.id in self._promised:
+                self._misses.clear()
             if isinstance(found, Decision):
                 self._place(job, wanted, found)
                 return
@@ -121,13 +123,16 @@ class _Maker:
                 return
         self._wait(job, wanted, self._why(job, wanted), kept=self._keep(job, wanted))
 
-    def _redeem(self, job: QueuedJob) -> Decision | Eviction | None:
+    def _redeem(self, job: QueuedJob, wanted: list[ProfileChoice]) -> Decision | Eviction | None:
         promise = self._promised.get(job.id)
-        if promise is None:
+        own = self._room.redeem(job.id, promise) if promise is not None else None
+        if own is None:
             return None
-        # Its room may be there for the others again.
-        self._misses.clear()
-        return self._room.redeem(job.id, promise)
+        decision = own if isinstance(own, Decision) else own.decision
+        fits = any(
+            (one.gpu_model, one.profile) == (decision.gpu.geometry.gpu_model, decision.shape.profile) for one in wanted
+        )
+        return own if fits else None
 
     def _look_on(
         self, job: QueuedJob, wanted: list[ProfileChoice], node: str, own: Decision | Eviction | None
@@ -147,9 +152,9 @@ class _Maker:
             (own if isinstance(own, Decision) else None)
             or self._once(("free", need, node), lambda: room.best(wanted, node))
             or own
-            or room.best(wanted, node, press=True)
+            or self._press(("press", need, node), lambda: room.best(wanted, node, press=True))
             or self._once(("evict", need, node), lambda: room.eviction(wanted, node))
-            or room.eviction(wanted, node, press=True)
+            or self._press(("press out", need, node), lambda: room.eviction(wanted, node, press=True))
         )
 
     def _place(self, job: QueuedJob, wanted: list[ProfileChoice], decision: Decision) -> None:
@@ -200,6 +205,13 @@ class _Maker:
         found = search()
         if found is None:
             self._misses.add(what)
+        return found
+
+    def _press(self, what: Hashable, search: Callable[[], _Found | None]) -> _Found | None:
+        found = self._once(what, search)
+        if found is not None:
+            # What is left of the reserve is there for the others again.
+            self._misses.clear()
         return found
 
     def _wake_at(self, at: float) -> None:
