@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import grpc
 import structlog
 
-from nodedaemon.descriptions import describe_container
+from nodedaemon.descriptions import IdlenessOf, describe_container, unwatched
 from nodedaemon.devices import (
     CardDevices,
     SliceIds,
@@ -60,6 +60,7 @@ class Attachments:
         hotplug: what makes nodes appear in containers.
         kind: what runs the containers.
         changed: called after any change of what a container sees.
+        idleness: whether a container uses its cards.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Attachments:
         kind: RuntimeKind.ValueType,
         *,
         changed: Callable[[], None],
+        idleness: IdlenessOf = unwatched,
     ) -> None:
         self._journal = journal
         self._events = events
@@ -84,6 +86,7 @@ class Attachments:
         self._hotplug = hotplug
         self._kind = kind
         self._changed = changed
+        self._idleness = idleness
         # A lock is there for as long as somebody holds or awaits it.
         self._locks: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
         self._unsure: dict[Owner, str] = {}
@@ -349,7 +352,8 @@ class Attachments:
         return self._journal.put_container(replace(record, slice_uuids=tuple(uuids)))
 
     def _describe(self, owner: Owner) -> Container:
-        return describe_container(known_container(self._journal, owner), self._kind)
+        record = known_container(self._journal, owner)
+        return describe_container(record, self._kind, self._idleness(record))
 
     def _tell(
         self, owner: Owner, kind: NodeEventKind.ValueType, reason: str, message: str, one: SliceRecord | None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import grpc
 import structlog
 
-from nodedaemon.descriptions import describe_container
+from nodedaemon.descriptions import IdlenessOf, describe_container
 from nodedaemon.events import EventLog
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
@@ -50,11 +50,20 @@ class ContainerEnds:
         journal: where what is known of them is kept.
         events: where their ends are told.
         suspension: thaws one that is to be ended.
+        idleness: whether they use their cards.
     """
 
-    def __init__(self, runtime: ContainerRuntime, journal: Journal, events: EventLog, suspension: Suspension) -> None:
+    def __init__(
+        self,
+        runtime: ContainerRuntime,
+        journal: Journal,
+        events: EventLog,
+        suspension: Suspension,
+        idleness: IdlenessOf,
+    ) -> None:
         self._runtime = runtime
         self._suspension = suspension
+        self._idleness = idleness
         self._journal = journal
         self._events = events
         self._kind = runtime.describe().kind
@@ -189,7 +198,7 @@ class ContainerEnds:
                 reason,
                 message,
                 owner=record.owner.ref(record.token),
-                container=describe_container(record, self._kind),
+                container=describe_container(record, self._kind, self._idleness(record)),
             )
         life = self._lives.get(record.owner)
         if life is not None:

@@ -14,13 +14,14 @@ from nodedaemon.bundles import Bundles
 from nodedaemon.carrying import choose_workspace
 from nodedaemon.container_ends import ContainerEnds
 from nodedaemon.container_request import container_name, environment, identity, require_sound
-from nodedaemon.descriptions import describe_container
+from nodedaemon.descriptions import IdlenessOf, describe_container, unwatched
 from nodedaemon.devices import CardDevices
 from nodedaemon.events import EventLog
 from nodedaemon.execs import Execs
+from nodedaemon.idle import policy_of
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
-from nodedaemon.records import ContainerRecord, ContainerStage, SliceRecord
+from nodedaemon.records import ContainerRecord, ContainerStage, IdleRecord, SliceRecord
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerRuntime, ContainerSpec, ContainerStatus
 from nodedaemon.slices import Slices
@@ -51,6 +52,7 @@ class Containers:
         cards: where the driver keeps its device files.
         default_image: image of a container that asks for none.
         attachments: what they see of their slices.
+        idleness: whether they use their cards.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Containers:
         cards: CardDevices,
         default_image: str,
         attachments: Attachments,
+        idleness: IdlenessOf = unwatched,
     ) -> None:
         self._runtime = runtime
         self._journal = journal
@@ -74,11 +77,12 @@ class Containers:
         self._cards = cards
         self._default_image = default_image
         self._attachments = attachments
+        self._idleness = idleness
         self._node_id = journal.fact("node_id", "")
         self._kind = runtime.describe().kind
-        self.suspension = Suspension(runtime, journal, events)
+        self.suspension = Suspension(runtime, journal, events, idleness)
         """How they are frozen and thawed."""
-        self.ends = ContainerEnds(runtime, journal, events, self.suspension)
+        self.ends = ContainerEnds(runtime, journal, events, self.suspension, idleness)
         """How they end."""
         self.execs = Execs(runtime, journal, events, attempts, self._current_environment)
         """What runs in them beside their own commands."""
@@ -89,10 +93,9 @@ class Containers:
         """Makes a container and starts its command. Whatever fails, nothing is left behind.
 
         Raises:
-            Refusal: INVALID_ARGUMENT with SPEC_INVALID or COMMAND_NOT_FOUND; FAILED_PRECONDITION with
-                SLICE_NOT_FOUND, BUNDLE_NOT_FOUND, IMAGE_NOT_FOUND, NOT_FINISHED, WORKSPACE_NOT_FOUND or
-                WORKSPACE_UPLOADED; ALREADY_EXISTS with CONTAINER_EXISTS or
-                CONTAINER_DIFFERS;
+            Refusal: INVALID_ARGUMENT with SPEC_INVALID, IDLE_AFTER_TOO_SHORT or COMMAND_NOT_FOUND;
+                FAILED_PRECONDITION with SLICE_NOT_FOUND, BUNDLE_NOT_FOUND, IMAGE_NOT_FOUND, NOT_FINISHED,
+                WORKSPACE_NOT_FOUND or WORKSPACE_UPLOADED; ALREADY_EXISTS with CONTAINER_EXISTS or CONTAINER_DIFFERS;
                 UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED.
         """
         known = self._journal.container(owner)
@@ -100,10 +103,15 @@ class Containers:
             _require_same(known, request)
             return self.describe(known)  # made before a crash that swallowed the answer
         require_sound(request)
+        policy = policy_of(request.idle_watch) if request.HasField("idle_watch") else None
         slices = [self._slices.book.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id) if request.bundle_id else None
         nodes = self._attachments.require_nodes(slices)
         begins_with = choose_workspace(self._journal, self._attempts, owner, request.workspace_of_attempt, known)
+        if policy is not None:
+            self._journal.put_idle(
+                IdleRecord(owner, policy.idle_after_s, policy.idle_below_percent, policy.start_grace_s)
+            )
         record = self._journal.put_container(
             ContainerRecord(
                 owner=owner,
@@ -314,7 +322,7 @@ class Containers:
 
     def describe(self, record: ContainerRecord) -> Container:
         """Returns a container for the wire."""
-        return describe_container(record, self._kind)
+        return describe_container(record, self._kind, self._idleness(record))
 
 
 def _require_same(known: ContainerRecord, request: CreateContainerRequest) -> None:

@@ -30,8 +30,9 @@ from nodedaemon.gpus import Gpus
 from nodedaemon.host import has_real_gpu
 from nodedaemon.hotplug import HotPlug, LinkPlug
 from nodedaemon.hotplug_mounts import MountPlug
+from nodedaemon.idle_watch import Idling
 from nodedaemon.inventory import Inventory, Revision
-from nodedaemon.journal import Journal
+from nodedaemon.journal import Journal, locked_by
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_runtime import PodmanRuntime
 from nodedaemon.process_runtime import ProcessRuntime
@@ -100,9 +101,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             settings.state.mkdir(parents=True, exist_ok=True)
             journal = Journal(settings.state / "node.db")
         except sqlite3.OperationalError as error:
-            raise CannotServeError(
-                f"{settings.state / 'node.db'} cannot be opened ({error}); another daemon may be using this state"
-            ) from error
+            holder = locked_by(settings.state / "node.db")
+            why = f"it is in use by process {holder}: stop that, or name another --state" if holder else str(error)
+            raise CannotServeError(f"{settings.state / 'node.db'} cannot be opened: {why}") from error
         except OSError as error:
             raise CannotServeError(f"the state directory {settings.state} cannot be made: {error.strerror}") from error
         stack.callback(journal.close)
@@ -126,14 +127,37 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         hotplug = _open_hotplug(runtime, user, cards)
         stack.push_async_callback(hotplug.close)
         kind = runtime.describe().kind
-        attachments = Attachments(journal, events, gpus, slices, attempts, cards, hotplug, kind, changed=revision.grow)
+        telemetry = Telemetry(gpus, DriverMeter())
+        idling = Idling(journal, events, telemetry, kind)
+        attachments = Attachments(
+            journal,
+            events,
+            gpus,
+            slices,
+            attempts,
+            cards,
+            hotplug,
+            kind,
+            changed=revision.grow,
+            idleness=idling.describe,
+        )
         slices.on_vanished = attachments.let_go
-        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, settings.image, attachments)
+        containers = Containers(
+            runtime,
+            journal,
+            events,
+            slices,
+            bundles,
+            attempts,
+            cards,
+            settings.image,
+            attachments,
+            idleness=idling.describe,
+        )
         results = Results(journal, attempts, runtime, containers.ends.ended)
         transfers = SliceTransfers(journal, gpus, slices, attachments, containers.holder_of)
         carrying = Carrying(settings.state / "uploads", journal, attempts, runtime, user.uid, user.gid)
         mutations = Mutations(journal)
-        telemetry = Telemetry(gpus, DriverMeter())
         slice_recovery = SliceRecovery(journal, events, gpus, slices, revision, settle=attachments.settle)
         recovery = Recovery(journal, events, containers, runtime, slice_recovery)
         try:
@@ -169,6 +193,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await stack.enter_async_context(_background(_prune(journal, containers.execs, carrying), stop))
         await stack.enter_async_context(_background(slice_recovery.keep(), stop))
         await stack.enter_async_context(_background(telemetry.run(), stop))
+        await stack.enter_async_context(_background(idling.run(), stop))
         try:
             port = await server.start()
         except OSError as error:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nodedaemon.driver_facts import GpuFacts, GpuInstance
 from nodedaemon.records import ContainerRecord, ContainerStage, SliceRecord, SliceStage
 from puhui.rpc.moment import timestamp
 from puhui.v1.card_pb2 import Placement, Slice, SliceState
+from puhui.v1.idle_pb2 import Idleness
 from puhui.v1.node_pb2 import Container, ContainerState, RuntimeKind
 
-__all__ = ["describe_container", "describe_foreign", "describe_slice"]
+__all__ = ["IdlenessOf", "describe_container", "describe_foreign", "describe_slice", "unwatched"]
+
+IdlenessOf = Callable[[ContainerRecord], Idleness | None]
+"""Tells whether a container uses its cards."""
 
 _SLICE_STATES = {
     SliceStage.CREATING: SliceState.SLICE_STATE_CREATING,
@@ -71,8 +77,19 @@ def describe_foreign(instance: GpuInstance, gpu: GpuFacts, *, emulated: bool) ->
     )
 
 
-def describe_container(record: ContainerRecord, runtime: RuntimeKind.ValueType) -> Container:
-    """Returns a container of this daemon."""
+def unwatched(record: ContainerRecord) -> Idleness | None:
+    """Says of every container that nobody asked to watch whether it uses its cards."""
+    return None
+
+
+def describe_container(record: ContainerRecord, runtime: RuntimeKind.ValueType, idleness: Idleness | None) -> Container:
+    """Returns a container of this daemon.
+
+    Args:
+        record: the container.
+        runtime: what runs it.
+        idleness: whether it uses its cards; None when it is not watched.
+    """
     seeing = record.stage is ContainerStage.CREATING or record.stage.is_alive
     container = Container(
         id=record.container_id,
@@ -86,6 +103,7 @@ def describe_container(record: ContainerRecord, runtime: RuntimeKind.ValueType) 
         timed_out=record.timed_out,
         create_time=timestamp(record.create_time),
         runtime=runtime,
+        idleness=idleness,
     )
     if record.start_time is not None:
         container.start_time.CopyFrom(timestamp(record.start_time))

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
+import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +31,12 @@ from nodedaemon.records import (
     ContainerStage,
     ExecRecord,
     ExecStage,
+    IdleRecord,
     SliceRecord,
     SliceStage,
 )
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "locked_by"]
 
 _ANSWERS_KEPT_S = 24 * 3600
 _EVENTS_KEPT_S = 7 * 24 * 3600
@@ -92,6 +96,17 @@ def m004_requests(db: Database) -> None:
     db.execute("ALTER TABLE containers ADD COLUMN workspace_of INTEGER NOT NULL DEFAULT 0")
 
 
+@_migrations()  # type: ignore[untyped-decorator]
+def m005_idle(db: Database) -> None:
+    """Creates the table of what containers are watched for, and what was counted of them."""
+    db.execute(
+        """CREATE TABLE idle (centre TEXT NOT NULL, job_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+        idle_after_s REAL NOT NULL, idle_below_percent REAL NOT NULL, start_grace_s REAL NOT NULL, started_s REAL,
+        used INTEGER NOT NULL, held_to_s REAL, busy_seconds REAL NOT NULL, held_seconds REAL NOT NULL,
+        PRIMARY KEY (centre, job_id, attempt))"""
+    )
+
+
 class Journal:
     """The journal of one daemon.
 
@@ -113,6 +128,8 @@ class Journal:
         # slice and every process of the node, and an fsync per commit would cost more than a slice does.
         self._db.execute("PRAGMA synchronous=NORMAL")
         _migrations.apply(self._db)
+        self.on_container: Callable[[Owner], None] = lambda _: None
+        """Called after anything was written of an attempt's container, within the transaction."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -203,13 +220,16 @@ class Journal:
             f"INSERT OR REPLACE INTO containers ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})",
             tuple(row.values()),
         )
+        self.on_container(record.owner)
         return record
 
     def delete_container(self, owner: Owner) -> None:
         """Forgets a container whose results are discarded, or that never came to be, and what ran in it beside."""
         with self.atomic():
             self._db.execute(f"DELETE FROM execs WHERE {_OWNED}", _key(owner))
+            self._db.execute(f"DELETE FROM idle WHERE {_OWNED}", _key(owner))
             self._db.execute(f"DELETE FROM containers WHERE {_OWNED}", _key(owner))
+        self.on_container(owner)
 
     def container(self, owner: Owner) -> ContainerRecord | None:
         """Returns the container of an attempt, removed ones whose results are kept too."""
@@ -227,6 +247,22 @@ class Journal:
             f"SELECT slice_uuids, container_id FROM containers WHERE stage IN ({', '.join('?' * len(alive))})", alive
         )
         return {uuid: str(container_id) for uuids, container_id in rows for uuid in json.loads(uuids)}
+
+    def put_idle(self, record: IdleRecord) -> IdleRecord:
+        """Adds or changes what a container is watched for and what was counted, and returns it."""
+        row = {field.name: getattr(record, field.name) for field in fields(record)}
+        row = {**asdict(row.pop("owner")), **row}
+        self._write(
+            f"INSERT OR REPLACE INTO idle ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values())
+        )
+        return record
+
+    def idle(self, owner: Owner) -> IdleRecord | None:
+        """Returns what an attempt's container is watched for; None when it is not."""
+        for row in self._db.query(f"SELECT * FROM idle WHERE {_OWNED}", _key(owner)):
+            owned = Owner(row.pop("centre"), row.pop("job_id"), row.pop("attempt"))
+            return IdleRecord(**{**row, "owner": owned, "used": bool(row["used"])})
+        return None
 
     # Commands beside those of containers -------------------------------------------------------------------
 
@@ -309,6 +345,17 @@ class Journal:
     def _write(self, statement: str, values: Iterable[Any]) -> sqlite3.Cursor:
         with _full_disk_told():
             return self._db.execute(statement, tuple(values))
+
+
+def locked_by(path: Path) -> int | None:
+    """Returns the id of another process that has a journal open; None when none has, or it cannot be seen."""
+    # struct flock of fcntl(2): SQLite's locks are those of the file's bytes.
+    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+        if kind != fcntl.F_UNLCK and pid > 0:
+            return int(pid)
+    return None
 
 
 @contextlib.contextmanager

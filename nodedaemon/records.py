@@ -14,6 +14,7 @@ __all__ = [
     "ContainerStage",
     "ExecRecord",
     "ExecStage",
+    "IdleRecord",
     "SliceRecord",
     "SliceStage",
 ]
@@ -115,6 +116,22 @@ class ExecRecord:
     start_time: float
     end_time: float | None = None
     exit_code: int | None = None
+
+
+@dataclass(frozen=True)
+class IdleRecord:
+    """What a container is watched for, and what was counted of it. Times are of the monotonic clock of the host."""
+
+    owner: Owner
+    idle_after_s: float
+    idle_below_percent: float
+    start_grace_s: float
+    started_s: float | None = None
+    used: bool = False
+    held_to_s: float | None = None
+    """Up to when the seconds are counted; None while it has no card."""
+    busy_seconds: float = 0.0
+    held_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import grpc
 
-from nodedaemon.descriptions import describe_container
+from nodedaemon.descriptions import IdlenessOf, describe_container
 from nodedaemon.events import EventLog
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
@@ -49,12 +49,14 @@ class Suspension:
         runtime: what runs them.
         journal: where what is intended is kept.
         events: where what happens is told.
+        idleness: whether they use their cards.
     """
 
-    def __init__(self, runtime: ContainerRuntime, journal: Journal, events: EventLog) -> None:
+    def __init__(self, runtime: ContainerRuntime, journal: Journal, events: EventLog, idleness: IdlenessOf) -> None:
         self._runtime = runtime
         self._journal = journal
         self._events = events
+        self._idleness = idleness
         self._kind = runtime.describe().kind
 
     async def suspend(self, owner: Owner) -> ContainerRecord:
@@ -129,5 +131,5 @@ class Suspension:
             reason,
             f"{message} {record.container_id[:12]}",
             owner=record.owner.ref(record.token),
-            container=describe_container(record, self._kind),
+            container=describe_container(record, self._kind, self._idleness(record)),
         )

@@ -7,8 +7,9 @@ watches. Each GPU is looked at on a thread of its own, so that a slow one delays
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -139,18 +140,28 @@ class Telemetry:
                 f"{_MOST_WATCHERS} watches of utilization run on this node already; end one, or share one",
                 retry_after_s=10.0,
             )
-        watcher = Watcher(interval_s, frozenset(uuids))
+        with self.serving(Watcher(interval_s, frozenset(uuids))) as watcher:
+            while (response := await watcher.take()) is not None:
+                yield response
+
+    @contextlib.contextmanager
+    def serving(self, watcher: Watcher) -> Iterator[Watcher]:
+        """Samples for a watcher for as long as the block lasts. The daemon's own are not limited in number."""
         self._watchers[watcher] = None
         if self._closed:
             watcher.close()
         self._change.set()
         try:
-            while (response := await watcher.take()) is not None:
-                yield response
+            yield watcher
         finally:
             self._watchers.pop(watcher)
             watcher.bases.clear()
             self._change.set()
+
+    def hasten(self, watcher: Watcher) -> None:
+        """Has a watcher get its next sample now, or as soon as a look that is under way has ended."""
+        watcher.hasten()
+        self._change.set()
 
     def close(self) -> None:
         """Ends every watch: the daemon is stopping."""

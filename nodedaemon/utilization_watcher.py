@@ -76,6 +76,10 @@ class Watcher:
         self._served[gpu_uuid] = now_s
         self._due[gpu_uuid] = next_due(now_s, self.interval_s)
 
+    def hasten(self) -> None:
+        """Wants to hear of every GPU now."""
+        self._due.clear()
+
     def may_tell(self, uuid: str, at_s: float) -> bool:
         """Says whether it wants a card's sample of a time, and has heard nothing later of it; then it is told."""
         if (self.uuids and uuid not in self.uuids) or at_s <= self._told.get(uuid, 0.0):
