@@ -32,7 +32,8 @@ from nodedaemon.hotplug import HotPlug, LinkPlug
 from nodedaemon.hotplug_mounts import MountPlug
 from nodedaemon.idle_watch import Idling
 from nodedaemon.inventory import Inventory, Revision
-from nodedaemon.journal import Journal, locked_by
+from nodedaemon.journal import Journal
+from nodedaemon.journal_lock import locked_by
 from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_runtime import PodmanRuntime
 from nodedaemon.process_runtime import ProcessRuntime

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -37,6 +38,14 @@ __all__ = ["app"]
 app = typer.Typer(name="emulation", no_args_is_help=True, help="Looks at emulated cards, and makes them go wrong.")
 _faults = typer.Typer(name="fault", no_args_is_help=True, help="Makes calls fail, late, or out of date.")
 app.add_typer(_faults)
+
+
+class MigSwitch(StrEnum):
+    """What MIG mode can be."""
+
+    ON = "on"
+    OFF = "off"
+
 
 _State = Annotated[
     Path, typer.Option("--state", envvar="PUHUI_NODE_STATE", help="State directory of the daemon with emulated cards.")
@@ -75,6 +84,22 @@ def reset(index: Annotated[int, typer.Argument(help="NVML index of the card.", m
         except IndexError:
             _fail(f"There is no GPU {index}; `emulation show` lists those there are.")
     typer.echo(f"GPU {index} was reset: it has no slices.")
+
+
+@app.command()
+def mig(
+    index: Annotated[int, typer.Argument(help="NVML index of the card.", min=0)],
+    mode: Annotated[MigSwitch, typer.Argument(help="on, or off.")],
+    state: _State,
+) -> None:
+    """Turns MIG mode of one card on or off, as `nvidia-smi -i INDEX -mig 1` does. Ampere wants a reset after it."""
+    with _operator(state) as operator:
+        try:
+            done = operator.set_mig(index, enabled=mode is MigSwitch.ON)
+        except IndexError:
+            _fail(f"There is no GPU {index}; `emulation show` lists those there are.")
+    later = "" if done else f" after its reset: `puhui-nodedaemon emulation reset {index}`"
+    typer.echo(f"MIG mode of GPU {index} is {mode.value}{later}.")
 
 
 @_faults.command("add")

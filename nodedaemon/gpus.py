@@ -171,7 +171,7 @@ class Gpus:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "MIG_DISABLED",
                 f"GPU {gpu.index} cannot be cut now; if its model can, enable MIG with "
-                f"`nvidia-smi -i {gpu.index} -mig 1`",
+                f"`{mig_command(gpu.index, emulated=self.emulated)}`",
                 gpu_uuid=gpu.uuid,
             )
         profiles = self.driver.known_profiles(gpu.uuid)
@@ -268,6 +268,11 @@ class Gpus:
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+
+
+def mig_command(index: int, *, emulated: bool) -> str:
+    """Returns the command by which an operator enables MIG mode on a GPU."""
+    return f"puhui-nodedaemon emulation mig {index} on" if emulated else f"nvidia-smi -i {index} -mig 1"
 
 
 def _silent(gpu: GpuFacts) -> Refusal:

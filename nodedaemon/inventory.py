@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from nodedaemon.driver_facts import GpuFacts, Mig
-from nodedaemon.gpus import Gpus
+from nodedaemon.gpus import Gpus, mig_command
 from nodedaemon.host import boot_id, memory_bytes
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.slices import Slices
@@ -105,7 +105,7 @@ class Inventory:
             mig_mode=MigMode.ValueType(gpu.mig),
             profiles=profiles,
             emulated=self._gpus.emulated,
-            notice=_notice(gpu),
+            notice=_notice(gpu, emulated=self._gpus.emulated),
         )
 
     def _profiles(self, gpu: GpuFacts) -> list[Profile]:
@@ -125,13 +125,12 @@ class Inventory:
         ]
 
 
-def _notice(gpu: GpuFacts) -> str:
+def _notice(gpu: GpuFacts, *, emulated: bool) -> str:
     if gpu.notice:
         return gpu.notice
     if gpu.mig is Mig.DISABLED:
-        return (
-            f"MIG mode is off: enable it with `nvidia-smi -i {gpu.index} -mig 1`, as root, while nothing uses the GPU"
-        )
+        command = mig_command(gpu.index, emulated=emulated)
+        return f"MIG mode is off: enable it with `{command}`, as root, while nothing uses the GPU"
     if gpu.mig is Mig.NOT_SUPPORTED:
         return f"{gpu.model} cannot be cut: MIG needs an A30, an A100 or a later data-centre GPU"
     return ""

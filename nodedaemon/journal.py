@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
-import os
 import sqlite3
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -36,7 +33,7 @@ from nodedaemon.records import (
     SliceStage,
 )
 
-__all__ = ["Journal", "locked_by"]
+__all__ = ["Journal"]
 
 _ANSWERS_KEPT_S = 24 * 3600
 _EVENTS_KEPT_S = 7 * 24 * 3600
@@ -345,17 +342,6 @@ class Journal:
     def _write(self, statement: str, values: Iterable[Any]) -> sqlite3.Cursor:
         with _full_disk_told():
             return self._db.execute(statement, tuple(values))
-
-
-def locked_by(path: Path) -> int | None:
-    """Returns the id of another process that has a journal open; None when none has, or it cannot be seen."""
-    # struct flock of fcntl(2): SQLite's locks are those of the file's bytes.
-    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    with contextlib.suppress(OSError), path.open("r+b") as file:
-        kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
-        if kind != fcntl.F_UNLCK and pid > 0:
-            return int(pid)
-    return None
 
 
 @contextlib.contextmanager

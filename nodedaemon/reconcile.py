@@ -5,7 +5,7 @@ Pure: the stories in, a plan out. `nodedaemon.recovery` and `nodedaemon.slice_re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from nodedaemon.driver_facts import GpuInstance
@@ -45,7 +45,9 @@ class SlicePlan:
     """Not there any more, and why."""
 
 
-def plan_slices(journal: Sequence[SliceRecord], driver: Sequence[GpuInstance], boot_id: str) -> SlicePlan:
+def plan_slices(
+    journal: Sequence[SliceRecord], driver: Sequence[GpuInstance], boot_id: str, uncut: Collection[str] = ()
+) -> SlicePlan:
     """Plans for the slices.
 
     Args:
@@ -53,8 +55,11 @@ def plan_slices(journal: Sequence[SliceRecord], driver: Sequence[GpuInstance], b
         driver: every GPU instance of the node, whoever made it.
         boot_id: the host's boot now. No instance survives a boot, so whatever sits where a slice of an earlier boot
             was is somebody else's.
+        uncut: UUIDs of the GPUs that have MIG mode off. A reset, or a reboot, turns it off; nobody can while there are
+            slices.
     """
     plan = SlicePlan()
+    cut = {instance.gpu_uuid for instance in driver}
     for record in journal:
         instance = next((i for i in driver if is_same(record, i)), None)
         if record.boot_id != boot_id:
@@ -65,8 +70,15 @@ def plan_slices(journal: Sequence[SliceRecord], driver: Sequence[GpuInstance], b
             else:
                 plan.finish.append((record, instance.id))
         elif instance is None:
-            done = record.stage is SliceStage.DESTROYING
-            plan.drop.append((record, "it was being destroyed" if done else "somebody else destroyed it"))
+            if record.stage is SliceStage.DESTROYING:
+                why = "it was being destroyed"
+            elif record.gpu_uuid in uncut:
+                why = "its GPU was reset, or the node rebooted, and has MIG mode off now"
+            elif record.gpu_uuid not in cut:
+                why = "its GPU has no slices any more: it was reset, or somebody else destroyed them"
+            else:
+                why = "somebody else destroyed it"
+            plan.drop.append((record, why))
         elif record.stage is SliceStage.ACTIVE and instance.compute_instances:
             plan.adopt.append(record)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from nodedaemon.driver_facts import Mig
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id
@@ -92,7 +93,8 @@ class SliceRecovery:
         instances, doubtful = await self.slices.look([one for one in records if one.boot_id == boot])
         # Of a GPU that does not answer nothing is known, and so nothing is decided.
         sure = [one for one in records if one in gone or one not in doubtful]
-        plan = plan_slices([one for one in sure if self.slices.is_as(one)], instances, boot)
+        uncut = {gpu.uuid for gpu in self.gpus.every() if gpu.mig is Mig.DISABLED}
+        plan = plan_slices([one for one in sure if self.slices.is_as(one)], instances, boot, uncut)
         for one in doubtful:
             if self.slices.is_as(one):
                 self.slices.keep_in_doubt(one)

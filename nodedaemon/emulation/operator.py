@@ -8,6 +8,7 @@ from nodedaemon.emulation import mig_mode
 from nodedaemon.emulation.caps import CapNodes
 from nodedaemon.emulation.faults import Fault, Latency
 from nodedaemon.emulation.holders import Holders, ProcHolders
+from nodedaemon.emulation.refusal import Code
 from nodedaemon.emulation.state import Node, UuidPolicy
 from nodedaemon.emulation.store import StateStore
 
@@ -110,6 +111,23 @@ class Operator:
                     raise CardBusyError(f"GPU {index} is in use: a process holds {path}. End it, then reset.")
             mig_mode.reset(gpu)
             change.after_commit(lambda: self._caps.prepare(change.node))
+
+    def set_mig(self, index: int, *, enabled: bool) -> bool:
+        """Ask for a MIG mode of one card, as `nvidia-smi -i INDEX -mig 1` does.
+
+        Returns:
+            Whether the card has it now. Otherwise, on Ampere, it has it after its reset.
+
+        Raises:
+            CardBusyError: The card has slices, and is later than Ampere.
+            IndexError: There is no such card.
+        """
+        with self._store.transaction() as change:
+            gpu = change.node.gpus[index]
+            code = mig_mode.set_mode(gpu, enabled=enabled)
+            if code is Code.IN_USE:
+                raise CardBusyError(f"GPU {index} has slices. Have them destroyed first; `emulation show` lists them.")
+            return code is Code.SUCCESS
 
     def inject(self, fault: Fault) -> None:
         """Add a fault that whichever process calls next will meet.

@@ -6,6 +6,8 @@ import ipaddress
 
 __all__ = ["require_private_address"]
 
+_HIGHEST_PORT = 65535
+
 
 def require_private_address(address: str) -> None:
     """Refuses an address at which plaintext could be read by others.
@@ -14,11 +16,19 @@ def require_private_address(address: str) -> None:
         address: "host:port" or "unix:/path".
 
     Raises:
-        ValueError: it is neither loopback nor a unix socket.
+        ValueError: it is no address, or neither loopback nor a unix socket; the text is a sentence.
     """
     if address.startswith("unix:"):
+        if not address.removeprefix("unix:").startswith("/"):
+            raise ValueError(f"{address}: the path of a unix socket must be absolute; write unix:/PATH")
         return
-    host = address.rpartition(":")[0].strip("[]")
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > _HIGHEST_PORT:
+        raise ValueError(
+            f"{address!r} is no address; write HOST:PORT, such as 127.0.0.1:7071, with a port up to {_HIGHEST_PORT}, "
+            "or unix:/PATH"
+        )
     try:
         private = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

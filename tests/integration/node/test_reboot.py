@@ -56,7 +56,7 @@ async def _goes_on(node: Node, owner: AttemptRef, container: Container, state: P
 
     gpus = (await node.inventory()).gpus
     assert [gpu.mig_mode for gpu in gpus] == [MigMode.MIG_MODE_DISABLED, MigMode.MIG_MODE_ENABLED]
-    assert "nvidia-smi -i 0 -mig 1" in gpus[_HOPPER].notice
+    assert "puhui-nodedaemon emulation mig 0 on" in gpus[_HOPPER].notice
     again = await node.cut(owner, gpu=_AMPERE, name="second")
     await node.attach(owner, again)
     assert len(seen(container)) == 2
@@ -95,7 +95,7 @@ async def test_a_reboot_under_a_daemon_that_serves(start: Start, home: Path) -> 
             )
             with refused(grpc.StatusCode.FAILED_PRECONDITION, "MIG_DISABLED") as refusal:
                 await node.stub.CreateSlice(request)
-            assert "nvidia-smi -i 0 -mig 1" in refusal.message
+            assert "puhui-nodedaemon emulation mig 0 on" in refusal.message
             await _goes_on(node, owner, container, home / "node")
             await node.clear()
 

@@ -195,3 +195,24 @@ def test_an_unknown_slice_cannot_be_held(command: Command) -> None:
     refused = command("hold", "MIG-none")
     assert refused.exit_code == 1
     assert "No slice has the UUID 'MIG-none'" in refused.output
+
+
+def test_mig_mode_is_turned_on_again_after_a_reboot(command: Command, h100: Any) -> None:
+    command("reboot")
+    assert pynvml.nvmlDeviceGetMigMode(h100)[0] == 0
+    assert "MIG mode of GPU 0 is on." in command("mig", 0, "on").output
+    assert pynvml.nvmlDeviceGetMigMode(h100)[0] == 1
+    _slice(h100)
+    busy = command("mig", 0, "off")
+    assert busy.exit_code == 1
+    assert "has slices" in busy.output
+    assert list(pynvml.nvmlDeviceGetMigMode(h100)) == [1, 1]
+
+
+def test_mig_mode_of_ampere_waits_for_a_reset(command: Command) -> None:
+    a100 = pynvml.nvmlDeviceGetHandleByIndex(1)
+    assert "after its reset: `puhui-nodedaemon emulation reset 1`" in command("mig", 1, "off").output
+    assert list(pynvml.nvmlDeviceGetMigMode(a100)) == [1, 0]
+    command("reset", 1)
+    assert list(pynvml.nvmlDeviceGetMigMode(a100)) == [0, 0]
+    assert "There is no GPU 7" in command("mig", 7, "on").output

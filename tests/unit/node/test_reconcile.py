@@ -42,6 +42,17 @@ def test_a_half_made_slice_is_finished_and_one_not_begun_is_dropped() -> None:
     assert [record for record, _ in plan_slices([_CREATING], [], "boot").drop] == [_CREATING]
 
 
+def test_a_reset_is_not_taken_for_somebody_who_destroys() -> None:
+    other = replace(_INSTANCE, id=5, span=Span(0, 4), compute_instances=(ComputeInstance(0, 3, "MIG-9"),))
+    for instances, uncut, words in (
+        ([], ["GPU-1"], "reset, or the node rebooted"),
+        ([], [], "it was reset, or somebody else destroyed"),
+        ([other], [], "somebody else destroyed it"),
+    ):
+        ((_, why),) = plan_slices([_SLICE], instances, "boot", uncut).drop
+        assert words in why
+
+
 def test_a_half_destroyed_slice_is_destroyed() -> None:
     for stage in (SliceStage.DESTROYING, SliceStage.ERROR):
         record = replace(_SLICE, stage=stage)

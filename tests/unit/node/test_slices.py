@@ -173,7 +173,7 @@ async def test_a_card_without_mig_says_how_to_enable_it(tmp_path: Path) -> None:
         journal = Journal(tmp_path / "node.db")
         slices = Slices(Gpus(driver, emulated=True), journal, EventLog(journal), changed=lambda: None)
         gpu = driver.gpus()[0].uuid
-        with pytest.raises(Refusal, match="nvidia-smi -i 0 -mig 1") as caught:
+        with pytest.raises(Refusal, match="puhui-nodedaemon emulation mig 0 on") as caught:
             await slices.create(_OWNER, 1, gpu, "3g.40gb", Span(0, 4))
         assert caught.value.reason == "MIG_DISABLED"
         # The operator does so: no restart is needed.

@@ -60,11 +60,20 @@ async def test_services_are_listed_by_reflection(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["0.0.0.0:7070", "[::]:7070", "192.168.1.4:7070", "example.org:7070", ":7070", "7070", "127.0.0.1.nip.io:1"],
+    ["0.0.0.0:7070", "[::]:7070", "192.168.1.4:7070", "example.org:7070", "127.0.0.1.nip.io:1"],
 )
 def test_plaintext_for_others_to_read_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="SSH tunnel"):
         RpcServer(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [":7070", "7070", "nonsense", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:http", "unix:relative", "unix:"],
+)
+def test_what_is_no_address_is_told_in_a_sentence(address: str) -> None:
+    with pytest.raises(ValueError, match=r"write (HOST:PORT|unix:/PATH)"):
+        require_private_address(address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.8.8.8:1", "[::1]:7070", "localhost:7070", "unix:/run/x"])
