@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from controlplane.centre import Centre, Settings
+from controlplane.idle_policy import CentrePolicy, TenantPolicy, TenantsFileError, read_tenants
 from puhui.rpc.logs import configure_logs
 from puhui.rpc.notify import notify_ready, notify_stopping
+from puhui.rpc.quantities import parse_duration, parse_percent
 
 __all__ = ["app", "main"]
 
@@ -68,6 +71,42 @@ def serve(
             help="Seconds after which a job ends although its node has not confirmed the release.",
         ),
     ] = 5.0,
+    idle_after: Annotated[
+        str,
+        typer.Option(envvar=_variable("IDLE_AFTER"), help="A session that has not used its share for so long is idle."),
+    ] = "5m",
+    batch_idle_after: Annotated[
+        str, typer.Option(envvar=_variable("BATCH_IDLE_AFTER"), help="The same of a batch job.")
+    ] = "15m",
+    idle_below: Annotated[
+        str, typer.Option(envvar=_variable("IDLE_BELOW"), help="A share with less utilization than this is not used.")
+    ] = "1%",
+    start_grace: Annotated[
+        str,
+        typer.Option(envvar=_variable("START_GRACE"), help="A job that has used no share yet is not idle for so long."),
+    ] = "10m",
+    longest_idle_after: Annotated[
+        str, typer.Option(envvar=_variable("LONGEST_IDLE_AFTER"), help="No job keeps an unused share for longer.")
+    ] = "24h",
+    never_allowed: Annotated[
+        bool,
+        typer.Option(
+            envvar=_variable("NEVER_ALLOWED"), help="Whether a job may keep its share however long it is unused."
+        ),
+    ] = True,
+    warm_for: Annotated[
+        str,
+        typer.Option(
+            envvar=_variable("WARM_FOR"),
+            help="A slice that was taken back is kept for its tenant for so long; 0s is not.",
+        ),
+    ] = "60s",
+    tenants: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=_variable("TENANTS"), help="TOML file with defaults by tenant, a table [tenants.NAME] each."
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(envvar=_variable("LOG_LEVEL"), help="debug, info, warning or error.")
     ] = "info",
@@ -77,6 +116,16 @@ def serve(
         configure_logs(log_level)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--log-level") from error
+    policy = CentrePolicy(
+        session_idle_after_s=_parsed("--idle-after", parse_duration, idle_after),
+        batch_idle_after_s=_parsed("--batch-idle-after", parse_duration, batch_idle_after),
+        idle_below_percent=_parsed("--idle-below", parse_percent, idle_below),
+        start_grace_s=_parsed("--start-grace", parse_duration, start_grace),
+        longest_idle_after_s=_parsed("--longest-idle-after", parse_duration, longest_idle_after),
+        never_allowed=never_allowed,
+        warm_s=_parsed("--warm-for", parse_duration, warm_for),
+        tenants=_tenants(tenants),
+    )
     settings = Settings(
         listen=listen,
         state=state,
@@ -85,12 +134,29 @@ def serve(
         prediction_budget_s=prediction_budget,
         patience_s=patience,
         release_patience_s=release_patience,
+        idle=policy,
     )
     try:
         asyncio.run(_serve(settings))
     except (OSError, ValueError) as error:
         typer.echo(f"puhui-controlplane: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _parsed(option: str, parse: Callable[[str], float], text: str) -> float:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _tenants(path: Path | None) -> Mapping[str, TenantPolicy]:
+    if path is None:
+        return {}
+    try:
+        return read_tenants(path.read_text())
+    except (OSError, UnicodeDecodeError, TenantsFileError) as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--tenants") from error
 
 
 async def _serve(settings: Settings) -> None:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -17,6 +17,7 @@ from controlplane.bundles import Bundles
 from controlplane.federation_service import FederationService
 from controlplane.fleet_service import FleetService
 from controlplane.idempotency import KEPT_S
+from controlplane.idle_policy import CentrePolicy
 from controlplane.job_service import JobService
 from controlplane.jobs import PLACED_STATES
 from controlplane.lasting import Lasting
@@ -71,8 +72,8 @@ class Settings:
     """A job ends without its node's confirmation after this long."""
     collect_patience_s: float = 30.0
     """Results that a node in contact keeps refusing are given up after this long."""
-    warm_s: float = 60.0
-    """A slice that was taken back is kept for its tenant for this long; 0 is not at all."""
+    idle: CentrePolicy = field(default_factory=CentrePolicy)
+    """When unused shares are taken back."""
 
 
 class Centre:
@@ -134,7 +135,7 @@ class Centre:
             wants,
             scheduler.add,
             scheduler.remove,
-            lambda tenant: settings.warm_s,
+            settings.idle.warm_for,
             settings.release_patience_s,
             settings.collect_patience_s,
         )
@@ -143,7 +144,7 @@ class Centre:
         await centre._take_up()
         pages = Pages(await store.centre_id())
         submission = Submission(
-            settings.centre, store, bundles, nodes, centre._prediction, centre._lasting, scheduler.add
+            settings.centre, store, bundles, nodes, centre._prediction, centre._lasting, settings.idle, scheduler.add
         )
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()

@@ -129,17 +129,15 @@ class _Maker:
         if own is None:
             return None
         decision = own if isinstance(own, Decision) else own.decision
-        fits = any(
-            (one.gpu_model, one.profile) == (decision.gpu.geometry.gpu_model, decision.shape.profile) for one in wanted
-        )
-        return own if fits else None
+        kind = decision.gpu.geometry.gpu_model, decision.shape.profile
+        return own if any(kind == (one.gpu_model, one.profile) for one in wanted) else None
 
     def _look_on(
         self, job: QueuedJob, wanted: list[ProfileChoice], node: str, own: Decision | Eviction | None
     ) -> Decision | Eviction | None:
         room, need = self._room, job.need
-        if own is not None and node not in {"", (own if isinstance(own, Decision) else own.decision).gpu.node_id}:
-            own = None
+        elsewhere = own is not None and node not in {"", _where(own)}
+        here = None if elsewhere else own
         warm = self._once(
             ("warm", need, node, job.tenant, job.rest),
             lambda: room.warm(wanted, job.tenant, job.id, node, rest=job.rest),
@@ -148,13 +146,17 @@ class _Maker:
             return warm
         if job.rest:
             return self._once(("rest", need, node), lambda: room.at_rest(wanted, node))
-        return (
-            (own if isinstance(own, Decision) else None)
+        at_once = (
+            (here if isinstance(here, Decision) else None)
             or self._once(("free", need, node), lambda: room.best(wanted, node))
-            or own
+            or here
             or self._press(("press", need, node), lambda: room.best(wanted, node, press=True))
-            or self._once(("evict", need, node), lambda: room.eviction(wanted, node))
-            or self._press(("press out", need, node), lambda: room.eviction(wanted, node, press=True))
+        )
+        # For whom shares leave another node already, nothing more is evicted on this one.
+        if at_once is not None or elsewhere:
+            return at_once
+        return self._once(("evict", need, node), lambda: room.eviction(wanted, node)) or self._press(
+            ("press out", need, node), lambda: room.eviction(wanted, node, press=True)
         )
 
     def _place(self, job: QueuedJob, wanted: list[ProfileChoice], decision: Decision) -> None:
@@ -216,3 +218,7 @@ class _Maker:
 
     def _wake_at(self, at: float) -> None:
         self.plan.wake_at = at if self.plan.wake_at is None else min(self.plan.wake_at, at)
+
+
+def _where(own: Decision | Eviction) -> str:
+    return (own if isinstance(own, Decision) else own.decision).gpu.node_id

@@ -15,7 +15,7 @@ from puhui.v1.prediction_pb2 import (
     Sizing,
 )
 
-__all__ = ["EQUAL_MEMORY", "choices_for", "largest", "need_of", "size", "sizing_for"]
+__all__ = ["EQUAL_MEMORY", "choices_for", "largest", "need_of", "size", "size_of_session", "sizing_for"]
 
 EQUAL_MEMORY = 1.05
 """Memory up to this factor apart is taken as equal: drivers report 3g and 4g of one card some MiB apart."""
@@ -106,6 +106,18 @@ def size(
     )
 
 
+def size_of_session(resources: job_pb2.Resources, geometries: Iterable[Geometry]) -> Sizing:
+    """Returns the size of slice for the runs of a session: what is asked for, or else the smallest there is."""
+    sizing = size(resources, None, geometries)
+    if sizing.origin == SIZING_ORIGIN_PREDICTION and sizing.choices:
+        best = sizing.choices[0]
+        sizing.reason = (
+            f"what will run in a session is not known, so it gets the smallest slice, {best.profile} "
+            f"({best.memory_mib} MiB); ask for a profile or for memory to get another"
+        )
+    return sizing
+
+
 def sizing_for(job: job_pb2.Job, choices: list[ProfileChoice]) -> Sizing:
     """Returns the sizing of a job that was submitted earlier, with the choices that this centre has now."""
     sizing = Sizing()
@@ -114,7 +126,7 @@ def sizing_for(job: job_pb2.Job, choices: list[ProfileChoice]) -> Sizing:
         return sizing
     del sizing.choices[:]
     sizing.choices.extend(choices)
-    if choices and not job.spec.resources.profile:
+    if choices and not job.spec.resources.profile and job.spec.kind != job_pb2.JOB_KIND_SESSION:
         sizing.reason = _reason(sizing.origin, "", sizing.required_mib, choices, [])
     return sizing
 

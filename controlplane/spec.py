@@ -39,7 +39,8 @@ def require_valid(spec: job_pb2.JobSpec) -> None:
             what this version does not serve yet.
     """
     _identity(spec)
-    _command(spec.command)
+    if spec.command or spec.kind != job_pb2.JOB_KIND_SESSION:
+        _command(spec.command)
     _resources(spec.resources)
     _times(spec)
     _texts(spec)
@@ -118,10 +119,6 @@ def _texts(spec: job_pb2.JobSpec) -> None:
 
 
 def _not_yet(spec: job_pb2.JobSpec) -> None:
-    if spec.kind == job_pb2.JOB_KIND_SESSION:
-        raise _unserved("SESSION_NOT_IMPLEMENTED", "sessions", "submit a batch job")
-    if spec.HasField("idle"):
-        raise _unserved("IDLE_POLICY_NOT_IMPLEMENTED", "idle policies", "leave `idle` out: no share is taken back")
     if spec.HasField("peers"):
         raise _unserved("PEER_POLICY_NOT_IMPLEMENTED", "peer policies", "leave `peers` out: every job runs here")
 

@@ -14,13 +14,14 @@ from controlplane import happenings
 from controlplane.bundles import Bundles
 from controlplane.entrypoint import find_entrypoint
 from controlplane.idempotency import earlier_answer, request_of, reused
+from controlplane.idle_policy import CentrePolicy, resolve
 from controlplane.jobs import transition
 from controlplane.lasting import Lasting
 from controlplane.nodes import Nodes
 from controlplane.parsing import Parsing
 from controlplane.prediction import Code, Prediction
 from controlplane.records import BundleRecord, JobRecord, Request
-from controlplane.sizing import size
+from controlplane.sizing import size, size_of_session
 from controlplane.spec import require_offered, require_valid
 from controlplane.store import RequestReused, Store
 from puhui.rpc.bundle import pack_files
@@ -39,9 +40,11 @@ _DEFAULT_TENANT = "default"
 class Need:
     """What a piece of code needs, and where it is."""
 
-    bundle: BundleRecord
+    bundle: BundleRecord | None
+    """None for a session without code."""
     archive: Path
-    prediction: prediction_pb2.Prediction
+    prediction: prediction_pb2.Prediction | None
+    """None for a session: what will run in it is not known yet."""
     sizing: prediction_pb2.Sizing
 
 
@@ -55,6 +58,7 @@ class Submission:
         nodes: whose GPUs decide what sizes there are.
         prediction: says what code needs.
         lasting: carries through what was begun for a client that has gone.
+        policy: when unused shares are taken back.
         accepted: told of every new job once it is stored.
     """
 
@@ -66,6 +70,7 @@ class Submission:
         nodes: Nodes,
         prediction: Prediction,
         lasting: Lasting,
+        policy: CentrePolicy,
         accepted: Callable[[JobRecord], None],
     ) -> None:
         self._centre = centre
@@ -74,6 +79,7 @@ class Submission:
         self._nodes = nodes
         self._prediction = prediction
         self._lasting = lasting
+        self._policy = policy
         self._accepted = accepted
         self._parsing = Parsing(lasting)
 
@@ -89,13 +95,15 @@ class Submission:
         if earlier is not None:
             return earlier
         spec = _with_defaults(request.spec)
+        policy = resolve(spec, self._policy)
         async with self._need(spec, request) as need:
             at = now()
             job = job_pb2.Job(
                 id=new_id("j"),
                 centre=self._centre,
                 spec=spec,
-                bundle_id=need.bundle.id,
+                bundle_id=need.bundle.id if need.bundle is not None else "",
+                idle_policy=policy,
                 state=job_pb2.JOB_STATE_QUEUED,
                 create_time=timestamp(at),
             )
@@ -109,8 +117,11 @@ class Submission:
     async def _keep(
         self, need: Need, record: JobRecord, events: tuple[job_pb2.JobEvent, ...], noted: Request | None
     ) -> JobRecord:
-        async with self._bundles.placed(need.bundle.id, need.archive):
-            stored = await self._store.add_job(record, events, noted, need.bundle)
+        if need.bundle is None:
+            stored = await self._store.add_job(record, events, noted)
+        else:
+            async with self._bundles.placed(need.bundle.id, need.archive):
+                stored = await self._store.add_job(record, events, noted, need.bundle)
         if stored.id == record.id:
             self._accepted(stored)
         return stored
@@ -134,6 +145,10 @@ class Submission:
         require_valid(spec)
         geometries = self._nodes.geometries()
         require_offered(spec.resources, geometries)
+        if spec.kind == job_pb2.JOB_KIND_SESSION:
+            async with self._session_code(request) as (bundle, path):
+                yield Need(bundle, path, None, size_of_session(spec.resources, geometries))
+            return
         async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
             sources = await self._bundles.sources(path)
@@ -142,6 +157,18 @@ class Submission:
             prediction = await self._prediction.of(code)
             prediction.reason = unparsed + prediction.reason
             yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries))
+
+    @contextlib.asynccontextmanager
+    async def _session_code(
+        self, request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest
+    ) -> AsyncIterator[tuple[BundleRecord | None, Path]]:
+        """Yields the bundle of a session and its archive, or None: work arrives as runs, and may bring its code."""
+        which = request.WhichOneof("code")
+        if which is None or not (request.inline.files if which == "inline" else request.bundle_id):
+            yield None, Path()
+            return
+        async with self._code(request) as code:
+            yield code
 
     @contextlib.asynccontextmanager
     async def _code(

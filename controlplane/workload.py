@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from controlplane.idle_policy import watch_of
 from puhui.v1 import card_pb2, job_pb2, node_service_pb2
 
 __all__ = ["container_request"]
+
+# Stays until it is told to end, in every image with a shell, and ends at once then.
+_STAY = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done"]
 
 
 def container_request(
@@ -12,20 +16,30 @@ def container_request(
 ) -> node_service_pb2.CreateContainerRequest:
     """Returns the request for the container that runs `job` on slice `piece`."""
     spec = job.spec
+    session = spec.kind == job_pb2.JOB_KIND_SESSION
+    # A session's slice changes while its own command runs: each run is told of its own, and what the command starts
+    # finds the one that is there.
+    share = (
+        {}
+        if session
+        else {
+            "CUDA_VISIBLE_DEVICES": piece.uuid,
+            "NVIDIA_VISIBLE_DEVICES": piece.uuid,
+            "PUHUI_SLICE_PROFILE": piece.profile,
+            "PUHUI_SLICE_MEMORY_MIB": str(piece.memory_mib),
+        }
+    )
     request = node_service_pb2.CreateContainerRequest(
         owner=owner,
         image=spec.image,
-        command=spec.command,
+        command=spec.command or _STAY,
         env={
             "PYTHONUNBUFFERED": "1",
             **spec.env,
-            "CUDA_VISIBLE_DEVICES": piece.uuid,
-            "NVIDIA_VISIBLE_DEVICES": piece.uuid,
+            **share,
             "PUHUI_CENTRE": owner.centre,
             "PUHUI_JOB_ID": job.id,
             "PUHUI_ATTEMPT": str(owner.attempt),
-            "PUHUI_SLICE_PROFILE": piece.profile,
-            "PUHUI_SLICE_MEMORY_MIB": str(piece.memory_mib),
             **({"PUHUI_EMULATED": "1"} if piece.emulated else {}),
         },
         bundle_id=job.bundle_id,
@@ -34,6 +48,7 @@ def container_request(
             cpus=spec.resources.cpus, host_memory_mib=spec.resources.host_memory_mib, pids=spec.resources.pids
         ),
         network=spec.resources.network,
+        idle_watch=watch_of(job.idle_policy) if job.HasField("idle_policy") else None,
         request_id=request_id,
     )
     if spec.HasField("max_duration"):

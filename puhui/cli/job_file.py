@@ -24,9 +24,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from puhui.cli.quantities import parse_duration, parse_size, to_mib
 from puhui.cli.terminal import Mistake
 from puhui.rpc.moment import duration
+from puhui.rpc.quantities import parse_duration, parse_size, to_mib
 from puhui.v1 import job_pb2
 
 __all__ = ["JobFile", "read_job_file"]

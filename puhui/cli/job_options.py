@@ -12,9 +12,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from puhui.cli.job_file import read_job_file
-from puhui.cli.quantities import parse_duration, parse_size, to_mib
 from puhui.cli.terminal import Mistake, terminal
 from puhui.rpc.moment import duration
+from puhui.rpc.quantities import parse_duration, parse_size, to_mib
 from puhui.v1 import job_pb2
 
 __all__ = [

@@ -17,7 +17,6 @@ from rich.text import Text
 from puhui.cli.connection import connect
 from puhui.cli.job_options import job_argument, json_flag, server_option
 from puhui.cli.message_json import json_of
-from puhui.cli.quantities import parse_duration
 from puhui.cli.story import exit_code_of, tell_end
 from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import (
@@ -35,6 +34,7 @@ from puhui.cli.words import (
 from puhui.client import Refusal
 from puhui.client.centre import FINAL_STATES
 from puhui.rpc.moment import moment, now, timestamp
+from puhui.rpc.quantities import parse_duration
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
 

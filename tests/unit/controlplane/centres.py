@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from controlplane.centre import Centre, Settings
+from controlplane.idle_policy import CentrePolicy
 from controlplane.prediction import Code
 from puhui.rpc.channel import open_channel
 from puhui.rpc.errors import Refusal
@@ -148,12 +149,18 @@ async def eventually(condition: Callable[[], bool]) -> None:
 
 @contextlib.asynccontextmanager
 async def running(
-    state: Path, node: FakeNode | None = None, required_mib: int = 9000, *, join: bool = True, **settings: float
+    state: Path,
+    node: FakeNode | None = None,
+    required_mib: int = 9000,
+    *,
+    join: bool = True,
+    idle: CentrePolicy | None = None,
+    **settings: float,
 ) -> AsyncIterator[RunningCentre]:
     """Runs a centre until the block ends. A second time on the same state goes on where the first was."""
     fake = node or FakeNode()
     centre = await Centre.start(
-        Settings("127.0.0.1:0", state, "here", state / "join-token", **settings),
+        Settings("127.0.0.1:0", state, "here", state / "join-token", idle=idle or CentrePolicy(), **settings),
         prediction=FixedPrediction(required_mib),
         connect=fake.connect,
     )

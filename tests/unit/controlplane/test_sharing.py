@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from controlplane.idle_policy import CentrePolicy
 from puhui.rpc.errors import Refusal
 from puhui.v1 import fleet_service_pb2, job_pb2
 from puhui.v1 import job_service_pb2 as wire
@@ -27,6 +28,7 @@ from puhui.v1.job_pb2 import (
 from tests.unit.controlplane.centres import RunningCentre, eventually, refused, running
 from tests.unit.controlplane.fake_node import FakeNode
 
+COLD = CentrePolicy(warm_s=0.0)
 WHOLE = {"resources": job_pb2.Resources(profile="7g.80gb")}
 
 
@@ -120,7 +122,7 @@ async def test_an_idle_share_is_taken_back_and_given_again(tmp_path: Path, node:
 
 
 async def test_a_share_that_is_not_kept_warm_is_destroyed_and_cut_anew(tmp_path: Path, node: FakeNode) -> None:
-    async with running(tmp_path, node, warm_s=0.0) as centre:
+    async with running(tmp_path, node, idle=COLD) as centre:
         job_id = await idle(centre, node)
         await centre.until_told(job_id, "WARM_SLICE_DROPPED")
         assert not node.slices
@@ -330,7 +332,7 @@ async def test_the_end_of_a_run_without_a_caller_is_told(tmp_path: Path, node: F
 
 
 async def test_a_waiting_run_that_is_given_up_frees_its_place(tmp_path: Path, node: FakeNode) -> None:
-    async with running(tmp_path, node, warm_s=0.0) as centre:
+    async with running(tmp_path, node, idle=COLD) as centre:
         job_id = await idle(centre, node, **WHOLE)
         other = await centre.submit(**WHOLE)
         await centre.until(other, JOB_STATE_RUNNING)
@@ -348,7 +350,7 @@ async def test_a_waiting_run_that_is_given_up_frees_its_place(tmp_path: Path, no
 
 @pytest.mark.parametrize("call", ["reclaim_container", "create_slice", "attach_slice", "exec"])
 async def test_a_control_plane_that_ends_in_the_middle_is_taken_up(tmp_path: Path, node: FakeNode, call: str) -> None:
-    async with running(tmp_path, node, warm_s=0.0) as centre:
+    async with running(tmp_path, node, idle=COLD) as centre:
         job_id = await centre.submit()
         await centre.until(job_id, JOB_STATE_RUNNING)
         if call != "reclaim_container":
@@ -365,7 +367,7 @@ async def test_a_control_plane_that_ends_in_the_middle_is_taken_up(tmp_path: Pat
             await resume(centre, job_id)
         await eventually(lambda: node.calls.count(call) > made)
     node.held.clear()
-    async with running(tmp_path, node, join=False, warm_s=0.0) as centre:
+    async with running(tmp_path, node, join=False, idle=COLD) as centre:
         if call == "reclaim_container":
             await centre.until_told(job_id, "RECLAIMED")
             await resume(centre, job_id)
@@ -384,7 +386,7 @@ async def test_a_control_plane_that_ends_in_the_middle_is_taken_up(tmp_path: Pat
 
 
 async def test_a_node_that_cannot_attach_is_asked_for_another_share(tmp_path: Path, node: FakeNode) -> None:
-    async with running(tmp_path, node, warm_s=0.0) as centre:
+    async with running(tmp_path, node, idle=COLD) as centre:
         job_id = await idle(centre, node)
         await centre.until_told(job_id, "WARM_SLICE_DROPPED")
         node.refuse("attach_slice", Refusal(grpc.StatusCode.INTERNAL, "HOTPLUG_FAILED", "the mount was refused"))
@@ -400,7 +402,7 @@ async def test_an_idle_session_moves_when_its_node_has_no_room(tmp_path: Path, n
     far.exits_at_once = None
     node.reclaim_mode = RECLAIM_MODE_DETACH
     session = {"kind": job_pb2.JOB_KIND_SESSION, **WHOLE}
-    async with running(tmp_path, node, warm_s=0.0) as centre:
+    async with running(tmp_path, node, idle=COLD) as centre:
         job_id = await idle(centre, node, **session)
         node.workspaces[job_id, 1] = b"notes"
         await centre.until_told(job_id, "WARM_SLICE_DROPPED")

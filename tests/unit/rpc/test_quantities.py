@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puhui.cli.quantities import parse_duration, parse_size, to_mib
+from puhui.rpc.quantities import parse_duration, parse_size, to_mib
 
 
 @pytest.mark.parametrize(
