@@ -336,14 +336,15 @@ class CreateContainerRequest(_message.Message):
     image: _builtins.str
     """Image. Empty is the node's default."""
     bundle_id: _builtins.str
-    """Bundle that is mounted read-only at /workspace/code. The node must have it."""
+    """Bundle that is mounted read-only at /workspace/code. The node must have it. Empty is an empty directory there."""
     network: _builtins.bool
     """True gives the container a network."""
     request_id: _builtins.str
     """Makes the request idempotent for 24 h."""
     workspace_of_attempt: _builtins.int
     """Earlier attempt of the same job whose workspace this one takes over; its container is on this node and does not
-    run. 0 is to begin with what PutWorkspace brought, or an empty one.
+    run. It is that attempt's no more: its artifacts must have been collected. 0 is to begin with what PutWorkspace
+    brought, or an empty one.
     """
     @_builtins.property
     def owner(self) -> _card_pb2.AttemptRef:

@@ -170,7 +170,8 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DestroySlice(self, request, context):
-        """Destroys a slice and gives its share back (step S5).
+        """Destroys a slice and gives its share back (step S5). While a process holds it this waits up to 10 s for that to end,
+        and is then refused with SLICE_IN_USE, naming who holds it; the slice is destroyed as soon as that has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,15 +220,17 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DetachSlice(self, request, context):
-        """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
-        the slice open.
+        """Makes a slice vanish from a living container (step S7), which lives on. It is hidden first, so that nobody can open
+        it any more, and then looked at: while a process of the container holds it open this is refused with SLICE_IN_USE,
+        and the slice is shown again. Who opens it in that moment does not find it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TransferSlice(self, request, context):
-        """Gives a slice that no container sees to another attempt of the same centre.
+        """Gives a slice that no container sees to another attempt of the same centre. The fencing tokens of both attempts are
+        looked at. Refused with SLICE_IN_USE while a container sees it or a process holds it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,14 +291,16 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetWorkspace(self, request, context):
-        """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks.
+        """The workspace of an attempt whose container does not run, without its code: one manifest, then the archive in
+        chunks. What cannot be carried (sockets, links that lead outside) is left out; a file LEFT_OUT.txt says what.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutWorkspace(self, request_iterator, context):
-        """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer.
+        """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer. Uploading
+        again replaces it; RemoveContainer with discard_results drops one that was not used, and so does the node after 24 h.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,9 @@ class NodeServiceStub:
     CreateSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.CreateSliceRequest, _node_service_pb2.CreateSliceResponse]
     """Cuts a slice at an exact placement (step S3)."""
     DestroySlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.DestroySliceRequest, _node_service_pb2.DestroySliceResponse]
-    """Destroys a slice and gives its share back (step S5)."""
+    """Destroys a slice and gives its share back (step S5). While a process holds it this waits up to 10 s for that to end,
+    and is then refused with SLICE_IN_USE, naming who holds it; the slice is destroyed as soon as that has ended.
+    """
     ListSlices: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ListSlicesRequest, _node_service_pb2.ListSlicesResponse]
     """Slices of this node."""
     CreateContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.CreateContainerRequest, _node_service_pb2.CreateContainerResponse]
@@ -55,11 +57,14 @@ class NodeServiceStub:
     AttachSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.AttachSliceRequest, _node_service_pb2.AttachSliceResponse]
     """Makes a slice appear in a living container. Commands that Exec starts from then on are given it."""
     DetachSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.DetachSliceRequest, _node_service_pb2.DetachSliceResponse]
-    """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
-    the slice open.
+    """Makes a slice vanish from a living container (step S7), which lives on. It is hidden first, so that nobody can open
+    it any more, and then looked at: while a process of the container holds it open this is refused with SLICE_IN_USE,
+    and the slice is shown again. Who opens it in that moment does not find it.
     """
     TransferSlice: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.TransferSliceRequest, _node_service_pb2.TransferSliceResponse]
-    """Gives a slice that no container sees to another attempt of the same centre."""
+    """Gives a slice that no container sees to another attempt of the same centre. The fencing tokens of both attempts are
+    looked at. Refused with SLICE_IN_USE while a container sees it or a process holds it.
+    """
     ReclaimContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ReclaimContainerRequest, _node_service_pb2.ReclaimContainerResponse]
     """Takes all cards of a living container by the mildest rung that works: detach, checkpoint, stop (step S7). It warns
     the container first. Refused with NOT_IDLE when the cards have come into use meanwhile, with RECLAIM_IMPOSSIBLE when
@@ -82,9 +87,13 @@ class NodeServiceStub:
     GetArtifacts: _grpc.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
     GetWorkspace: _grpc.UnaryStreamMultiCallable[_node_service_pb2.GetWorkspaceRequest, _node_service_pb2.GetWorkspaceResponse]
-    """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks."""
+    """The workspace of an attempt whose container does not run, without its code: one manifest, then the archive in
+    chunks. What cannot be carried (sockets, links that lead outside) is left out; a file LEFT_OUT.txt says what.
+    """
     PutWorkspace: _grpc.StreamUnaryMultiCallable[_node_service_pb2.PutWorkspaceRequest, _node_service_pb2.PutWorkspaceResponse]
-    """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer."""
+    """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer. Uploading
+    again replaces it; RemoveContainer with discard_results drops one that was not used, and so does the node after 24 h.
+    """
     WatchUtilization: _grpc.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]
     """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
     or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
@@ -106,7 +115,9 @@ class NodeServiceAsyncStub(NodeServiceStub):
     CreateSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.CreateSliceRequest, _node_service_pb2.CreateSliceResponse]  # type: ignore[assignment]
     """Cuts a slice at an exact placement (step S3)."""
     DestroySlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.DestroySliceRequest, _node_service_pb2.DestroySliceResponse]  # type: ignore[assignment]
-    """Destroys a slice and gives its share back (step S5)."""
+    """Destroys a slice and gives its share back (step S5). While a process holds it this waits up to 10 s for that to end,
+    and is then refused with SLICE_IN_USE, naming who holds it; the slice is destroyed as soon as that has ended.
+    """
     ListSlices: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ListSlicesRequest, _node_service_pb2.ListSlicesResponse]  # type: ignore[assignment]
     """Slices of this node."""
     CreateContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.CreateContainerRequest, _node_service_pb2.CreateContainerResponse]  # type: ignore[assignment]
@@ -120,11 +131,14 @@ class NodeServiceAsyncStub(NodeServiceStub):
     AttachSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.AttachSliceRequest, _node_service_pb2.AttachSliceResponse]  # type: ignore[assignment]
     """Makes a slice appear in a living container. Commands that Exec starts from then on are given it."""
     DetachSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.DetachSliceRequest, _node_service_pb2.DetachSliceResponse]  # type: ignore[assignment]
-    """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
-    the slice open.
+    """Makes a slice vanish from a living container (step S7), which lives on. It is hidden first, so that nobody can open
+    it any more, and then looked at: while a process of the container holds it open this is refused with SLICE_IN_USE,
+    and the slice is shown again. Who opens it in that moment does not find it.
     """
     TransferSlice: _aio.UnaryUnaryMultiCallable[_node_service_pb2.TransferSliceRequest, _node_service_pb2.TransferSliceResponse]  # type: ignore[assignment]
-    """Gives a slice that no container sees to another attempt of the same centre."""
+    """Gives a slice that no container sees to another attempt of the same centre. The fencing tokens of both attempts are
+    looked at. Refused with SLICE_IN_USE while a container sees it or a process holds it.
+    """
     ReclaimContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ReclaimContainerRequest, _node_service_pb2.ReclaimContainerResponse]  # type: ignore[assignment]
     """Takes all cards of a living container by the mildest rung that works: detach, checkpoint, stop (step S7). It warns
     the container first. Refused with NOT_IDLE when the cards have come into use meanwhile, with RECLAIM_IMPOSSIBLE when
@@ -147,9 +161,13 @@ class NodeServiceAsyncStub(NodeServiceStub):
     GetArtifacts: _aio.UnaryStreamMultiCallable[_node_service_pb2.NodeServiceGetArtifactsRequest, _node_service_pb2.NodeServiceGetArtifactsResponse]  # type: ignore[assignment]
     """Artifacts of an attempt that has ended: one manifest, then the archive in chunks."""
     GetWorkspace: _aio.UnaryStreamMultiCallable[_node_service_pb2.GetWorkspaceRequest, _node_service_pb2.GetWorkspaceResponse]  # type: ignore[assignment]
-    """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks."""
+    """The workspace of an attempt whose container does not run, without its code: one manifest, then the archive in
+    chunks. What cannot be carried (sockets, links that lead outside) is left out; a file LEFT_OUT.txt says what.
+    """
     PutWorkspace: _aio.StreamUnaryMultiCallable[_node_service_pb2.PutWorkspaceRequest, _node_service_pb2.PutWorkspaceResponse]  # type: ignore[assignment]
-    """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer."""
+    """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer. Uploading
+    again replaces it; RemoveContainer with discard_results drops one that was not used, and so does the node after 24 h.
+    """
     WatchUtilization: _aio.UnaryStreamMultiCallable[_node_service_pb2.WatchUtilizationRequest, _node_service_pb2.WatchUtilizationResponse]  # type: ignore[assignment]
     """Utilization of GPUs and slices, at a chosen interval (step S6). A reader that is too slow loses old samples. A GPU
     or slice is told of for as long as it is there; one that nobody has heard of yet is waited for. At most 64 watches
@@ -186,7 +204,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.DestroySliceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.DestroySliceResponse, _abc.Awaitable[_node_service_pb2.DestroySliceResponse]]:
-        """Destroys a slice and gives its share back (step S5)."""
+        """Destroys a slice and gives its share back (step S5). While a process holds it this waits up to 10 s for that to end,
+        and is then refused with SLICE_IN_USE, naming who holds it; the slice is destroyed as soon as that has ended.
+        """
 
     @_abc_1.abstractmethod
     def ListSlices(
@@ -242,8 +262,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.DetachSliceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.DetachSliceResponse, _abc.Awaitable[_node_service_pb2.DetachSliceResponse]]:
-        """Makes a slice vanish from a living container (step S7), which lives on. Refused while a process of it holds
-        the slice open.
+        """Makes a slice vanish from a living container (step S7), which lives on. It is hidden first, so that nobody can open
+        it any more, and then looked at: while a process of the container holds it open this is refused with SLICE_IN_USE,
+        and the slice is shown again. Who opens it in that moment does not find it.
         """
 
     @_abc_1.abstractmethod
@@ -252,7 +273,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.TransferSliceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.TransferSliceResponse, _abc.Awaitable[_node_service_pb2.TransferSliceResponse]]:
-        """Gives a slice that no container sees to another attempt of the same centre."""
+        """Gives a slice that no container sees to another attempt of the same centre. The fencing tokens of both attempts are
+        looked at. Refused with SLICE_IN_USE while a container sees it or a process holds it.
+        """
 
     @_abc_1.abstractmethod
     def ReclaimContainer(
@@ -323,7 +346,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_service_pb2.GetWorkspaceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.GetWorkspaceResponse], _abc.AsyncIterator[_node_service_pb2.GetWorkspaceResponse]]:
-        """The workspace of an attempt whose container does not run: one manifest, then the archive in chunks."""
+        """The workspace of an attempt whose container does not run, without its code: one manifest, then the archive in
+        chunks. What cannot be carried (sockets, links that lead outside) is left out; a file LEFT_OUT.txt says what.
+        """
 
     @_abc_1.abstractmethod
     def PutWorkspace(
@@ -331,7 +356,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_node_service_pb2.PutWorkspaceRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.PutWorkspaceResponse, _abc.Awaitable[_node_service_pb2.PutWorkspaceResponse]]:
-        """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer."""
+        """Uploads the workspace that an attempt is to begin with: one header, then chunks. Before CreateContainer. Uploading
+        again replaces it; RemoveContainer with discard_results drops one that was not used, and so does the node after 24 h.
+        """
 
     @_abc_1.abstractmethod
     def WatchUtilization(
