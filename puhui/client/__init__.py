@@ -10,13 +10,15 @@
             print(event.reason, event.message)
         centre.pull(job.id, Path("outputs"))
 
-`centre` what can be asked, `patience` which failures are waited out, `archives` how files travel.
+`centre` what can be asked, `run` a command in a session, `patience` which failures are waited out, `archives` how
+files travel.
 Everything that goes wrong is raised as `Refusal`.
 """
 
 from puhui.client.archives import Pulled
 from puhui.client.centre import DEFAULT_ADDRESS, Centre
 from puhui.client.patience import Patience, Trouble
+from puhui.client.run import RunCall
 from puhui.rpc.errors import Refusal
 
-__all__ = ["DEFAULT_ADDRESS", "Centre", "Patience", "Pulled", "Refusal", "Trouble"]
+__all__ = ["DEFAULT_ADDRESS", "Centre", "Patience", "Pulled", "Refusal", "RunCall", "Trouble"]

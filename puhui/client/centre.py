@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ import grpc
 
 from puhui.client.archives import ArtifactArchive, Code, Progress, Pulled, packed
 from puhui.client.patience import Contact, Patience, Trouble
+from puhui.client.run import RunCall
 from puhui.rpc.channel import open_blocking_channel
 from puhui.rpc.errors import Refusal
 from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
@@ -29,6 +30,8 @@ FINAL_STATES = frozenset({job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED,
 
 _CALL_S = 30.0
 _UPLOAD_S = 3600.0
+# A warning may be heeded for minutes before a share is taken.
+_SUSPEND_S = 600.0
 _PAUSE_S = 0.2
 
 
@@ -90,7 +93,7 @@ class Centre:
     def submit(
         self,
         spec: job_pb2.JobSpec,
-        code: Code | str,
+        code: Code | str | None,
         *,
         request_id: str = "",
         progress: Progress | None = None,
@@ -99,7 +102,7 @@ class Centre:
 
         Args:
             spec: what is asked for.
-            code: its code, or the id of a bundle that the centre has.
+            code: its code, or the id of a bundle that the centre has; None for a session without code.
             request_id: names this submission, so that a repetition is not a second job. Empty makes one up.
             progress: as in `put_bundle`.
 
@@ -107,10 +110,9 @@ class Centre:
             Refusal: the centre refuses it or cannot be reached.
             OSError: the code cannot be read.
         """
-        bundle_id = code if isinstance(code, str) else self.put_bundle(code, progress).id
-        request = job_service_pb2.SubmitJobRequest(
-            spec=spec, bundle_id=bundle_id, request_id=request_id or uuid.uuid4().hex
-        )
+        request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=request_id or uuid.uuid4().hex)
+        if code is not None:
+            request.bundle_id = code if isinstance(code, str) else self.put_bundle(code, progress).id
         return self._contact.call(lambda: self._jobs.SubmitJob(request, timeout=_CALL_S)).job
 
     def predict(
@@ -272,6 +274,85 @@ class Centre:
                 if progress is not None:
                     progress(archive.received_bytes, archive.size_bytes)
             return archive.finish()
+
+    def run(
+        self,
+        job_id: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        terminal_size: tuple[int, int] | None = None,
+        request_id: str = "",
+    ) -> RunCall:
+        """Returns a run of a command in a session's container; it begins when it is iterated.
+
+        Args:
+            job_id: the session.
+            command: the command and its arguments.
+            env: environment beside the session's own.
+            working_directory: directory in the container; empty is that of the code.
+            terminal_size: columns and rows of the terminal that the command gets; None is no terminal.
+            request_id: names this run, so that a caller that went away takes it up again. Empty makes one up.
+        """
+        start = job_service_pb2.RunStart(
+            job_id=job_id,
+            command=command,
+            env=env,
+            tty=terminal_size is not None,
+            request_id=request_id or uuid.uuid4().hex,
+            working_directory=working_directory,
+        )
+        if terminal_size is not None:
+            start.terminal_size.columns, start.terminal_size.rows = terminal_size
+        return RunCall(self._contact, self._jobs, start)
+
+    def runs(self, job_id: str, page_size: int = 50) -> Iterator[job_pb2.Run]:
+        """Yields the runs of a job, the newest first; pages are fetched as needed.
+
+        Raises:
+            Refusal: there is no such job, or the centre cannot be reached.
+        """
+        request = job_service_pb2.ListRunsRequest(job_id=job_id, page_size=page_size)
+        while True:
+            page = self._contact.call(lambda: self._jobs.ListRuns(request, timeout=_CALL_S))
+            yield from page.runs
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def suspend(
+        self, job_id: str, hardest: job_pb2.ReclaimMode.ValueType = job_pb2.RECLAIM_MODE_UNSPECIFIED
+    ) -> job_pb2.Job:
+        """Takes a job's share back now, and returns the job once that is done. Its container lives on.
+
+        Args:
+            job_id: the job.
+            hardest: the hardest rung of the ladder that may be taken; UNSPECIFIED is what ends no work.
+
+        Raises:
+            Refusal: there is no such job, its share cannot be taken so, or the centre cannot be reached.
+        """
+        request = job_service_pb2.SuspendJobRequest(job_id=job_id, hardest=hardest, request_id=uuid.uuid4().hex)
+        return self._contact.call(lambda: self._jobs.SuspendJob(request, timeout=_SUSPEND_S)).job
+
+    def resume(self, job_id: str) -> job_pb2.Job:
+        """Has a share scheduled for a job that has none, and returns the job; it waits for nothing.
+
+        Raises:
+            Refusal: there is no such job, it cannot have a share, or the centre cannot be reached.
+        """
+        request = job_service_pb2.ResumeJobRequest(job_id=job_id, request_id=uuid.uuid4().hex)
+        return self._contact.call(lambda: self._jobs.ResumeJob(request, timeout=_SUSPEND_S)).job
+
+    def explain(self, job_id: str) -> job_service_pb2.ExplainJobResponse:
+        """Returns why a job waits.
+
+        Raises:
+            Refusal: there is no such job, or the centre cannot be reached.
+        """
+        request = job_service_pb2.ExplainJobRequest(job_id=job_id)
+        return self._contact.call(lambda: self._jobs.ExplainJob(request, timeout=_CALL_S))
 
     def cancel(self, job_id: str, message: str = "") -> job_pb2.Job:
         """Asks a job to end, and returns it. A job that has ended stays as it is.
