@@ -155,14 +155,11 @@ def test_who_something_was_evicted_for_gets_it_and_nothing_more_is_evicted(
     meanwhile = after(gpus, first, gone=False)
     second = plan_of(rest, meanwhile, first)
     assert not set(second.evict.values()) & set(first.promised)
-    assert {job: second.promised[job] for job in first.promised} == first.promised
+    sooner = {job.id for job, _, _ in second.placed}
+    assert set(first.promised) <= set(second.promised) | sooner
     then = after(meanwhile, second, gone=True)
-    third = plan_of(rest, then, second)
-    got = {job.id: decision for job, decision, _ in third.placed}
-    for waiter, promise in first.promised.items():
-        assert waiter in got
-        if got[waiter].take_over is None:
-            assert (got[waiter].gpu.key, got[waiter].start) == (promise.gpu, promise.start)
+    third = plan_of([job for job in rest if job.id not in sooner], then, second)
+    assert set(first.promised) <= {job.id for job, _, _ in third.placed} | sooner
     assert_nothing_twice(after(then, third, gone=False))
 
 
