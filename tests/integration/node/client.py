@@ -16,6 +16,7 @@ from puhui.rpc.bundle import pack_files
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration
 from puhui.v1.card_pb2 import AttemptRef, Placement, Slice
+from puhui.v1.idle_pb2 import IdleWatch
 from puhui.v1.node_pb2 import Container, NodeEvent, NodeEventKind, NodeInventory
 from puhui.v1.node_service_pb2 import (
     AttachSliceRequest,
@@ -109,6 +110,7 @@ class Node:
         image: str = "",
         bare: bool = False,
         workspace_of_attempt: int = 0,
+        idle_watch: IdleWatch | None = None,
     ) -> Container:
         request = CreateContainerRequest(
             owner=owner,
@@ -120,6 +122,7 @@ class Node:
             stop_grace=duration(stop_grace_s) if stop_grace_s is not None else None,
             image=image,
             workspace_of_attempt=workspace_of_attempt,
+            idle_watch=idle_watch,
         )
         return (await self.stub.CreateContainer(request)).container
 
