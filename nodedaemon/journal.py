@@ -107,6 +107,11 @@ def m005_idle(db: Database) -> None:
 class Journal:
     """The journal of one daemon.
 
+    Every commit survives the death of the process. A power cut may lose the last of them, fencing tokens and cursors
+    too: it also ends every slice and every process of the node, and a reader whose cursor was lost is told so. To have
+    each commit on the disk (synchronous=FULL) would add 1.5 ms to the making of a slice and 0.8 ms to its end, measured
+    with `python -m bench.slices` on a virtual disk, where all that the daemon adds is 2.0 and 1.8 ms.
+
     Args:
         path: the SQLite file; made if missing. Only one daemon may have it open.
 
@@ -121,8 +126,6 @@ class Journal:
         # One daemon per journal: the lock is held for as long as the process lives, however it dies.
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._db.enable_wal()
-        # Every commit survives the death of the process. A power cut may lose the last of them, but it also ends every
-        # slice and every process of the node, and an fsync per commit would cost more than a slice does.
         self._db.execute("PRAGMA synchronous=NORMAL")
         _migrations.apply(self._db)
         self.on_container: Callable[[Owner], None] = lambda _: None
