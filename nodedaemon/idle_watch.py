@@ -23,7 +23,7 @@ from nodedaemon.owner import Owner
 from nodedaemon.records import ContainerRecord, ContainerStage, IdleRecord
 from nodedaemon.telemetry import Telemetry
 from nodedaemon.utilization_watcher import Watcher
-from puhui.rpc.moment import now, timestamp
+from puhui.rpc.moment import moment, now, timestamp
 from puhui.v1.idle_pb2 import Idleness
 from puhui.v1.node_pb2 import NodeEventKind, RuntimeKind
 from puhui.v1.node_service_pb2 import UtilizationSample, UtilizationSource
@@ -51,7 +51,7 @@ class _Watched:
     saved_s: float = 0.0
     looked: asyncio.Condition = field(default_factory=asyncio.Condition)
     sampled_time_s: float = 0.0
-    """When the oldest sample of the last glance was taken, by the wall clock."""
+    """When the card that was sampled longest ago was, by the wall clock."""
 
 
 class Idling:
@@ -97,7 +97,10 @@ class Idling:
     def latest(self, owner: Owner) -> IdleState | None:
         """Returns what was seen last of an attempt's container; None when it is not watched."""
         one = self._find(owner)
-        return self._now(one) if one is not None else None
+        record = self._journal.container(owner)
+        if one is None or record is None:
+            return None
+        return self._settled(one, record, self._monotonic())
 
     async def look(self, owner: Owner) -> IdleState | None:
         """Looks at the cards of an attempt's container now; None when it is not watched.
@@ -111,14 +114,16 @@ class Idling:
             return self.latest(owner)
         asked_time_s = self._wall()
         watcher = one.watcher
-        self._telemetry.hasten(watcher)
         try:
             async with asyncio.timeout(_LOOK_S), one.looked:
-                await one.looked.wait_for(lambda: one.watcher is not watcher or one.sampled_time_s >= asked_time_s)
+                while one.watcher is watcher and one.sampled_time_s < asked_time_s:
+                    # Again after each: what was sampled before this was asked may have come first.
+                    self._telemetry.hasten(watcher)
+                    await one.looked.wait()
         except TimeoutError:
             reading = f"its cards did not answer within {_LOOK_S:g} s"
             return replace(one.state, idle=False, unused_since_s=None, signal="unavailable", reading=reading)
-        return self._now(one)
+        return self.latest(owner)
 
     def describe(self, record: ContainerRecord) -> Idleness | None:
         """Returns whether a container uses its cards, for the wire; None when it is not watched."""
@@ -193,10 +198,6 @@ class Idling:
         if wanted and one.task is None:
             one.watcher = Watcher(one.policy.interval_s, frozenset(wanted))
             one.task = group.create_task(self._sample(one, one.watcher))
-
-    def _now(self, one: _Watched) -> IdleState:
-        record = self._journal.container(one.owner)
-        return one.state if record is None else self._settled(one, record, self._monotonic())
 
     def _settled(self, one: _Watched, record: ContainerRecord, at_s: float) -> IdleState:
         """Returns a container's state as of now, where it no longer has what it was seen to have."""
@@ -290,7 +291,10 @@ class Idling:
                 one.state = replace(one.state, idle=before.idle)
         if one.state.idle != before.idle or at_s - one.saved_s >= _SAVE_S:
             self._save(one)
-        one.sampled_time_s = min(sample.time.seconds + sample.time.nanos / 1e9 for sample in samples)
+        newest: dict[str, float] = {}
+        for sample in samples:
+            newest[sample.uuid] = max(moment(sample.time), newest.get(sample.uuid, 0.0))
+        one.sampled_time_s = min(newest.values())
         async with one.looked:
             one.looked.notify_all()
 
