@@ -124,3 +124,33 @@ def m0003_runs(db: Database) -> None:
         """
     )
     db.execute("create index runs_by_job on runs (job_id, sequence)")
+
+
+@migrations()
+def m0004_usage(db: Database) -> None:
+    """Stretches of time in which shares were held, were reclaimed, or commands ran."""
+    db.execute(
+        """
+        create table usage (
+            job_id text not null,
+            kind text not null,      -- hold, reclaimed, run
+            number integer not null,
+            run_id text not null,    -- '' but of a run
+            attempt integer not null,
+            tenant text not null,
+            job_name text not null,
+            profile text not null,
+            gpu_model text not null,
+            compute_slices integer not null,
+            gpu_slices integer not null,
+            emulated integer not null,
+            start real not null,
+            "end" real,              -- null while it lasts
+            busy_s real not null,
+            counter_s real,
+            reclaim_mode integer not null,
+            primary key (job_id, kind, number, run_id)
+        ) without rowid
+        """
+    )
+    db.execute('create index usage_by_end on usage ("end")')

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.endings import Ending
+from controlplane.metering import UsageChange
 from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2
 
 __all__ = [
@@ -166,6 +167,8 @@ class Change:
     token_taken: bool = False
     """The fencing token that was offered is used, and never offered again."""
     request: Request | None = None
+    usage: tuple[UsageChange, ...] = ()
+    """What it means for the job's usage, in order."""
 
 
 Decide = Callable[[JobRecord, int], Change | None]

@@ -15,6 +15,7 @@ from sqlite_utils import Database
 from controlplane.endings import Ending
 from controlplane.group_commit import GroupCommit
 from controlplane.jobs import FINAL_STATES
+from controlplane.metering import Stretch
 from controlplane.migrations import migrations
 from controlplane.records import (
     BundleRecord,
@@ -28,6 +29,7 @@ from controlplane.records import (
     TakeOver,
 )
 from controlplane.store import RequestReused, ShareTaken
+from controlplane.usage_table import read_usage, write_usage
 from controlplane.watch import Feed
 from puhui.rpc.moment import moment
 from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
@@ -146,6 +148,7 @@ class SqliteStore:
                         run.SerializeToString(),
                     ],
                 )
+            write_usage(db, change.record.job, change.usage)
             return _write_job(db, before.sequence, change.record, change.events), True
 
         after, changed = await self._writer.write(act)
@@ -205,6 +208,10 @@ class SqliteStore:
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""
         return [Reservation(*row) for row in self._read.execute("select * from reservations order by job_id, attempt")]
+
+    async def usage(self, start: float, end: float, tenant: str = "", job_id: str = "") -> list[Stretch]:
+        """Returns the stretches of usage that overlap a time, in the order in which they began."""
+        return read_usage(self._read, start, end, tenant, job_id)
 
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""

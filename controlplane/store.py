@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from controlplane.metering import Stretch
 from controlplane.records import (
     BundleRecord,
     Decide,
@@ -91,6 +92,16 @@ class Store(Protocol):
 
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""
+
+    async def usage(self, start: float, end: float, tenant: str = "", job_id: str = "") -> list[Stretch]:
+        """Returns the stretches of usage that overlap a time, in the order in which they began.
+
+        Args:
+            start: in seconds since the epoch.
+            end: likewise; what begins then is not meant.
+            tenant: only those of this tenant; "" is all of them.
+            job_id: only those of this job; "" is all of them.
+        """
 
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""

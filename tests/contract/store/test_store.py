@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane import happenings
+from controlplane import happenings, metering
 from controlplane.endings import Ending
 from controlplane.jobs import IllegalTransition, transition
 from controlplane.records import (
@@ -268,3 +268,48 @@ async def test_a_full_disk_stores_nothing_and_says_so(tmp_path: Path) -> None:
     await store._writer.write(lambda db: db.execute("pragma max_page_count = 1000000").fetchone())
     await add(store, 100)
     await store.close()
+
+
+BEGUN = metering.HoldBegun(
+    at=10.0, attempt=1, profile="2g.20gb", gpu_model="H", compute_slices=2, gpu_slices=7, emulated=True, counter_s=1.0
+)
+
+
+async def test_usage_is_stored_with_the_change_that_means_it(opener: Open) -> None:
+    store = await opener()
+    first, second = await add(store, 1, name="one"), await add(store, 2)
+
+    async def use(job: JobRecord, *changes: metering.UsageChange) -> None:
+        await store.change_job(job.id, lambda record, _: Change(record, usage=changes))
+
+    await use(first, BEGUN, metering.RunBegun("r-1", 11.0, 1.0))
+    (hold, run) = await store.usage(0.0, 100.0)
+    assert (hold.kind, hold.number, hold.tenant, hold.job_name) == (metering.Kind.HOLD, 1, "default", "one")
+    assert (hold.start, hold.end, hold.busy_s, hold.compute_slices, hold.emulated) == (10.0, None, 0.0, 2, True)
+    assert (run.kind, run.run_id, run.start) == (metering.Kind.RUN, "r-1", 11.0)
+    await use(first, metering.RunEnded("r-1", 14.0, 3.0))
+    detached = metering.HoldEnded(20.0, 4.0, job_pb2.RECLAIM_MODE_DETACH)
+    await use(first, detached, metering.ReclaimedBegun(20.0))
+    store = await opener()
+    await use(second, replace(BEGUN, at=30.0))
+    await use(first, replace(BEGUN, at=50.0))
+    rows = await store.usage(0.0, 100.0)
+    assert [(row.job_id, row.kind, row.number, row.start, row.end, row.busy_s) for row in rows] == [
+        (first.id, "hold", 1, 10.0, 20.0, 3.0),
+        (first.id, "run", 1, 11.0, 14.0, 2.0),
+        (first.id, "reclaimed", 1, 20.0, 50.0, 0.0),
+        (second.id, "hold", 1, 30.0, None, 0.0),
+        (first.id, "hold", 2, 50.0, None, 0.0),
+    ]
+    assert rows[0].reclaim_mode == job_pb2.RECLAIM_MODE_DETACH
+    assert [row.start for row in await store.usage(14.0, 50.0)] == [10.0, 20.0, 30.0]
+    assert [row.start for row in await store.usage(0.0, 100.0, job_id=second.id)] == [30.0]
+    assert await store.usage(0.0, 100.0, tenant="another") == []
+
+
+async def test_usage_of_a_refused_change_is_not_stored(store: Store) -> None:
+    first, second = await add(store, 1), await add(store, 2)
+    await store.change_job(first.id, reserve(0))
+    with pytest.raises(ShareTaken):
+        await store.change_job(second.id, lambda record, token: replace(reserve(0)(record, token), usage=(BEGUN,)))
+    assert await store.usage(0.0, 100.0) == []
