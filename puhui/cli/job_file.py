@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from puhui.cli.spec_options import reclaim_mode
 from puhui.cli.terminal import Mistake
 from puhui.rpc.moment import duration
 from puhui.rpc.quantities import parse_duration, parse_size, to_mib
@@ -89,8 +90,27 @@ class IdlePart(_Part):
     after: Duration | None = Field(default=None, description="Unused for this long is idle.")
     below_percent: float = Field(default=0, ge=0, le=100, description="Utilization below this is unused.")
     reclaim: Literal["", "detach", "checkpoint", "stop", "never"] = Field(
-        default="", description="How it may be taken back."
+        default="", description="How it may be taken back: this way or a milder one; stop only when somebody waits."
     )
+    start_grace: Duration | None = Field(default=None, description="Busy for this long before its card is used first.")
+    warn_signal: bool = Field(default=False, description="Send SIGUSR1 to what runs before its share is taken.")
+    on_reclaim: Command | None = Field(default=None, description="Command run in the container before that.")
+    on_reclaim_limit: Duration | None = Field(default=None, description="Longest that it may take; default 10s.")
+
+    def policy(self) -> job_pb2.IdlePolicy:
+        """Returns what a centre is asked for."""
+        policy = job_pb2.IdlePolicy(
+            idle_below_percent=self.below_percent, warn_signal=self.warn_signal, on_reclaim=self.on_reclaim or ()
+        )
+        if self.after is not None:
+            policy.idle_after.CopyFrom(duration(self.after))
+        if self.start_grace is not None:
+            policy.start_grace.CopyFrom(duration(self.start_grace))
+        if self.on_reclaim_limit is not None:
+            policy.on_reclaim_limit.CopyFrom(duration(self.on_reclaim_limit))
+        if self.reclaim:
+            policy.reclaim_mode = reclaim_mode(self.reclaim)
+        return policy
 
 
 class PeersPart(_Part):
@@ -149,11 +169,7 @@ class JobFile(_Part):
         if self.stop_grace is not None:
             spec.stop_grace.CopyFrom(duration(self.stop_grace))
         if self.idle is not None:
-            spec.idle.idle_below_percent = self.idle.below_percent
-            if self.idle.after is not None:
-                spec.idle.idle_after.CopyFrom(duration(self.idle.after))
-            if self.idle.reclaim:
-                spec.idle.reclaim_mode = job_pb2.ReclaimMode.Value(f"RECLAIM_MODE_{self.idle.reclaim.upper()}")
+            spec.idle.CopyFrom(self.idle.policy())
         if self.peers is not None:
             spec.peers.here_only = self.peers.here_only
             spec.peers.preferred_peers.extend(self.peers.preferred)

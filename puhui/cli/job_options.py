@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, TypeVar
 
 import typer
 
 from puhui.cli.job_file import read_job_file
+from puhui.cli.spec_options import SpecOptions, takes_options
 from puhui.cli.terminal import Mistake, terminal
-from puhui.rpc.moment import duration
-from puhui.rpc.quantities import parse_duration, parse_size, to_mib
 from puhui.v1 import job_pb2
 
 __all__ = [
@@ -65,8 +63,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class JobOptions:
-    """What was written on the command line; None is not said."""
+class JobOptions(SpecOptions):
+    """What was written on the command line of a job; None is not said."""
 
     script: Annotated[
         list[str] | None,
@@ -81,33 +79,6 @@ class JobOptions:
     directory: Annotated[
         Path | None, typer.Option("--directory", "-C", help="Folder to upload; default: the script's own.")
     ] = None
-    profile: Annotated[str | None, typer.Option(help="Exact slice, such as 2g.20gb; wins over --memory.")] = None
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Device memory, such as 12GB; wins over the prediction.")
-    ] = None
-    cpus: Annotated[float | None, typer.Option(min=0, help="Host CPUs; 0 is no limit.")] = None
-    host_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory, such as 8GB.")] = None
-    network: Annotated[
-        bool | None, typer.Option("--network/--no-network", help="Whether the container gets a network; default: no.")
-    ] = None
-    name: Annotated[str | None, typer.Option(help="A name for people.")] = None
-    image: Annotated[str | None, typer.Option(help="Container image.")] = None
-    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Environment; may be repeated.")] = None
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=SIZE",
-            help="Size of data that the code will read, for the prediction alone: the data itself is not brought in. "
-            "May be repeated.",
-        ),
-    ] = None
-    max_duration: Annotated[str | None, typer.Option(metavar="TIME", help="End the command after, say, 10m.")] = None
-    stop_grace: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Time between SIGTERM and SIGKILL, such as 20s.")
-    ] = None
-    priority: Annotated[int | None, typer.Option(min=-100, max=100, help="Higher goes first; 0 is normal.")] = None
-    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Label; may be repeated.")] = None
-    tenant: Annotated[str | None, typer.Option(help="Name of the tenant; else default.")] = None
 
     def request(self) -> Request:
         """Returns the request that these options make.
@@ -126,35 +97,8 @@ class JobOptions:
             spec = job_pb2.JobSpec(kind=job_pb2.JOB_KIND_BATCH, command=command, name=_name_of(command, directory))
         else:
             raise Mistake("USAGE", "say what to run: a script, such as train.py, or a job file with -f")
-        self._apply(spec)
+        self.apply(spec)
         return Request(spec, _uploadable(directory))
-
-    def _apply(self, spec: job_pb2.JobSpec) -> None:
-        for option in ("name", "image", "priority", "tenant"):
-            value = getattr(self, option)
-            if value is not None:
-                setattr(spec, option, value)
-        for option in ("profile", "cpus", "network"):
-            value = getattr(self, option)
-            if value is not None:
-                setattr(spec.resources, option, value)
-        if self.host_memory is not None:
-            spec.resources.host_memory_mib = to_mib(_parsed("--host-memory", parse_size, self.host_memory))
-        if self.memory is not None:
-            spec.resources.memory_mib = to_mib(_parsed("--memory", parse_size, self.memory))
-        if self.max_duration is not None:
-            spec.max_duration.CopyFrom(duration(_parsed("--max-duration", parse_duration, self.max_duration)))
-        if self.stop_grace is not None:
-            spec.stop_grace.CopyFrom(duration(_parsed("--stop-grace", parse_duration, self.stop_grace)))
-        for pair in self.env or ():
-            key, value = _pair("--env", pair)
-            spec.env[key] = value
-        for pair in self.label or ():
-            key, value = _pair("--label", pair)
-            spec.labels[key] = value
-        for pair in self.input or ():
-            key, value = _pair("--input", pair)
-            spec.inputs.add(name=key, size_bytes=_parsed("--input", parse_size, value))
 
     def misplaced(self) -> str | None:
         """Returns an option of Puhui's own that stands behind the script, where it goes to the script."""
@@ -164,27 +108,7 @@ class JobOptions:
 
 def takes_job_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command, whose first parameter is a JobOptions, all of these options on the command line."""
-    hints = get_type_hints(JobOptions, include_extras=True)
-    options = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(JobOptions)
-    ]
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
-
-    def wrapper(**given: Any) -> None:
-        chosen = {option.name: given.pop(option.name) for option in options}
-        command(JobOptions(**chosen), **given)
-
-    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-    parameters = [*options, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return wrapper
+    return takes_options(JobOptions, command)
 
 
 def _command(words: list[str], directory: Path | None) -> tuple[list[str], Path]:
@@ -232,17 +156,3 @@ def _uploadable(directory: Path) -> Path:
             path=str(where),
         )
     return where
-
-
-def _pair(option: str, text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise Mistake("USAGE", f"{option} {text}: write it as KEY=VALUE")
-    return key, value
-
-
-def _parsed(option: str, parse: Callable[[str], T], text: str) -> T:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise Mistake("USAGE", f"{option}: {error}") from error
