@@ -169,7 +169,7 @@ class Centre:
         server.add(
             "puhui.v1.FleetService",
             add_FleetServiceServicer_to_server,
-            FleetService(settings.centre, nodes, scheduler, pages),
+            FleetService(settings.centre, store, nodes, scheduler, pages),
         )
         server.add("puhui.v1.FederationService", add_FederationServiceServicer_to_server, FederationService())
         port = await server.start()

@@ -12,6 +12,8 @@ from controlplane.capacity import gpu_capacity, profile_capacity
 from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
 from controlplane.scheduler import Scheduler
+from controlplane.store import Store
+from controlplane.usage import interval_of, usage_of
 from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal, unimplemented
 from puhui.rpc.moment import duration, now, timestamp
@@ -26,8 +28,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class FleetService(FleetServiceServicer):
     """Serves FleetService for one centre."""
 
-    def __init__(self, centre: str, nodes: Nodes, scheduler: Scheduler, pages: Pages) -> None:
+    def __init__(self, centre: str, store: Store, nodes: Nodes, scheduler: Scheduler, pages: Pages) -> None:
         self._centre = centre
+        self._store = store
         self._nodes = nodes
         self._scheduler = scheduler
         self._pages = pages
@@ -100,5 +103,8 @@ class FleetService(FleetServiceServicer):
         raise unimplemented("WatchFleet")
 
     async def GetUsage(self, request: wire.GetUsageRequest, context: _Context) -> wire.GetUsageResponse:  # noqa: N802
-        """Not served yet."""
-        raise unimplemented("GetUsage")
+        """Returns what tenants, jobs or runs have used."""
+        now_s = now()
+        interval = interval_of(request, now_s)
+        stretches = await self._store.usage(interval.start, interval.end, request.tenant, request.job_id)
+        return usage_of(stretches, interval, request.group_by, request.point_count, now_s)
