@@ -102,7 +102,8 @@ class _Maker:
         wanted = self._wanted(job)
         own = self._redeem(job, wanted)
         if job.not_before > self._at:
-            self._wait(job, wanted, f"its node could not start it; tries again in {job.not_before - self._at:.0f} s")
+            why = "it was not using its share, and rests" if job.rest else "its node could not start it"
+            self._wait(job, wanted, f"{why}; tries again in {job.not_before - self._at:.0f} s")
             self._wake_at(job.not_before)
             return
         if job.home and not self._room.usable(job.home):

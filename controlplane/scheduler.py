@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
 
 from controlplane import happenings
 from controlplane.attempts import Attempts
+from controlplane.eviction import Promise
 from controlplane.faults import retry_delay_s
 from controlplane.jobs import LIVING_STATES, transition
 from controlplane.nodes import Nodes
@@ -52,12 +54,13 @@ class Scheduler:
         self._keys: dict[str, AttemptKey] = {}
         """The newest attempt of every job that waits with a container, or a workspace, of its own."""
         self._told: set[str] = set()
+        self._promised: Mapping[str, Promise] = {}
         self._waiting: dict[str, str] = {}
         self._wake = asyncio.Event()
 
     def add(self, record: JobRecord) -> None:
         """A job waits: for its first share, or, with a container that lives, for another."""
-        if record.id in self._placing or any(job.id == record.id for job in self._queue):
+        if record.id in self._placing:
             return
         resources = record.job.spec.resources
         prediction = record.job.prediction if record.job.HasField("prediction") else None
@@ -76,6 +79,11 @@ class Scheduler:
         self._keys.pop(record.id, None)
         if record.state in LIVING_STATES:
             queued = self._living(queued, record)
+        known = next((job for job in self._queue if job.id == record.id), None)
+        if known == queued:
+            return
+        if known is not None:
+            self._queue.remove(known)
         self._put(queued)
         self.wake()
 
@@ -149,8 +157,15 @@ class Scheduler:
         if not self._queue:
             self._waiting.clear()
             return None
-        plan = make_plan(self._queue, self._nodes.gpus(), now(), self._patience_s, nodes_known=len(self._nodes))
-        self._waiting = plan.waiting
+        plan = make_plan(
+            self._queue,
+            self._nodes.gpus(),
+            now(),
+            self._patience_s,
+            nodes_known=len(self._nodes),
+            promised=self._promised,
+        )
+        self._waiting, self._promised = plan.waiting, plan.promised
         for key, for_job in plan.evict.items():
             self._evict(key, for_job)
         placed = {job.id for job, _, _ in plan.placed}
