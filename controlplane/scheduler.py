@@ -84,6 +84,7 @@ class Scheduler:
             return
         if known is not None:
             self._queue.remove(known)
+            self._told.discard(record.id)
         self._put(queued)
         self.wake()
 
