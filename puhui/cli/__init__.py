@@ -1,8 +1,9 @@
 """The command line: `puhui`.
 
-`app` puts the commands together; `run`, `jobs`, `results`, `predict`, `fleet`, `local` and `about` are one family of
-commands each. `job_options`, `job_file` and `quantities` turn what people write into a JobSpec; `terminal`,
-`message_json`, `words`, `story` and `chart` turn what a centre says into what people and scripts read.
+`app` puts the commands together; `run`, `session`, `exec`, `shares`, `jobs`, `results`, `predict`, `fleet`, `local`
+and `about` are one family of commands each. `spec_options`, `job_options` and `job_file` turn what people write into
+a JobSpec, `find_job` finds the job that they mean; `terminal`, `raw_terminal`, `message_json`, `words`, `story`,
+`share_facts` and `chart` turn what a centre says into what people and scripts read.
 """
 
 import os

@@ -14,7 +14,7 @@ from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
 from puhui.v1.stream_pb2 import LOG_STREAM_STDERR, LogChunk
 
-__all__ = ["ChunkJson", "OutputReader", "follow"]
+__all__ = ["ChunkJson", "OutputReader", "follow", "show_update"]
 
 _WITH_COMMAND = frozenset({job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_IDLE, job_pb2.JOB_STATE_RESUMING})
 
@@ -104,14 +104,15 @@ class _Story:
         # The job in an update may be newer than the event; the event says how it was then.
         event = update.event
         if event.state in _WITH_COMMAND:
-            _show(update)
-            if self._reader is None or self._reader.attempt != event.attempt:
+            show_update(update)
+            # An event may be about an earlier attempt: its slice was kept, and is dropped now.
+            if self._reader is None or self._reader.attempt < event.attempt:
                 self._reader = OutputReader(self._centre, self._job_id, event.attempt)
         else:
             # What the command wrote comes before what is said about its end.
             if self._reader is not None:
                 self._reader.finish()
-            _show(update)
+            show_update(update)
 
     def require_reader(self) -> None:
         """Raises UnreadError when what ended the story is that nobody reads it."""
@@ -119,7 +120,8 @@ class _Story:
             raise self._reader.failure
 
 
-def _show(update: WatchJobResponse) -> None:
+def show_update(update: WatchJobResponse) -> None:
+    """Says what one event was."""
     if terminal().as_json:
         terminal().json({"event": json_of(update.event)})
         return

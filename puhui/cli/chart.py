@@ -1,8 +1,8 @@
-"""A small chart: predicted memory against the slices that a centre has."""
+"""Small charts: predicted memory against the slices that a centre has, and figures over time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group
 from rich.table import Table
@@ -11,10 +11,11 @@ from rich.text import Text
 from puhui.cli.words import mib
 from puhui.v1.prediction_pb2 import Prediction
 
-__all__ = ["memory_chart"]
+__all__ = ["memory_chart", "strip"]
 
 _WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_LEVELS = " ▁▂▃▄▅▆▇█"
 
 
 def memory_chart(prediction: Prediction, profiles: Mapping[str, float], chosen: str) -> Group:
@@ -48,6 +49,16 @@ def bar(share: float) -> str:
     """Returns a bar of a share (0 to 1) of the chart's width, to an eighth of a character."""
     eighths = round(min(max(share, 0.0), 1.0) * _WIDTH * 8)
     return "█" * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def strip(values: Sequence[float], most: float) -> str:
+    """Returns a chart of values over time, one character each; what is not nothing is seen.
+
+    Args:
+        values: none is negative.
+        most: the value that fills a character.
+    """
+    return "".join(_LEVELS[min(max(round(8 * value / most), 1), 8) if value > 0 else 0] for value in values)
 
 
 def _grid() -> Table:

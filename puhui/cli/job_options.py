@@ -23,6 +23,7 @@ __all__ = [
     "json_lines_flag",
     "server_option",
     "takes_job_options",
+    "uploadable",
 ]
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class JobOptions(SpecOptions):
         else:
             raise Mistake("USAGE", "say what to run: a script, such as train.py, or a job file with -f")
         self.apply(spec)
-        return Request(spec, _uploadable(directory))
+        return Request(spec, uploadable(directory))
 
     def misplaced(self) -> str | None:
         """Returns an option of Puhui's own that stands behind the script, where it goes to the script."""
@@ -124,7 +125,7 @@ def _command(words: list[str], directory: Path | None) -> tuple[list[str], Path]
             )
         directory, inside = script.parent, Path(script.name)
     else:
-        _uploadable(directory)
+        uploadable(directory)
         found = next((path for path in (directory / script, script) if path.is_file()), None)
         if found is None:
             return words, directory  # a program of the image, such as python3 -m package
@@ -145,7 +146,12 @@ def _name_of(command: list[str], directory: Path) -> str:
     return plain.strip("-._")[:63].rstrip("-._")
 
 
-def _uploadable(directory: Path) -> Path:
+def uploadable(directory: Path) -> Path:
+    """Returns a folder that may be uploaded, resolved.
+
+    Raises:
+        Mistake: DIRECTORY_NOT_FOUND; DIRECTORY_TOO_WIDE for all of the disk or a home.
+    """
     where = directory.resolve()
     if not where.is_dir():
         raise Mistake("DIRECTORY_NOT_FOUND", f"{directory} is no folder", path=str(directory))

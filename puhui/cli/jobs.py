@@ -17,6 +17,7 @@ from rich.text import Text
 from puhui.cli.connection import connect
 from puhui.cli.job_options import job_argument, json_flag, server_option
 from puhui.cli.message_json import json_of
+from puhui.cli.share_facts import share_facts
 from puhui.cli.story import exit_code_of, tell_end
 from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import (
@@ -38,15 +39,18 @@ from puhui.rpc.quantities import parse_duration
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
 
-__all__ = ["add_commands"]
+__all__ = ["add_commands", "show_jobs"]
 
 _TIMED_OUT = 124
 _COLOURS = {
     job_pb2.JOB_STATE_RUNNING: "green",
     job_pb2.JOB_STATE_FAILED: "red",
     job_pb2.JOB_STATE_QUEUED: "yellow",
+    job_pb2.JOB_STATE_IDLE: "cyan",
+    job_pb2.JOB_STATE_RESUMING: "yellow",
     job_pb2.JOB_STATE_CANCELLED: "dim",
 }
+_WITH_REASON = (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_IDLE, job_pb2.JOB_STATE_RESUMING)
 _STATES = {job_state(number): number for number in job_pb2.JobState.values() if number}
 
 JobId = Annotated[str, job_argument]
@@ -93,12 +97,13 @@ def _ps(
             "no jobs" if everything or state else "no job is waiting or running; `puhui ps --all` shows more"
         )
     else:
-        _show_table(jobs)
+        show_jobs(jobs)
     if more:
         terminal().note(f"older jobs are left out; --limit {limit * 4} shows more, --limit 0 all")
 
 
-def _show_table(jobs: list[job_pb2.Job]) -> None:
+def show_jobs(jobs: list[job_pb2.Job]) -> None:
+    """Writes a table of jobs, with why they wait below those that do."""
     moment_s = now()
     headings = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
     rows = [_row(job, moment_s) for job in jobs]
@@ -115,7 +120,7 @@ def _show_table(jobs: list[job_pb2.Job]) -> None:
 
 
 def _why_it_waits(job: job_pb2.Job) -> str:
-    return " ".join(readable(job.message).split()) if job.state == job_pb2.JOB_STATE_QUEUED else ""
+    return " ".join(readable(job.message).split()) if job.state in _WITH_REASON else ""
 
 
 class _WithRemarks:
@@ -185,7 +190,7 @@ def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
             "state",
             tell_end(job) if job.state in FINAL_STATES else f"{job_state(job.state)} ({job.reason}): {job.message}",
         ),
-        ("command", shlex.join(job.spec.command)),
+        ("command", shlex.join(job.spec.command) or "none: a session that waits for runs"),
         ("submitted", f"{age(job.create_time, now_s)} ago"),
         ("ran", _ran(job, now_s)),
     ]
@@ -206,6 +211,7 @@ def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
                 f"node {attempt.node_id}, {attempt.runtime} {attempt.container_id[:12]}{code}{released}",
             )
         )
+    facts += share_facts(job, now_s)
     if job.state in FINAL_STATES:
         facts.append(("output", size(job.log_size_bytes)))
     return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from puhui.client import Centre, Refusal
 from puhui.rpc.bundle import BundleLimits, survey
 from puhui.v1 import job_pb2
 
-__all__ = ["add_commands", "upload"]
+__all__ = ["add_commands", "note_code", "note_folder", "upload"]
 
 _NOT_STARTED = 125
 _INTERRUPTED = 130
@@ -123,10 +124,18 @@ def note_code(request: Request, options: JobOptions) -> None:
     misplaced = options.misplaced()
     if misplaced is not None:
         terminal().note(f"{misplaced} stands behind the script and goes to it; Puhui's options come before", "note")
-    contents = survey(request.directory, BundleLimits())
-    terminal().note(
-        f"{request.directory}: {count(contents.file_count, 'file')}, {size(contents.unpacked_bytes)}", "code"
-    )
+    note_folder(request.directory)
+
+
+def note_folder(directory: Path) -> None:
+    """Says how much of a folder will be uploaded.
+
+    Raises:
+        Refusal: it is too much, or cannot be a bundle.
+        OSError: it cannot be looked at.
+    """
+    contents = survey(directory, BundleLimits())
+    terminal().note(f"{directory}: {count(contents.file_count, 'file')}, {size(contents.unpacked_bytes)}", "code")
 
 
 def _print_id(job: job_pb2.Job) -> None:

@@ -21,6 +21,8 @@ __all__ = [
     "plain_enum",
     "prediction_line",
     "readable",
+    "run_end",
+    "run_length",
     "short_uuid",
     "size",
     "span",
@@ -123,3 +125,19 @@ def prediction_line(prediction: prediction_pb2.Prediction) -> str:
     quantiles = f"p50 {mib(memory.p50_mib)}, p90 {mib(memory.p90_mib)}, p99 {mib(memory.p99_mib)}"
     why = f": {prediction.reason}" if prediction.reason else ""
     return f"{mib(prediction.required_mib)} ({quantiles}; tier {tier}){why}"
+
+
+def run_end(run: job_pb2.Run) -> str:
+    """Returns how a run ended, or how far it is, in a few words."""
+    if run.HasField("exit_code"):
+        return f"exit code {run.exit_code}"
+    if run.HasField("end_time"):
+        return "given up"
+    return "runs" if run.HasField("start_time") else "waits"
+
+
+def run_length(run: job_pb2.Run, now_s: float) -> str:
+    """Returns how long the command of a run has run."""
+    if not run.HasField("start_time"):
+        return "-"
+    return span(max((moment(run.end_time) if run.HasField("end_time") else now_s) - moment(run.start_time), 0))
