@@ -108,25 +108,26 @@ class Containers:
         code = self._bundles.code(request.bundle_id) if request.bundle_id else None
         nodes = self._attachments.require_nodes(slices)
         begins_with = choose_workspace(self._journal, self._attempts, owner, request.workspace_of_attempt, known)
-        if policy is not None:
-            self._journal.put_idle(
-                IdleRecord(owner, policy.idle_after_s, policy.idle_below_percent, policy.start_grace_s)
+        with self._journal.atomic():
+            if policy is not None:
+                self._journal.put_idle(
+                    IdleRecord(owner, policy.idle_after_s, policy.idle_below_percent, policy.start_grace_s)
+                )
+            record = self._journal.put_container(
+                ContainerRecord(
+                    owner=owner,
+                    token=token,
+                    stage=ContainerStage.CREATING,
+                    image=request.image or self._default_image,
+                    bundle_id=request.bundle_id,
+                    slice_uuids=tuple(request.slice_uuids),
+                    stop_grace_s=seconds(request.stop_grace) if request.HasField("stop_grace") else _DEFAULT_GRACE_S,
+                    create_time=now(),
+                    max_duration_s=seconds(request.max_duration) if request.HasField("max_duration") else None,
+                    digest=identity(request),
+                    workspace_of=begins_with,
+                )
             )
-        record = self._journal.put_container(
-            ContainerRecord(
-                owner=owner,
-                token=token,
-                stage=ContainerStage.CREATING,
-                image=request.image or self._default_image,
-                bundle_id=request.bundle_id,
-                slice_uuids=tuple(request.slice_uuids),
-                stop_grace_s=seconds(request.stop_grace) if request.HasField("stop_grace") else _DEFAULT_GRACE_S,
-                create_time=now(),
-                max_duration_s=seconds(request.max_duration) if request.HasField("max_duration") else None,
-                digest=identity(request),
-                workspace_of=begins_with,
-            )
-        )
         try:
             if begins_with:
                 async with self._attempts.lock(owner.of_attempt(begins_with)):
