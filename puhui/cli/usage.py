@@ -27,7 +27,7 @@ from puhui.v1.fleet_service_pb2 import (
 
 __all__ = ["add_commands"]
 
-_POINTS = 48
+_POINTS = 40
 _HOUR_S = 3600.0
 
 
@@ -79,9 +79,11 @@ def _usage(
 
 
 def _table(usage: GetUsageResponse, by: By) -> Table:
-    named = {By.TENANT: ["TENANT"], By.JOB: ["TENANT", "JOB", "NAME"], By.RUN: ["TENANT", "JOB", "RUN"]}[by]
-    figures = ["HELD", "USED", "SHARE-H", "TFLOPS·H", "GIVEN BACK", "RECLAIMS"]
+    named = {By.TENANT: ["TENANT"], By.JOB: ["JOB", "NAME"], By.RUN: ["RUN", "JOB"]}[by]
+    figures = ["HELD", "USED", "SHARE-H", "TFLOPS·H", "SAVED-H", "TAKEN"]
     shown = table(*named, *figures, right=tuple(figures))
+    for column in (shown.columns[0], *shown.columns[len(named) :]):
+        column.no_wrap = True
     for row in usage.rows:
         names = {"TENANT": row.tenant, "JOB": row.job_id, "NAME": row.job_name or "-", "RUN": row.run_id}
         cells = [names[name] for name in named]
@@ -100,6 +102,8 @@ def _table(usage: GetUsageResponse, by: By) -> Table:
 
 def _chart(usage: GetUsageResponse) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(3):
+        grid.add_column(no_wrap=True)
     lines = [
         ("held", [point.held_slices for point in usage.points], "cyan"),
         ("used", [point.busy_slices for point in usage.points], "green"),
@@ -108,7 +112,7 @@ def _chart(usage: GetUsageResponse) -> Table:
     most = max((value for _, values, _ in lines for value in values), default=0.0)
     for name, values, colour in lines:
         peak = max(values, default=0.0)
-        grid.add_row(name, Text(strip(values, most), style=colour), f"at most {peak:.1f} compute slices")
+        grid.add_row(name, Text(strip(values, most), style=colour), f"peak {peak:.1f} slices")
     start, end = (datetime.fromtimestamp(moment(stamp)).astimezone() for stamp in (usage.start_time, usage.end_time))
     shape = "%H:%M" if (end - start).total_seconds() <= 24 * _HOUR_S else "%d %b"
     left, right = start.strftime(shape), end.strftime(shape)

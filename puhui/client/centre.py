@@ -15,6 +15,7 @@ from puhui.client.patience import Contact, Patience, Trouble
 from puhui.client.run import RunCall
 from puhui.rpc.channel import open_blocking_channel
 from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import timestamp
 from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
 from puhui.v1.fleet_service_pb2_grpc import FleetServiceStub
 from puhui.v1.job_service_pb2_grpc import JobServiceStub
@@ -389,6 +390,39 @@ class Centre:
         """
         request = fleet_service_pb2.GetCapacityRequest()
         return self._contact.call(lambda: self._fleet.GetCapacity(request, timeout=_CALL_S))
+
+    def usage(
+        self,
+        start: float,
+        end: float,
+        *,
+        group_by: fleet_service_pb2.UsageGroup.ValueType = fleet_service_pb2.USAGE_GROUP_TENANT,
+        tenant: str = "",
+        job_id: str = "",
+        point_count: int = 0,
+    ) -> fleet_service_pb2.GetUsageResponse:
+        """Returns what tenants, jobs or runs have used.
+
+        Args:
+            start: the time that is told of, from, in seconds since the epoch.
+            end: to.
+            group_by: what a row is about.
+            tenant: only this tenant; "" is all of them.
+            job_id: only this job; "" is all of them.
+            point_count: number of equal times to tell of.
+
+        Raises:
+            Refusal: the centre refuses it, or cannot be reached.
+        """
+        request = fleet_service_pb2.GetUsageRequest(
+            start_time=timestamp(start),
+            end_time=timestamp(end),
+            group_by=group_by,
+            tenant=tenant,
+            job_id=job_id,
+            point_count=point_count,
+        )
+        return self._contact.call(lambda: self._fleet.GetUsage(request, timeout=_CALL_S))
 
 
 def _read(call: Any) -> Iterator[Any]:
