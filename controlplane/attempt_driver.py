@@ -18,6 +18,7 @@ from controlplane.endings import CONTAINER_LOST, not_started
 from controlplane.faults import MOST_ATTEMPTS, Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES, LIVING_STATES, transition
+from controlplane.metering import UsageChange
 from controlplane.node_asker import Fenced, GivenUp, NodeAsker
 from controlplane.node_link import NodeLink
 from controlplane.records import Change, Decide, JobRecord, Reservation
@@ -25,6 +26,7 @@ from controlplane.reservations import Reservations
 from controlplane.share_driver import ShareDriver, cut
 from controlplane.store import Store
 from controlplane.surroundings import Surroundings
+from controlplane.usage_of import usage_of
 from controlplane.wants import Wants
 from controlplane.workload import container_request
 from controlplane.workspace_carrier import WorkspaceCarrier
@@ -199,12 +201,13 @@ class AttemptDriver:
         happened = [*before, *((one, now()) for one in told)]
         stored = True
         held = self._around.reservations.get((self._record.id, self._number))
+        usage = tuple(change for one, at in happened for change in self._usage(one, at))
         # A warm share is no longer the attempt's to release.
         release = release and (held is None or not held.is_warm)
 
         def decide(record: JobRecord, _: int) -> Change | None:
             nonlocal stored
-            events = []
+            stored, events = True, []
             try:
                 for one, at in happened:
                     record, event = transition(record, one, at)
@@ -214,7 +217,9 @@ class AttemptDriver:
                     raise
                 stored = False
                 return None
-            return Change(record, tuple(events), reserve=reserve, release=(self._number,) if release else ())
+            return Change(
+                record, tuple(events), reserve=reserve, release=(self._number,) if release else (), usage=usage
+            )
 
         self._record = await self._patient_store(decide)
         if stored and release:
@@ -222,6 +227,19 @@ class AttemptDriver:
         if stored and reserve is not None:
             self._around.reservations.hold(reserve)
         return stored
+
+    def _usage(self, happening: Happening, at: float) -> tuple[UsageChange, ...]:
+        """Returns what something that happened means for the job's usage."""
+        if self._has_moved_on():
+            return ()  # what is counted is the newer attempt's
+        key = (self._record.id, self._number)
+        container, held = self.link.containers.get(key), self._around.reservations.get(key)
+        seen = container is not None and container.HasField("idleness")
+        counter_s = container.idleness.busy_seconds if container is not None and seen else None
+        if isinstance(happening, happenings.SliceCreated | happenings.Resumed):
+            gpu_slices = self._around.nodes.compute_slices(self.attempt.node_id, happening.slice.gpu_uuid)
+            return usage_of(happening, self.attempt, held, gpu_slices, at, counter_s)
+        return usage_of(happening, self.attempt, held, 0, at, counter_s)
 
     async def _patient_store(self, decide: Decide) -> JobRecord:
         """Stores a change; a full disk is waited out, because what happened has happened."""

@@ -13,6 +13,7 @@ import structlog
 
 from controlplane.fleet import Geometry, GpuView, gpu_views
 from controlplane.leases import START_GRACE_S, Contact, Lease, judge, lease_for
+from controlplane.metering import gpu_slices
 from controlplane.node_client import NodeClient
 from controlplane.node_link import NodeLink
 from controlplane.orphans import remove_orphans
@@ -302,6 +303,12 @@ class Nodes:
             node.state, node.message = judge(member.contact(), contacts, at)
             shown.append(node)
         return sorted(shown, key=lambda node: node.inventory.name)
+
+    def compute_slices(self, node_id: str, gpu_uuid: str) -> int:
+        """Returns the compute slices of a whole GPU; 0 for one that is not known."""
+        member = self._members.get(node_id)
+        gpus = member.node.inventory.gpus if member is not None else ()
+        return next((gpu_slices(gpu) for gpu in gpus if gpu.uuid == gpu_uuid), 0)
 
     def gpus(self) -> list[GpuView]:
         """Returns every GPU that can be cut, with what is held of it."""

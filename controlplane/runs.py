@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 
 import grpc
 import structlog
@@ -23,6 +24,7 @@ from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import FINAL_STATES, transition
 from controlplane.lasting import Lasting
 from controlplane.log_reader import require_job
+from controlplane.metering import RunBegun, RunEnded, UsageChange
 from controlplane.node_client import is_unreachable
 from controlplane.node_link import NodeLink
 from controlplane.nodes import Nodes
@@ -89,6 +91,8 @@ class Runs:
         self._lasting = lasting
         self._followers: set[asyncio.Task[None]] = set()
         self._telling: set[asyncio.Task[None]] = set()
+        self._counters: dict[str, float] = {}
+        """For how long its container had used its cards when a run began, in seconds."""
 
     async def take_up(self) -> None:
         """Goes on with the runs that were under way when the last control plane ended."""
@@ -289,7 +293,30 @@ class Runs:
             await asyncio.wait(set(self._telling))
         await self._lasting.do(self._change(run.job_id, happenings.RunEnded(run.id, exit_code)))
 
+    async def _counter_s(self, job_id: str) -> float | None:
+        """Returns for how long a job's container has used its cards, in seconds; None when that cannot be had now."""
+        record = await self._store.job(job_id)
+        if record is None or not record.job.attempts:
+            return None
+        try:
+            containers = await self._link(record).client.list_containers()
+        except Refusal:
+            return None
+        for container in containers:
+            owner = container.owner
+            if (owner.centre, owner.job_id, owner.attempt) == (self._centre, job_id, len(record.job.attempts)):
+                return container.idleness.busy_seconds if container.HasField("idleness") else None
+        return None
+
     async def _change(self, job_id: str, happening: Happening) -> None:
+        counter_s = await self._counter_s(job_id)
+        if isinstance(happening, happenings.RunStarted) and counter_s is not None:
+            self._counters[happening.run_id] = counter_s
+        elif isinstance(happening, happenings.RunEnded):
+            before = self._counters.pop(happening.run_id, None)
+            if counter_s is not None and before is not None:
+                happening = replace(happening, busy_s=max(0.0, counter_s - before))
+
         def decide(record: JobRecord, _: int) -> Change | None:
             known = {run.id: run for run in record.job.runs}
             if isinstance(happening, happenings.RunEnded):
@@ -302,7 +329,7 @@ class Runs:
                 _log.warning("a run could not be told of", job=job_id, why=str(error))
                 return None
             runs = tuple(run for run in after.job.runs if run != known.get(run.id))
-            return Change(after, (event,), runs=runs)
+            return Change(after, (event,), runs=runs, usage=_usage(happening, counter_s))
 
         tries = 0
         while True:
@@ -375,6 +402,14 @@ class Runs:
             else None,
             output_offset=offset,
         )
+
+
+def _usage(happening: Happening, counter_s: float | None) -> tuple[UsageChange, ...]:
+    if isinstance(happening, happenings.RunStarted):
+        return (RunBegun(happening.run_id, now(), counter_s),)
+    if isinstance(happening, happenings.RunEnded):
+        return (RunEnded(happening.run_id, now(), counter_s),)
+    return ()
 
 
 async def _nothing() -> AsyncIterator[wire.RunJobRequest]:
