@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from controlplane.centre import Centre, Settings
-from controlplane.idle_policy import CentrePolicy, TenantPolicy, TenantsFileError, read_tenants
+from controlplane.idle_policy import SHORTEST_IDLE_AFTER_S, CentrePolicy, TenantPolicy, TenantsFileError, read_tenants
 from puhui.rpc.logs import configure_logs
 from puhui.rpc.notify import notify_ready, notify_stopping
 from puhui.rpc.quantities import parse_duration, parse_percent
@@ -117,11 +117,11 @@ def serve(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--log-level") from error
     policy = CentrePolicy(
-        session_idle_after_s=_parsed("--idle-after", parse_duration, idle_after),
-        batch_idle_after_s=_parsed("--batch-idle-after", parse_duration, batch_idle_after),
+        session_idle_after_s=_parsed("--idle-after", _idle_after, idle_after),
+        batch_idle_after_s=_parsed("--batch-idle-after", _idle_after, batch_idle_after),
         idle_below_percent=_parsed("--idle-below", parse_percent, idle_below),
         start_grace_s=_parsed("--start-grace", parse_duration, start_grace),
-        longest_idle_after_s=_parsed("--longest-idle-after", parse_duration, longest_idle_after),
+        longest_idle_after_s=_parsed("--longest-idle-after", _idle_after, longest_idle_after),
         never_allowed=never_allowed,
         warm_s=_parsed("--warm-for", parse_duration, warm_for),
         tenants=_tenants(tenants),
@@ -148,6 +148,13 @@ def _parsed(option: str, parse: Callable[[str], float], text: str) -> float:
         return parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _idle_after(text: str) -> float:
+    length_s = parse_duration(text)
+    if length_s < SHORTEST_IDLE_AFTER_S:
+        raise ValueError(f"{text} is shorter than three samples; {SHORTEST_IDLE_AFTER_S:g}s is the shortest")
+    return length_s
 
 
 def _tenants(path: Path | None) -> Mapping[str, TenantPolicy]:

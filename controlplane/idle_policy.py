@@ -15,6 +15,7 @@ from puhui.rpc.quantities import parse_duration, parse_percent
 from puhui.v1 import idle_pb2, job_pb2
 
 __all__ = [
+    "SHORTEST_IDLE_AFTER_S",
     "CentrePolicy",
     "TenantPolicy",
     "TenantsFileError",
@@ -26,6 +27,9 @@ __all__ = [
 
 FEWEST_SAMPLES = 3
 """A share is idle after as many samples without use, at the least."""
+
+SHORTEST_IDLE_AFTER_S = 0.3
+"""So long do as many samples take at the shortest interval."""
 
 _LONGEST_LIMIT_S = 300.0
 _DEFAULT_LIMIT_S = 10.0

@@ -44,3 +44,13 @@ def test_a_second_one_on_the_same_state_or_address_ends(tmp_path: Path) -> None:
         assert one.stop() == 0
     assert (tmp_path / "a" / "join-token").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+
+
+def test_an_idle_policy_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    short = serve(tmp_path / "a", "--idle-after", "200ms")
+    assert short.returncode == 2
+    assert "three samples" in short.stderr
+    (tmp_path / "tenants.toml").write_text('[tenants.lab]\nidle = "5m"\n')
+    unknown = serve(tmp_path / "a", "--tenants", str(tmp_path / "tenants.toml"))
+    assert unknown.returncode == 2
+    assert "tenants.lab.idle" in unknown.stderr
