@@ -222,6 +222,7 @@ class RunCall:
         if self._input_ended:
             self._waiting.append(RunJobRequest(stdin_closed=True))
         if self._size is not None:
+            self._waiting = deque(one for one in self._waiting if not one.HasField("terminal_size"))
             self._waiting.appendleft(RunJobRequest(terminal_size=self._size))
 
     def _requests(self, number: int) -> Iterator[RunJobRequest]:
@@ -231,13 +232,17 @@ class RunCall:
         start.output_offset = self._offset
         yield RunJobRequest(start=start)
 
+        def gone() -> bool:
+            # A call that has ended takes what it is given and drops it.
+            return number != self._connection or (self._call is not None and not self._call.is_active())
+
         def ready() -> bool:
             return number != self._connection or (self._accepts and bool(self._waiting))
 
         while True:
             with self._changed:
                 self._changed.wait_for(ready)
-                if number != self._connection:
+                if gone():
                     return
                 request = self._waiting.popleft()
                 part = request.WhichOneof("part")

@@ -30,7 +30,8 @@ from puhui.rpc.server import RpcServer
 from puhui.rpc.transfer import receive
 from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2, node_pb2, prediction_pb2, stream_pb2
 from puhui.v1.fleet_service_pb2_grpc import FleetServiceServicer, add_FleetServiceServicer_to_server
-from puhui.v1.job_service_pb2_grpc import JobServiceServicer, add_JobServiceServicer_to_server
+from puhui.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
+from tests.unit.cli.small_runs import SmallRuns
 
 ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
@@ -78,7 +79,7 @@ class Kept:
     artifacts: dict[str, bytes] = field(default_factory=dict)
 
 
-class SmallCentre(JobServiceServicer, FleetServiceServicer):
+class SmallCentre(SmallRuns, FleetServiceServicer):
     """Serves what a test has told it to.
 
     Attributes:
@@ -91,6 +92,7 @@ class SmallCentre(JobServiceServicer, FleetServiceServicer):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.kept: dict[str, Kept] = {}
         self.bundles: dict[str, bytes] = {}
         self.calls: dict[str, int] = defaultdict(int)
@@ -162,7 +164,7 @@ class SmallCentre(JobServiceServicer, FleetServiceServicer):
         await self.write(kept, b"to stdout \xe6\x99\xae", stream_pb2.LOG_STREAM_STDOUT)
         await self.write(kept, b"to stderr\n", stream_pb2.LOG_STREAM_STDERR)
         await self.write(kept, b" again\n", stream_pb2.LOG_STREAM_STDOUT)
-        if course == "hang":
+        if course == "hang" or kept.job.spec.kind == job_pb2.JOB_KIND_SESSION:
             return
         kept.artifacts = {"model.pt": b"weights", "deep/metrics.json": b"{}"}
         exit_code = int(kept.job.spec.labels.get("exit", "0"))
@@ -193,6 +195,12 @@ class SmallCentre(JobServiceServicer, FleetServiceServicer):
             raise Refusal(grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND", f"no job {job_id}; see `puhui ps`", job_id=job_id)
         return self.kept[job_id]
 
+    def _session(self, job_id: str) -> job_pb2.Job:
+        return self._job(job_id).job
+
+    def _limit(self, rpc: str) -> int | None:
+        return self._enter(rpc)
+
     # JobService.
 
     async def PutBundle(self, request_iterator: Any, context: Any) -> Any:
@@ -213,7 +221,8 @@ class SmallCentre(JobServiceServicer, FleetServiceServicer):
         if known != digest:
             raise Refusal(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED", "this request_id had another body")
         if not job_id:
-            if request.bundle_id not in self.bundles:
+            session = request.spec.kind == job_pb2.JOB_KIND_SESSION
+            if request.bundle_id not in self.bundles and not (session and not request.bundle_id):
                 raise Refusal(grpc.StatusCode.NOT_FOUND, "BUNDLE_NOT_FOUND", "upload it first")
             job = job_pb2.Job(
                 id=new_id("j"),
@@ -418,6 +427,10 @@ class RunningCentre:
         assert self._server is not None
         self._do(self._server.stop(0))
         self._server = None
+
+    def open_gate(self) -> None:
+        """Lets runs start."""
+        self._loop.call_soon_threadsafe(self.centre.gate.set)
 
     def close(self) -> None:
         """Ends everything."""
