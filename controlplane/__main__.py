@@ -14,7 +14,7 @@ from controlplane.centre import Centre, Settings
 from controlplane.idle_policy import SHORTEST_IDLE_AFTER_S, CentrePolicy, TenantPolicy, TenantsFileError, read_tenants
 from puhui.rpc.logs import configure_logs
 from puhui.rpc.notify import notify_ready, notify_stopping
-from puhui.rpc.quantities import parse_duration, parse_percent
+from puhui.rpc.quantities import parse_duration, parse_percent, parse_size, to_mib
 
 __all__ = ["app", "main"]
 
@@ -101,6 +101,13 @@ def serve(
             help="A slice that was taken back is kept for its tenant for so long; 0s is not.",
         ),
     ] = "60s",
+    session_memory: Annotated[
+        str,
+        typer.Option(
+            envvar=_variable("SESSION_MEMORY"),
+            help="Memory of the share of a session that asks for none, such as 10GB; the smallest slice if not given.",
+        ),
+    ] = "",
     tenants: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +142,9 @@ def serve(
         patience_s=patience,
         release_patience_s=release_patience,
         idle=policy,
+        session_memory_mib=to_mib(int(_parsed("--session-memory", parse_size, session_memory)))
+        if session_memory
+        else 0,
     )
     try:
         asyncio.run(_serve(settings))

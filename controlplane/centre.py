@@ -74,6 +74,8 @@ class Settings:
     """Results that a node in contact keeps refusing are given up after this long."""
     idle: CentrePolicy = field(default_factory=CentrePolicy)
     """When unused shares are taken back."""
+    session_memory_mib: int = 0
+    """Memory of the share of a session that asks for none; 0 is the smallest slice there is."""
 
 
 class Centre:
@@ -144,7 +146,15 @@ class Centre:
         await centre._take_up()
         pages = Pages(await store.centre_id())
         submission = Submission(
-            settings.centre, store, bundles, nodes, centre._prediction, centre._lasting, settings.idle, scheduler.add
+            settings.centre,
+            store,
+            bundles,
+            nodes,
+            centre._prediction,
+            centre._lasting,
+            settings.idle,
+            scheduler.add,
+            settings.session_memory_mib,
         )
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()

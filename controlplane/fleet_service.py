@@ -13,7 +13,7 @@ from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
 from controlplane.scheduler import Scheduler
 from controlplane.store import Store
-from controlplane.usage import interval_of, usage_of
+from controlplane.usage import added_up, interval_of
 from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal, unimplemented
 from puhui.rpc.moment import duration, now, timestamp
@@ -107,4 +107,4 @@ class FleetService(FleetServiceServicer):
         now_s = now()
         interval = interval_of(request, now_s)
         stretches = await self._store.usage(interval.start, interval.end, request.tenant, request.job_id)
-        return usage_of(stretches, interval, request.group_by, request.point_count, now_s)
+        return added_up(stretches, interval, request.group_by, request.point_count, now_s)

@@ -53,8 +53,8 @@ class HoldBegun:
     gpu_slices: int
     """Compute slices of the whole GPU, see `gpu_slices`."""
     emulated: bool
-    counter_s: float = 0.0
-    """The container's `Idleness.busy_seconds` now; 0 when it is new."""
+    counter_s: float | None = 0.0
+    """The container's `Idleness.busy_seconds` now; 0 when it is new, None when it is not known."""
 
 
 @dataclass(frozen=True)

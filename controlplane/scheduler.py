@@ -65,6 +65,8 @@ class Scheduler:
         resources = record.job.spec.resources
         prediction = record.job.prediction if record.job.HasField("prediction") else None
         _, profile, required_mib = need_of(resources, prediction)
+        if record.job.spec.kind == job_pb2.JOB_KIND_SESSION and not profile:
+            required_mib = required_mib or record.job.sizing.required_mib  # the centre's default
         attempts = record.job.attempts
         queued = QueuedJob(
             record.id,

@@ -106,14 +106,29 @@ def size(
     )
 
 
-def size_of_session(resources: job_pb2.Resources, geometries: Iterable[Geometry]) -> Sizing:
-    """Returns the size of slice for the runs of a session: what is asked for, or else the smallest there is."""
-    sizing = size(resources, None, geometries)
-    if sizing.origin == SIZING_ORIGIN_PREDICTION and sizing.choices:
-        best = sizing.choices[0]
+def size_of_session(resources: job_pb2.Resources, geometries: Iterable[Geometry], default_mib: int = 0) -> Sizing:
+    """Returns the size of slice for the runs of a session.
+
+    Args:
+        resources: what is asked for.
+        geometries: what the GPUs of this centre can be cut into.
+        default_mib: memory of a session that asks for nothing; 0 is the smallest slice there is.
+    """
+    known = list(geometries)
+    sizing = size(resources, None, known)
+    if sizing.origin != SIZING_ORIGIN_PREDICTION:
+        return sizing
+    unknown, choices = "what will run in a session is not known", choices_for("", default_mib, known)
+    del sizing.choices[:]
+    sizing.choices.extend(choices)
+    sizing.required_mib = default_mib
+    if not choices and default_mib:
+        sizing.reason = f"{unknown}; {default_mib} MiB are this centre's default, and no card here has a slice like it"
+    elif choices:
+        which = f"this centre's default of {default_mib} MiB" if default_mib else "the smallest slice"
         sizing.reason = (
-            f"what will run in a session is not known, so it gets the smallest slice, {best.profile} "
-            f"({best.memory_mib} MiB); ask for a profile or for memory to get another"
+            f"{unknown}, so it gets {which}, {choices[0].profile} ({choices[0].memory_mib} MiB); ask for a profile or "
+            "for memory to get another"
         )
     return sizing
 

@@ -72,6 +72,7 @@ class Submission:
         lasting: Lasting,
         policy: CentrePolicy,
         accepted: Callable[[JobRecord], None],
+        session_memory_mib: int = 0,
     ) -> None:
         self._centre = centre
         self._store = store
@@ -81,6 +82,7 @@ class Submission:
         self._lasting = lasting
         self._policy = policy
         self._accepted = accepted
+        self._session_memory_mib = session_memory_mib
         self._parsing = Parsing(lasting)
 
     async def submit(self, request: job_service_pb2.SubmitJobRequest) -> JobRecord:
@@ -147,7 +149,7 @@ class Submission:
         require_offered(spec.resources, geometries)
         if spec.kind == job_pb2.JOB_KIND_SESSION:
             async with self._session_code(request) as (bundle, path):
-                yield Need(bundle, path, None, size_of_session(spec.resources, geometries))
+                yield Need(bundle, path, None, size_of_session(spec.resources, geometries, self._session_memory_mib))
             return
         async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)

@@ -14,7 +14,7 @@ from puhui.rpc.moment import moment, timestamp
 from puhui.v1 import fleet_service_pb2 as wire
 from puhui.v1 import job_pb2
 
-__all__ = ["Interval", "interval_of", "usage_of"]
+__all__ = ["Interval", "added_up", "interval_of"]
 
 _DEFAULT_S = 86400.0
 _MOST_POINTS = 500
@@ -59,7 +59,7 @@ def interval_of(request: wire.GetUsageRequest, now_s: float) -> Interval:
     return Interval(start, end)
 
 
-def usage_of(
+def added_up(
     stretches: Iterable[Stretch], interval: Interval, group: wire.UsageGroup.ValueType, point_count: int, now_s: float
 ) -> wire.GetUsageResponse:
     """Returns what was used in an interval.

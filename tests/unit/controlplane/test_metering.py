@@ -26,7 +26,7 @@ from controlplane.metering import (
     meter,
 )
 from controlplane.tensor_peaks import slice_tflops, tensor_tflops
-from controlplane.usage import Interval, usage_of
+from controlplane.usage import Interval, added_up
 from puhui.v1 import fleet_service_pb2 as wire
 from puhui.v1 import job_pb2
 from tests.unit.controlplane.samples import H100, gpu
@@ -119,9 +119,9 @@ def test_changes_one_by_one_are_the_same_as_together(changes: list[UsageChange])
 def test_usage_adds_up(changes: list[UsageChange], cuts: list[float]) -> None:
     stretches, cuts = metered(*changes), sorted(cuts)
     for group in (wire.USAGE_GROUP_TENANT, wire.USAGE_GROUP_JOB, wire.USAGE_GROUP_RUN):
-        whole = totals(usage_of(stretches, Interval(cuts[0], cuts[-1]), group, 0, 1200.0))
+        whole = totals(added_up(stretches, Interval(cuts[0], cuts[-1]), group, 0, 1200.0))
         parts = [
-            totals(usage_of(stretches, Interval(start, end), group, 0, 1200.0))
+            totals(added_up(stretches, Interval(start, end), group, 0, 1200.0))
             for start, end in itertools.pairwise(cuts)
         ]
         assert [sum(values) for values in zip(*parts, strict=True)] == pytest.approx(whole, abs=1e-6)
@@ -133,7 +133,7 @@ def test_usage_adds_up(changes: list[UsageChange], cuts: list[float]) -> None:
 @given(st.lists(CHANGES, max_size=12), st.floats(0, 500), st.floats(1, 1000), st.integers(1, 40))
 def test_points_add_up_to_the_rows(changes: list[UsageChange], start: float, length: float, count: int) -> None:
     interval = Interval(start, start + length)
-    usage = usage_of(metered(*changes), interval, wire.USAGE_GROUP_JOB, count, 1200.0)
+    usage = added_up(metered(*changes), interval, wire.USAGE_GROUP_JOB, count, 1200.0)
     step = (interval.end - interval.start) / count
     _, _, held, busy, _, reclaimed, *_ = totals(usage)
     assert len(usage.points) == count

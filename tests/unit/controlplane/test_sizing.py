@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.fleet import Geometry
-from controlplane.sizing import choices_for, size
+from controlplane.sizing import choices_for, size, size_of_session
 from puhui.v1 import job_pb2, prediction_pb2
 from puhui.v1.prediction_pb2 import SIZING_ORIGIN_MEMORY, SIZING_ORIGIN_PREDICTION, SIZING_ORIGIN_PROFILE
 from tests.unit.controlplane.samples import GEOMETRY
@@ -83,3 +83,16 @@ def test_what_fits_nowhere_is_said_to() -> None:
     assert not too_large.choices
     assert "no card here is that large" in too_large.reason
     assert "no GPU of this centre is known yet" in size(job_pb2.Resources(memory_mib=5), None, []).reason
+
+
+@pytest.mark.parametrize(
+    ("default_mib", "chosen", "said"),
+    [(0, "1g.10gb", "the smallest slice"), (20000, "1g.20gb", "default of 20000 MiB"), (10**6, "", "1000000 MiB")],
+)
+def test_a_session_that_asks_for_nothing_gets_what_the_centre_says(default_mib: int, chosen: str, said: str) -> None:
+    sizing = size_of_session(job_pb2.Resources(), [GEOMETRY], default_mib)
+    assert [choice.profile for choice in sizing.choices][:1] == [chosen] * bool(chosen)
+    assert sizing.required_mib == default_mib
+    assert said in sizing.reason
+    named = size_of_session(job_pb2.Resources(profile="3g.40gb"), [GEOMETRY], default_mib)
+    assert [choice.profile for choice in named.choices] == ["3g.40gb"]
