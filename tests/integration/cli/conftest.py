@@ -27,3 +27,8 @@ def script(tmp_path: Path) -> Path:
     path = folder / "train.py"
     path.write_text("print('hello')\n")
     return path
+
+
+@pytest.fixture
+def code_folder(script: Path) -> str:
+    return str(script.parent)

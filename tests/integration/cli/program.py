@@ -69,13 +69,13 @@ class Puhui:
             environment["PUHUI_SERVER"] = server
         return cls(home, environment, home)
 
-    def __call__(self, *arguments: str | Path, timeout_s: float = 60) -> Ended:
-        """Runs it to its end."""
+    def __call__(self, *arguments: str | Path, given: bytes = b"", timeout_s: float = 60) -> Ended:
+        """Runs it to its end, with `given` on its standard input."""
         ended = subprocess.run(
             [PROGRAM, *map(str, arguments)],
             env=self.environment,
             cwd=self.folder,
-            stdin=subprocess.DEVNULL,
+            input=given,
             capture_output=True,
             timeout=timeout_s,
             check=False,
@@ -88,7 +88,7 @@ class Puhui:
             [PROGRAM, *map(str, arguments)],
             env=self.environment,
             cwd=self.folder,
-            stdin=subprocess.DEVNULL,
+            stdin=options.pop("stdin", subprocess.DEVNULL),
             stdout=options.pop("stdout", subprocess.PIPE),
             stderr=options.pop("stderr", subprocess.PIPE),
             **options,

@@ -432,6 +432,10 @@ class RunningCentre:
         """Lets runs start."""
         self._loop.call_soon_threadsafe(self.centre.gate.set)
 
+    def shut_gate(self) -> None:
+        """Lets no run start."""
+        self._loop.call_soon_threadsafe(self.centre.gate.clear)
+
     def close(self) -> None:
         """Ends everything."""
         if self._server is not None:

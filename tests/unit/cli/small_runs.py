@@ -77,8 +77,8 @@ class SmallRuns(JobServiceServicer):
         start.output_offset = 0
         if known is None:
             run = job_pb2.Run(id=new_id("r"), job_id=job.id, command=start.command, create_time=timestamp(now()))
-            known = self.runs[start.request_id] = SmallRun(start, run)
             job.runs.append(run)
+            known = self.runs[start.request_id] = SmallRun(start, job.runs[-1])
             job.run_count += 1
         assert known.start == start  # the same request, whatever became of the terminal meanwhile
         yield job_service_pb2.RunJobResponse(run=known.run)
