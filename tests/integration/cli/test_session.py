@@ -277,9 +277,10 @@ def test_nobody_reads_any_more(puhui: Puhui, running: RunningCentre, session: st
     assert os.read(process.stdout.fileno(), 4096) == b"listening\n"
     process.stdout.close()
     process.stdin.write(b"word")
-    process.stdin.close()
+    process.stdin.flush()
     assert process.wait(20) == 141
     assert process.stderr is not None
+    process.stdin.close()
     process.stderr.close()
     (run,) = running.centre.runs.values()
     assert run.signals == [signal.SIGHUP]
