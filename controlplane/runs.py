@@ -24,7 +24,7 @@ from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import FINAL_STATES, transition
 from controlplane.lasting import Lasting
 from controlplane.log_reader import require_job
-from controlplane.metering import RunBegun, RunEnded, UsageChange
+from controlplane.metering import BusyCounted, RunBegun, RunEnded, UsageChange
 from controlplane.node_client import is_unreachable
 from controlplane.node_link import NodeLink
 from controlplane.nodes import Nodes
@@ -408,7 +408,8 @@ def _usage(happening: Happening, counter_s: float | None) -> tuple[UsageChange, 
     if isinstance(happening, happenings.RunStarted):
         return (RunBegun(happening.run_id, now(), counter_s),)
     if isinstance(happening, happenings.RunEnded):
-        return (RunEnded(happening.run_id, now(), counter_s),)
+        counted = (BusyCounted(counter_s),) if counter_s is not None else ()
+        return (*counted, RunEnded(happening.run_id, now(), counter_s))
     return ()
 
 

@@ -38,12 +38,15 @@ def usage_of(
             held.compute_slices if held is not None else 0,
             gpu_slices,
             happening.slice.emulated,
-            counter_s or 0.0,
+            # A new container has used nothing; of a living one it may not be known.
+            0.0 if isinstance(happening, h.SliceCreated) else counter_s,
         )
         return (begun,)
     if isinstance(happening, h.Reclaimed):
         counter_s = happening.container.idleness.busy_seconds
         return HoldEnded(at, counter_s, happening.mode), ReclaimedBegun(at)
-    if isinstance(happening, h.SliceDestroyed | h.Requeued | h.ResumeRetried | h.Ended):
+    if isinstance(happening, h.ResumeRetried):
+        return HoldEnded(at, counter_s), ReclaimedBegun(at)
+    if isinstance(happening, h.SliceDestroyed | h.Requeued | h.Ended):
         return (AllEnded(at, counter_s),)
     return ()

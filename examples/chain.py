@@ -1,9 +1,10 @@
-"""The whole chain, end to end, on three pieces of model code.
+"""The whole chain, end to end, on three pieces of model code, and an idle share that goes back to work.
 
 Starts a centre of its own with emulated cards, submits the three examples beside this file, and prints each
 step of the method as it happens: S1 the code is accepted, S2 its need is predicted, S3 a virtual card is cut,
-S4 a container runs the code on it, S5 everything is given back. What it claims at the end it has looked up on
-the node, not remembered.
+S4 a container runs the code on it, S5 everything is given back. The second act (`second_act.py`) is a session: S6 its
+idleness is noticed, S7 its share is taken and given to another job while it lives on, S8 a run instruction gets it a
+share again. What it claims at the end it has looked up on the node, not remembered.
 
     python examples/chain.py [--runtime podman] [--json FILE]
 """
@@ -27,6 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from second_act import SecondAct
 
 from puhui.client import Centre, Refusal
 from puhui.local import local_centre
@@ -247,19 +249,23 @@ def main() -> int:
                 follower.start()
             for follower in followers:
                 follower.join()
+            screen.line("", "act 2", "a session that does not use its card", style="bold")
+            act = SecondAct(centre, node, options.python, screen.line)
+            act.play()
+            act_steps = act.findings()
             leftover = {
                 "slices": len(node.ListSlices(ListSlicesRequest(include_foreign=True)).slices),
                 "containers": len(node.ListContainers(ListContainersRequest()).containers),
             }
             runtime = registered.inventory.runtime
             node_channel.close()
-    except (Refusal, RuntimeError, grpc.RpcError) as error:
+    except (Refusal, RuntimeError, TimeoutError, grpc.RpcError) as error:
         sys.exit(f"the chain broke: {error}")
     except KeyboardInterrupt:
         console.print("stopped; the jobs were cancelled, and nothing is left over")
         return 130
 
-    steps = findings(runs, runtime.kind, leftover)
+    steps = findings(runs, runtime.kind, leftover) | act_steps
     console.print(table(runs))
     console.print(f"{leftover['slices']} slices, {leftover['containers']} containers left")
     for notice in runtime.notices:

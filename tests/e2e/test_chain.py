@@ -32,8 +32,14 @@ def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     chain = json.loads(report.read_text())
     assert {name: step["ok"] for name, step in chain["steps"].items()} == dict.fromkeys(
-        ["S1", "S2", "S3", "S4", "S5"], True
+        ["S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8"], True
     )
+    # The second act: the same process, another card.
+    given, back = chain["steps"]["S7"], chain["steps"]["S8"]
+    assert len(set(given["host_pid"].values())) == len(set(back["pid_inside"].values())) == 1
+    assert given["given_to"]["slice_uuid"] == given["slice_uuid"] == back["slice_uuid"]["before"]
+    assert back["slice_uuid"]["after"] != back["slice_uuid"]["before"]
+    assert back["gpu_index"]["after"] != back["gpu_index"]["before"]
     assert chain["leftover"] == {"slices": 0, "containers": 0}
     assert chain["emulated"] is True
     assert [job["exit_code"] for job in chain["jobs"]] == [0, 0, 0]
