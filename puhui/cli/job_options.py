@@ -36,11 +36,11 @@ def _set_json(value: bool) -> bool:
 
 def _set_job(value: str) -> str:
     if not value.strip():
-        raise Mistake("USAGE", "give a job id, as `puhui ps` shows it")
+        raise Mistake("USAGE", "give a job id or a name, as `puhui ps` shows it")
     return value
 
 
-job_argument = typer.Argument(metavar="JOB", help="Job id, as `puhui ps` shows it.", callback=_set_job)
+job_argument = typer.Argument(metavar="JOB", help="Id of a job, its beginning, or its name.", callback=_set_job)
 json_flag = typer.Option("--json", help="Answer with JSON.", is_eager=True, callback=_set_json)
 json_lines_flag = typer.Option(
     "--json", help="Answer with JSON: one object per line.", is_eager=True, callback=_set_json

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from puhui.cli.connection import connect
+from puhui.cli.find_job import find_job
 from puhui.cli.job_options import job_argument, json_flag, server_option
 from puhui.cli.message_json import json_of
 from puhui.cli.share_facts import share_facts
@@ -170,7 +171,7 @@ def _get(
 ) -> None:
     """Show one job."""
     with connect(server) as centre:
-        job = centre.get(job_id)
+        job = find_job(centre, job_id)
     if terminal().as_json:
         terminal().json(job)
         return
@@ -230,7 +231,7 @@ def _wait(
         raise Mistake("USAGE", f"--timeout: {error}") from error
     with connect(server) as centre:
         try:
-            job = centre.wait(job_id, timeout_s)
+            job = centre.wait(find_job(centre, job_id).id, timeout_s)
         except Refusal as refusal:
             if refusal.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise
@@ -251,7 +252,7 @@ def _cancel(
 ) -> None:
     """End a job. One that has ended stays as it is."""
     with connect(server) as centre:
-        job = centre.cancel(job_id, message)
+        job = centre.cancel(find_job(centre, job_id).id, message)
     if terminal().as_json:
         terminal().json(job)
     elif job.state in FINAL_STATES:

@@ -9,6 +9,7 @@ import typer
 
 from puhui.cli.attached import ChunkJson
 from puhui.cli.connection import connect
+from puhui.cli.find_job import find_job
 from puhui.cli.job_options import job_argument, json_flag, json_lines_flag, server_option
 from puhui.cli.message_json import json_of
 from puhui.cli.progress import transfer_bar
@@ -39,6 +40,7 @@ def _logs(
     """Show the output of a job: its stdout on stdout, its stderr on stderr."""
     as_json = ChunkJson()
     with connect(server) as centre:
+        job_id = find_job(centre, job_id).id
         for chunk in centre.logs(job_id, attempt=attempt, tail_lines=tail, follow=follow):
             if terminal().as_json:
                 terminal().json(as_json.of(chunk))
@@ -57,6 +59,7 @@ def _pull(
 ) -> None:
     """Fetch what a job left in /workspace/outputs ($PUHUI_OUTPUTS)."""
     with connect(server) as centre, transfer_bar("fetching") as progress:
+        job_id = find_job(centre, job_id).id
         pulled = centre.pull(job_id, output or Path(job_id), attempt=attempt, progress=progress)
     if terminal().as_json:
         terminal().json({"folder": str(pulled.folder), "manifest": json_of(pulled.manifest)})

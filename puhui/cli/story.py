@@ -72,7 +72,7 @@ def _predicted(job: job_pb2.Job, event: job_pb2.JobEvent) -> list[tuple[str, str
     if job.prediction.tier:
         overruled = overruled_line(job.prediction, job.sizing.origin)
         lines.append(("predicted", overruled or prediction_line(job.prediction)))
-    elif event.message:
+    elif event.message and event.message != job.sizing.reason:
         lines.append(("predicted", event.message))
     if job.sizing.reason:
         lines.append(("slice", readable(job.sizing.reason)))

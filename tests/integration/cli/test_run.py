@@ -191,7 +191,7 @@ def test_a_refused_job_is_125(puhui: Puhui, running: RunningCentre, script: Path
         (["ps", "--label", "a"], "USAGE", "KEY=VALUE"),
         (["wait", "j-1", "--timeout", "x"], "USAGE", "--timeout"),
         (["get"], "USAGE", "Missing argument 'JOB'; see `puhui get --help`"),
-        (["logs", ""], "USAGE", "give a job id"),
+        (["logs", ""], "USAGE", "give a job id or a name"),
         (["nonsense"], "USAGE", "nonsense"),
         (["up", "--runtime", "docker"], "USAGE", "podman"),
     ],
