@@ -7,7 +7,7 @@ in the journal, so that after a crash at any moment showing what the journal say
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import grpc
 import structlog
 
+from nodedaemon.checkpoint import Process
 from nodedaemon.descriptions import IdlenessOf, describe_container, unwatched
 from nodedaemon.devices import (
     CardDevices,
@@ -32,7 +33,7 @@ from nodedaemon.holders import Holder, holder
 from nodedaemon.hotplug import HotPlug
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
-from nodedaemon.records import ContainerRecord, SliceRecord, SliceStage
+from nodedaemon.records import CardRecord, ContainerRecord, SliceRecord, SliceStage
 from nodedaemon.results import known_container
 from nodedaemon.runtime import Mount
 from nodedaemon.slices import Slices
@@ -40,11 +41,14 @@ from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import Container, NodeEventKind, RuntimeKind
 
-__all__ = ["Attachments"]
+__all__ = ["Attachments", "Vacate"]
 
 _log = structlog.get_logger(__name__)
 
 _MOST_NAMED = 8
+
+Vacate = Callable[[ContainerRecord, list[Holder]], Awaitable[Callable[[ContainerRecord], None]]]
+"""Sees to it that nobody holds a container's cards, and returns what is to be written down once they are detached."""
 
 
 class Attachments:
@@ -191,6 +195,70 @@ class Attachments:
                 await self._take_back(owner, before.slice_uuids)
                 raise
             return self._describe(owner)
+
+    async def withdraw(self, owner: Owner, vacate: Vacate) -> tuple[ContainerRecord, list[SliceRecord]]:
+        """Makes all slices of an attempt's living container vanish from it, or none.
+
+        Args:
+            owner: whose container.
+            vacate: called once nothing can come to hold them, while they are hidden, with who holds them; it sees to it
+                that nobody does. What it returns is written down together with the detachment.
+
+        Returns:
+            The container as it was, and the slices that it saw.
+
+        Raises:
+            Refusal: as `detach` does, and what `vacate` raises. The container sees then what it saw before.
+        """
+        async with self._lock(owner):
+            before = self._living(owner)
+            slices = [self._slices.book.owned(owner, uuid) for uuid in before.slice_uuids]
+            try:
+                await self._show(before, {})
+                settle = await vacate(before, await self._all_holders(before, slices))
+                after = known_container(self._journal, owner)
+                if after.stage.is_alive:
+                    for one, gpu in slices:
+                        holders = await self._holders(before, one, gpu)
+                        if holders:
+                            raise _in_use(before, one, holders)
+                with self._journal.atomic():
+                    self._write(owner, ())
+                    settle(known_container(self._journal, owner))
+                    for one, _ in slices:
+                        message = f"detached slice {one.uuid} ({one.profile}) from container {before.container_id[:12]}"
+                        kind = NodeEventKind.NODE_EVENT_KIND_SLICE_DETACHED
+                        self._tell(owner, kind, "SLICE_DETACHED", message, one)
+            except BaseException:
+                if known_container(self._journal, owner).stage.is_alive:
+                    await self._take_back(owner, before.slice_uuids)
+                raise
+            return before, [one for one, _ in slices]
+
+    async def _all_holders(
+        self, record: ContainerRecord, slices: Sequence[tuple[SliceRecord, GpuFacts]]
+    ) -> list[Holder]:
+        found: dict[int, Holder] = {}
+        for one, gpu in slices:
+            found |= {held.pid: held for held in await self._holders(record, one, gpu)}
+        return [found[pid] for pid in sorted(found)]
+
+    def cards(self, owner: Owner) -> list[tuple[CardRecord, dict[str, Path]]]:
+        """Returns the slices that an attempt's container sees, and where their nodes are on the host, by name.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with SLICE_NOT_FOUND or CAP_NODE_MISSING; INTERNAL with DRIVER_REFUSED.
+        """
+        found = []
+        for uuid in known_container(self._journal, owner).slice_uuids:
+            one, gpu = self._slices.book.owned(owner, uuid)
+            nodes = self._sources([(one, gpu)])
+            found.append((CardRecord(uuid, gpu.model, one.profile, tuple(nodes)), nodes))
+        return found
+
+    async def signal(self, record: ContainerRecord, number: int, processes: Collection[Process] | None) -> list[int]:
+        """Signals processes of a living container, as `HotPlug.signal` does."""
+        return await self._hotplug.signal(record.pid, number, processes)
 
     async def _holders(self, record: ContainerRecord, one: SliceRecord, gpu: GpuFacts) -> list[Holder]:
         """Returns the processes of a container that hold a slice, as the driver says or as their open files do.

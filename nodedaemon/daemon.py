@@ -19,10 +19,13 @@ from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.carrying import Carrying
 from nodedaemon.cgroups import CgroupTree, claim
+from nodedaemon.checkpoint import Checkpoints
+from nodedaemon.checkpoint_cuda import CudaCheckpoints
+from nodedaemon.checkpoint_emulated import EmulatedCheckpoints
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
-from nodedaemon.driver_facts import DriverError
+from nodedaemon.driver_facts import DriverError, Mig
 from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
 from nodedaemon.execs import Execs
@@ -38,6 +41,7 @@ from nodedaemon.podman_account import PodmanAccount, PodmanUnusableError
 from nodedaemon.podman_runtime import PodmanRuntime
 from nodedaemon.process_runtime import ProcessRuntime
 from nodedaemon.process_user import ProcessesRefusedError, ProcessUser, find_process_user, require_no_real_gpu
+from nodedaemon.reclaim import Reclaim
 from nodedaemon.recovery import Recovery
 from nodedaemon.registration import Registration
 from nodedaemon.results import Results
@@ -158,12 +162,16 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         results = Results(journal, attempts, runtime, containers.ends.ended)
         transfers = SliceTransfers(journal, gpus, slices, attachments, containers.holder_of)
         carrying = Carrying(settings.state / "uploads", journal, attempts, runtime, user.uid, user.gid)
+        checkpoints = _open_checkpoints(settings, user, gpus, cards)
+        reclaim = Reclaim(runtime, journal, events, containers, attachments, checkpoints, idling.look)
+        inventory.checkpoints = checkpoints.probe
         mutations = Mutations(journal)
         slice_recovery = SliceRecovery(journal, events, gpus, slices, revision, settle=attachments.settle)
         recovery = Recovery(journal, events, containers, runtime, slice_recovery)
         try:
             await recovery.run()
             await attachments.restore()
+            await reclaim.restore()
         except Refusal as error:
             raise CannotServeError(f"what an earlier daemon left cannot be looked at: {error.message}") from error
         except OSError as error:
@@ -187,8 +195,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 telemetry,
                 transfers,
                 carrying,
+                reclaim,
             ),
         )
+        stack.push_async_callback(reclaim.close)
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         stack.push_async_callback(containers.execs.close)
         await stack.enter_async_context(_background(_prune(journal, containers.execs, carrying), stop))
@@ -272,6 +282,12 @@ def _open_hotplug(runtime: ContainerRuntime, user: ProcessUser, cards: CardDevic
     if runtime.describe().kind == RuntimeKind.RUNTIME_KIND_PODMAN:
         return MountPlug(user.uid, user.gid, device=not cards.emulated)
     return LinkPlug()
+
+
+def _open_checkpoints(settings: Settings, user: ProcessUser, gpus: Gpus, cards: CardDevices) -> Checkpoints:
+    if cards.emulated:
+        return EmulatedCheckpoints(user.uid, user.gid, settings.state / "checkpoints")
+    return CudaCheckpoints(mig=lambda: any(gpu.mig is Mig.ENABLED for gpu in gpus.every()))
 
 
 def _open_state(state: Path, account: PodmanAccount) -> None:

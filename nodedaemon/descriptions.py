@@ -104,6 +104,7 @@ def describe_container(record: ContainerRecord, runtime: RuntimeKind.ValueType, 
         create_time=timestamp(record.create_time),
         runtime=runtime,
         idleness=idleness,
+        checkpointed=record.checkpoint is not None and record.stage.is_alive,
     )
     if record.start_time is not None:
         container.start_time.CopyFrom(timestamp(record.start_time))

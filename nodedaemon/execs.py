@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import shutil
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ _MOST_LIVE = 64
 _NOTE_AGAIN_S = 1.0
 _KEPT_S = 24 * 3600
 _KILL_S = 20.0
+_TAIL_BYTES = 4000
 # What the container's own environment may say of slices that are not attached any more.
 _OF_SLICES = ("PUHUI_SLICE_PROFILE", "PUHUI_SLICE_MEMORY_MIB")
 
@@ -226,6 +227,39 @@ class Execs:
         if process is None:
             self._note_end(record, exit_code(self._folder(record)))
         return record
+
+    async def run(self, owner: Owner, token: int, command: Sequence[str], limit_s: float) -> tuple[int | None, str]:
+        """Runs a command of the daemon's own in a container to its end; one that takes too long is killed.
+
+        Returns:
+            Its exit code, None when it was killed; and the last of what it wrote.
+
+        Raises:
+            Refusal: as `serve` does.
+        """
+        record = await self._start(owner, token, ExecStart(owner=owner.ref(token), command=command))
+        self._readers[record.id] = self._readers.get(record.id, 0) + 1
+        try:
+            live = self._live.get(record.id)
+            overdue = False
+            if live is not None:
+                try:
+                    async with asyncio.timeout(limit_s):
+                        await live.ended.wait()
+                except TimeoutError:
+                    overdue = True
+                    live.process.signal(signal.SIGKILL)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_KILL_S):
+                            await live.ended.wait()
+            after = self._journal.exec(record.id) or record
+            with contextlib.suppress(OSError):
+                said = (self._folder(record) / LOG).read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
+                return None if overdue else after.exit_code, said
+            return None if overdue else after.exit_code, ""
+        finally:
+            self._readers[record.id] -= 1
+            self._left(record)
 
     def _ready(self, owner: Owner) -> ContainerRecord:
         container = living_container(self._journal, owner)

@@ -11,7 +11,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from nodedaemon.hotplug_mounter import file_kind, open_files
+from nodedaemon.checkpoint import Process
+from nodedaemon.frozen import processes_in_sessions
+from nodedaemon.hotplug_mounter import catches, file_kind, open_files, send
 from nodedaemon.runtime import Mount
 
 __all__ = ["HotPlug", "LinkPlug"]
@@ -66,6 +68,22 @@ class HotPlug(Protocol):
                 HOTPLUG_UNAVAILABLE; CONTAINER_NOT_RUNNING.
         """
 
+    async def signal(self, pid: int, number: int, processes: Collection[Process] | None) -> list[int]:
+        """Signals processes of a living container.
+
+        Args:
+            pid: its init process.
+            number: the signal.
+            processes: to whom; None is whoever in it, but for its init process, has a handler for this signal. One
+                that has none would be ended by most.
+
+        Returns:
+            The ids of those who were sent it, ascending.
+
+        Raises:
+            Refusal: as `holders` does.
+        """
+
     async def close(self) -> None:
         """Lets go. What containers see stays as it is."""
 
@@ -86,6 +104,13 @@ class LinkPlug:
     async def holders(self, pid: int, files: Collection[Path]) -> list[int]:  # noqa: D102
         # Nothing tells for sure which processes belong together, so every one of the host counts.
         return await asyncio.to_thread(_open_anywhere, files)
+
+    async def signal(self, pid: int, number: int, processes: Collection[Process] | None) -> list[int]:  # noqa: D102
+        if processes is None:
+            # One that is nobody's container: its command, and whatever is of its session.
+            sessions = await asyncio.to_thread(processes_in_sessions, frozenset([pid]))
+            processes = [Process(*one) for one in sessions if catches(one[0], number)]
+        return sorted(one.pid for one in processes if send(one.pid, one.started, number))
 
     async def close(self) -> None:
         """Does nothing."""

@@ -8,6 +8,11 @@ Reads one request per line and answers each with one line, in JSON, until its in
     {"changed": true}
     {"do": "holders", "pid": 4711, "files": ["/dev/nvidia-caps/nvidia-cap21"]}
     {"holders": [4720], "unknown": []}
+    {"do": "signal", "pid": 4711, "signal": 15, "processes": [[4720, "81234"]]}
+    {"signalled": [4720]}
+
+Processes are named with when they began, as /proc/PID/stat has it; null is all but the init process that have a
+handler for the signal.
 
 `pid` is the container's init process, and `folder` the directory of the host that it has at `target`. What fails is
 answered with {"step": "…", "error": "…", "errno": n}.
@@ -28,12 +33,13 @@ import errno
 import json
 import os
 import pwd
+import signal
 import stat
 import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["file_kind", "main", "open_files"]
+__all__ = ["catches", "file_kind", "main", "open_files", "send"]
 
 # Numbers of system calls that Python and older C libraries do not name; the same on every architecture.
 _OPEN_TREE = 428
@@ -247,6 +253,53 @@ def open_files(pid: int) -> set[tuple[int, int, int]]:
     return files
 
 
+def _signal(pid: int, number: int, processes: list[list[Any]] | None) -> list[int]:
+    """Signals processes of a container, and returns the ids of those who were.
+
+    Raises:
+        StepError: the container is not there.
+    """
+    step = "find the container's process"
+    try:
+        process = os.pidfd_open(pid)
+        _setns("join the container's user namespace", process, _CLONE_NEWUSER)
+        namespace = _identity(Path(f"/proc/{pid}/ns/pid").stat())
+    except OSError as error:
+        raise StepError(step, error) from error
+    members = _members(namespace)
+    if processes is None:
+        return [one for one in members if one != pid and catches(one, number) and send(one, None, number)]
+    return sorted(one for one, started in processes if one in members and send(one, started, number))
+
+
+def catches(pid: int, number: int) -> bool:
+    """Returns whether a process has a handler for a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = int(status.partition("SigCgt:\t")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)
+
+
+def send(pid: int, started: str | None, number: int) -> bool:
+    """Signals a process, if it is the one that began then, and returns whether it did."""
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if started is not None and fields[19] != started:
+            return False
+        signal.pidfd_send_signal(process, number)
+    except OSError:
+        return False
+    finally:
+        os.close(process)
+    return True
+
+
 def file_kind(status: os.stat_result) -> tuple[int, int, int]:
     """Returns what makes two files the same: a device is what its number says, wherever its node is."""
     return (0, 0, status.st_rdev) if stat.S_ISCHR(status.st_mode) else (status.st_dev, status.st_ino, 0)
@@ -257,6 +310,8 @@ def _answer(line: bytes) -> dict[str, object]:
     try:
         if request["do"] == "show":
             return {"changed": _show(request["pid"], request["folder"], request["target"], request["nodes"])}
+        if request["do"] == "signal":
+            return {"signalled": _signal(request["pid"], request["signal"], request["processes"])}
         found, unknown = _holders(request["pid"], request["files"])
     except StepError as failed:
         return {"step": failed.step, "error": failed.error.strerror or str(failed.error), "errno": failed.error.errno}

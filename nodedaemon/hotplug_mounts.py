@@ -22,6 +22,7 @@ import grpc
 import structlog
 
 from nodedaemon import hotplug_mounter
+from nodedaemon.checkpoint import Process
 from nodedaemon.devices import CAPS_PATH
 from nodedaemon.runtime import Mount
 from puhui.rpc.errors import Refusal
@@ -84,6 +85,11 @@ class MountPlug:
                 pids=some,
             )
         return [int(pid) for pid in answer["holders"]]
+
+    async def signal(self, pid: int, number: int, processes: Collection[Process] | None) -> list[int]:  # noqa: D102
+        whom = [[one.pid, one.started] for one in processes] if processes is not None else None
+        answer = await self._ask({"do": "signal", "pid": pid, "signal": number, "processes": whom})
+        return [int(one) for one in answer["signalled"]]
 
     async def _ask(self, request: dict[str, object]) -> dict[str, Any]:
         line = json.dumps(request).encode() + b"\n"

@@ -6,9 +6,11 @@ import asyncio
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from nodedaemon.checkpoint import Ability
 from nodedaemon.driver_facts import GpuFacts, Mig
 from nodedaemon.gpus import Gpus, mig_command
 from nodedaemon.host import boot_id, memory_bytes
@@ -16,7 +18,7 @@ from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal
 from puhui.v1.card_pb2 import Gpu, MigMode, Placement, Profile
-from puhui.v1.node_pb2 import NodeInventory, NodeVersions
+from puhui.v1.node_pb2 import NodeInventory, NodeVersions, Runtime
 
 __all__ = ["Inventory", "Revision"]
 
@@ -62,6 +64,8 @@ class Inventory:
         self._slices = slices
         self._runtime = runtime
         self.revision = revision
+        self.checkpoints: Callable[[], Ability] = lambda: Ability("")
+        """Tells what can checkpoint processes here."""
 
     async def read(self) -> NodeInventory:
         """Returns what this node has now.
@@ -75,7 +79,7 @@ class Inventory:
             name=self._name,
             gpus=gpus,
             slices=await self._slices.book.describe_all(foreign=True),
-            runtime=self._runtime.describe(),
+            runtime=self._describe_runtime(),
             versions=NodeVersions(
                 puhui=importlib.metadata.version("puhui"),
                 driver=self._gpus.driver_version,
@@ -87,6 +91,20 @@ class Inventory:
             boot_id=boot_id(),
             revision=revision,
             daemon_id=self._daemon_id,
+        )
+
+    def _describe_runtime(self) -> Runtime:
+        runtime, ability = self._runtime.describe(), self.checkpoints()
+        return Runtime(
+            kind=runtime.kind,
+            version=runtime.version,
+            oci_runtime=runtime.oci_runtime,
+            storage_driver=runtime.storage_driver,
+            cgroup_layout=runtime.cgroup_layout,
+            enforced_limits=runtime.enforced_limits,
+            user=runtime.user,
+            notices=[*runtime.notices, *([ability.notice] if ability.notice else [])],
+            checkpoint=ability.name,
         )
 
     async def _describe(self, gpu: GpuFacts) -> Gpu:

@@ -24,6 +24,9 @@ from nodedaemon.driver_facts import Span
 from nodedaemon.owner import Owner
 from nodedaemon.records import (
     Answer,
+    CardRecord,
+    CheckpointRecord,
+    CheckpointStage,
     ContainerRecord,
     ContainerStage,
     ExecRecord,
@@ -102,6 +105,12 @@ def m005_idle(db: Database) -> None:
         used INTEGER NOT NULL, held_to_s REAL, busy_seconds REAL NOT NULL, held_seconds REAL NOT NULL,
         PRIMARY KEY (centre, job_id, attempt))"""
     )
+
+
+@_migrations()  # type: ignore[untyped-decorator]
+def m006_checkpoints(db: Database) -> None:
+    """Keeps what of a container is checkpointed."""
+    db.execute("ALTER TABLE containers ADD COLUMN checkpoint TEXT NOT NULL DEFAULT ''")
 
 
 class Journal:
@@ -377,7 +386,9 @@ def _slice_record(row: dict[str, Any]) -> SliceRecord:
 
 def _container_row(record: ContainerRecord) -> dict[str, Any]:
     row = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {**asdict(row.pop("owner")), **row, "slice_uuids": json.dumps(record.slice_uuids)}
+    checkpoint = json.dumps(asdict(record.checkpoint)) if record.checkpoint is not None else ""
+    changed = {"slice_uuids": json.dumps(record.slice_uuids), "checkpoint": checkpoint}
+    return {**asdict(row.pop("owner")), **row, **changed}
 
 
 def _container_record(row: dict[str, Any]) -> ContainerRecord:
@@ -388,7 +399,20 @@ def _container_record(row: dict[str, Any]) -> ContainerRecord:
             "owner": owner,
             "stage": ContainerStage(row["stage"]),
             "slice_uuids": tuple(json.loads(row["slice_uuids"])),
+            "checkpoint": _checkpoint_record(row["checkpoint"]),
             "oom_killed": bool(row["oom_killed"]),
             "timed_out": bool(row["timed_out"]),
         }
+    )
+
+
+def _checkpoint_record(text: str) -> CheckpointRecord | None:
+    if not text:
+        return None
+    kept = json.loads(text)
+    return CheckpointRecord(
+        stage=CheckpointStage(kept["stage"]),
+        init=kept["init"],
+        processes=tuple((pid, started) for pid, started in kept["processes"]),
+        cards=tuple(CardRecord(**{**card, "nodes": tuple(card["nodes"])}) for card in kept["cards"]),
     )

@@ -10,6 +10,9 @@ from nodedaemon.owner import Owner
 
 __all__ = [
     "Answer",
+    "CardRecord",
+    "CheckpointRecord",
+    "CheckpointStage",
     "ContainerRecord",
     "ContainerStage",
     "ExecRecord",
@@ -66,6 +69,37 @@ class SliceRecord:
     notice: str = ""
 
 
+class CheckpointStage(StrEnum):
+    """How far the daemon has come with the processes of a container that are taken off their cards."""
+
+    TAKING = "taking"
+    TAKEN = "taken"
+    RESTORING = "restoring"
+
+
+@dataclass(frozen=True)
+class CardRecord:
+    """A slice that processes were taken off."""
+
+    uuid: str
+    model: str
+    profile: str
+    nodes: tuple[str, ...]
+    """Names of its cap nodes: the GPU instance's, then the compute instance's."""
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """Processes of a container that are checkpointed, or about to be."""
+
+    stage: CheckpointStage
+    init: int
+    """Init process of the container."""
+    processes: tuple[tuple[int, str], ...]
+    """Process ids, and when they began, in clock ticks since the host was started."""
+    cards: tuple[CardRecord, ...]
+
+
 @dataclass(frozen=True)
 class ContainerRecord:
     """An intended container. Times are seconds since the epoch."""
@@ -90,6 +124,8 @@ class ContainerRecord:
     """Of the request, to tell a repetition from another one; empty for what an older daemon made."""
     workspace_of: int = 0
     """Attempt of the same job whose workspace it began with: its own for an uploaded one, 0 for an empty one."""
+    checkpoint: CheckpointRecord | None = None
+    """What of it is checkpointed."""
 
 
 class ExecStage(StrEnum):

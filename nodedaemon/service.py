@@ -18,6 +18,7 @@ from nodedaemon.driver_facts import Span
 from nodedaemon.events import EventLog
 from nodedaemon.inventory import Inventory
 from nodedaemon.owner import Owner
+from nodedaemon.reclaim import Reclaim, Terms
 from nodedaemon.results import Results
 from nodedaemon.slice_transfers import SliceTransfers
 from nodedaemon.slices import Slices
@@ -55,6 +56,8 @@ from puhui.v1.node_service_pb2 import (
     NodeServiceReadLogsResponse,
     PutWorkspaceRequest,
     PutWorkspaceResponse,
+    ReclaimContainerRequest,
+    ReclaimContainerResponse,
     RemoveContainerRequest,
     RemoveContainerResponse,
     ResumeContainerRequest,
@@ -74,6 +77,9 @@ from puhui.v1.node_service_pb2_grpc import NodeServiceServicer
 
 __all__ = ["NodeService"]
 
+_ON_RECLAIM_S = 10.0
+_MOST_ON_RECLAIM_S = 300.0
+
 
 class NodeService(NodeServiceServicer):
     """Serves puhui.v1.NodeService."""
@@ -91,6 +97,7 @@ class NodeService(NodeServiceServicer):
         telemetry: Telemetry,
         transfers: SliceTransfers,
         carrying: Carrying,
+        reclaim: Reclaim,
     ) -> None:
         self._inventory = inventory
         self._mutations = mutations
@@ -103,6 +110,7 @@ class NodeService(NodeServiceServicer):
         self._telemetry = telemetry
         self._transfers = transfers
         self._carrying = carrying
+        self._reclaim = reclaim
 
     async def GetNode(self, request: GetNodeRequest, context: Any) -> GetNodeResponse:  # noqa: D102, N802
         return GetNodeResponse(node=await self._inventory.read())
@@ -187,6 +195,17 @@ class NodeService(NodeServiceServicer):
 
         return await self._mutations.carry_out(request, DetachSliceResponse, act)
 
+    async def ReclaimContainer(  # noqa: D102, N802
+        self, request: ReclaimContainerRequest, context: Any
+    ) -> ReclaimContainerResponse:
+        async def act(owner: Owner, token: int) -> ReclaimContainerResponse:
+            done = await self._reclaim.reclaim(owner, token, _terms(request))
+            return ReclaimContainerResponse(
+                container=done.container, mode=done.mode, slice_uuids=done.slice_uuids, message=done.message
+            )
+
+        return await self._mutations.carry_out(request, ReclaimContainerResponse, act)
+
     async def SuspendContainer(  # noqa: D102, N802
         self, request: SuspendContainerRequest, context: Any
     ) -> SuspendContainerResponse:
@@ -200,7 +219,7 @@ class NodeService(NodeServiceServicer):
         self, request: ResumeContainerRequest, context: Any
     ) -> ResumeContainerResponse:
         async def act(owner: Owner, token: int) -> ResumeContainerResponse:
-            record = await self._containers.suspension.resume(owner)
+            record = await self._reclaim.resume(owner)
             return ResumeContainerResponse(container=self._containers.describe(record))
 
         return await self._mutations.carry_out(request, ResumeContainerResponse, act)
@@ -273,3 +292,30 @@ class NodeService(NodeServiceServicer):
         async with contextlib.aclosing(self._telemetry.watch(interval_s, request.uuids)) as responses:
             async for response in responses:
                 yield response
+
+
+def _terms(request: ReclaimContainerRequest) -> Terms:
+    """Returns how cards may be taken.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT with SPEC_INVALID.
+    """
+    problem = duration_problem(request, "on_reclaim_limit")
+    limit_s = seconds(request.on_reclaim_limit) if request.HasField("on_reclaim_limit") else _ON_RECLAIM_S
+    if not problem and not 0 < limit_s <= _MOST_ON_RECLAIM_S:
+        problem = f"must be more than 0 and at most {_MOST_ON_RECLAIM_S:g} s"
+    if problem:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "SPEC_INVALID",
+            f"on_reclaim_limit {problem}",
+            field="on_reclaim_limit",
+        )
+    return Terms(
+        hardest=request.hardest,
+        only_if_idle=request.only_if_idle,
+        freeze=request.freeze,
+        warn_signal=request.warn_signal,
+        on_reclaim=tuple(request.on_reclaim),
+        on_reclaim_limit_s=limit_s,
+    )

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from nodedaemon.attachments import Attachments
+from nodedaemon.checkpoint import Process
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import Span
@@ -76,6 +77,9 @@ class FakePlug:
         self._meet()
         assert all(file.exists() for file in files)
         return self.busy
+
+    async def signal(self, pid: int, number: int, processes: Collection[Process] | None) -> list[int]:
+        return sorted(one.pid for one in processes or ())
 
     async def close(self) -> None:
         pass

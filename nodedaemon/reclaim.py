@@ -1,0 +1,513 @@
+"""Takes the cards of containers back while they live on (step S7), and lets what was checkpointed go on (step S8).
+
+The ladder is detach, checkpoint, stop: the mildest rung that works is taken. All cards of a container are taken, or
+none. What is checkpointed is in the journal before it is done, so that a start after a crash at any moment either makes
+the container be as it was before, or knows that its cards were taken and what is to be restored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import structlog
+
+from nodedaemon.attachments import Attachments
+from nodedaemon.checkpoint import CheckpointError, Checkpoints, Move, Process, living, start_time
+from nodedaemon.containers import Containers
+from nodedaemon.events import EventLog
+from nodedaemon.holders import Holder
+from nodedaemon.idle import IdleState
+from nodedaemon.journal import Journal
+from nodedaemon.owner import Owner
+from nodedaemon.reclaim_plan import MismatchError, belongs_to_command, pair_cards, plan_rungs
+from nodedaemon.records import CardRecord, CheckpointRecord, CheckpointStage, ContainerRecord, ContainerStage
+from nodedaemon.results import known_container
+from nodedaemon.runtime import ContainerRuntime
+from nodedaemon.suspension import living_container
+from puhui.rpc.errors import Refusal
+from puhui.v1.job_pb2 import ReclaimMode
+from puhui.v1.node_pb2 import Container, NodeEventKind
+
+__all__ = ["Reclaim", "Reclaimed", "Terms"]
+
+_log = structlog.get_logger(__name__)
+
+_DETACH = ReclaimMode.RECLAIM_MODE_DETACH
+_CHECKPOINT = ReclaimMode.RECLAIM_MODE_CHECKPOINT
+_STOP = ReclaimMode.RECLAIM_MODE_STOP
+_NAMES = {_DETACH: "detach", _CHECKPOINT: "checkpoint", _STOP: "stop"}
+_REASONS = {_DETACH: "DETACHED", _CHECKPOINT: "CHECKPOINTED", _STOP: "STOPPED"}
+_KILL_S = 20.0
+_AGAIN_S = 30.0
+
+Look = Callable[[Owner], Awaitable[IdleState | None]]
+"""Looks whether a container uses its cards now; None when it is not watched."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How cards may be taken."""
+
+    hardest: ReclaimMode.ValueType
+    only_if_idle: bool = False
+    freeze: bool = False
+    warn_signal: bool = False
+    on_reclaim: tuple[str, ...] = ()
+    on_reclaim_limit_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class Reclaimed:
+    """How they were taken."""
+
+    container: Container
+    mode: ReclaimMode.ValueType
+    slice_uuids: tuple[str, ...]
+    message: str
+
+
+class Reclaim:
+    """Reclaims and restores the containers of this node.
+
+    Args:
+        runtime: what runs them.
+        journal: where what is meant is kept.
+        events: where what happens is told.
+        containers: the containers.
+        attachments: what they see of their slices.
+        checkpoints: what moves processes off their cards.
+        look: tells whether cards are used.
+    """
+
+    def __init__(
+        self,
+        runtime: ContainerRuntime,
+        journal: Journal,
+        events: EventLog,
+        containers: Containers,
+        attachments: Attachments,
+        checkpoints: Checkpoints,
+        look: Look,
+    ) -> None:
+        self._runtime = runtime
+        self._journal = journal
+        self._events = events
+        self._containers = containers
+        self._attachments = attachments
+        self._checkpoints = checkpoints
+        self._look = look
+        self._watches: dict[Owner, asyncio.Task[None]] = {}
+
+    # Taking -----------------------------------------------------------------------------------------------
+
+    async def reclaim(self, owner: Owner, token: int, terms: Terms) -> Reclaimed:
+        """Takes all cards of a container by the mildest rung that works. One that has none any more is left alone.
+
+        Raises:
+            Refusal: INVALID_ARGUMENT with SPEC_INVALID; NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with
+                CONTAINER_NOT_RUNNING, NOT_IDLE, RECLAIM_IMPOSSIBLE, or as `Attachments.detach` does. The container
+                then goes on as before, with its cards.
+        """
+        if terms.hardest not in _NAMES:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "SPEC_INVALID",
+                "hardest must be RECLAIM_MODE_DETACH, RECLAIM_MODE_CHECKPOINT or RECLAIM_MODE_STOP",
+                field="hardest",
+            )
+        record = living_container(self._journal, owner)
+        if not record.slice_uuids:
+            mode = _CHECKPOINT if record.checkpoint is not None else _DETACH
+            return await self._done(owner, terms, mode, (), "it had no cards")
+        try:
+            await self._warn(record, token, terms)
+            if terms.only_if_idle:
+                await self._require_idle(owner)
+            return await self._take(record, terms)
+        except Refusal as error:
+            known = self._journal.container(owner)
+            if known is not None:
+                self._tell(known, NodeEventKind.NODE_EVENT_KIND_RECLAIM_REFUSED, error.reason, error.message)
+            raise
+
+    async def _warn(self, record: ContainerRecord, token: int, terms: Terms) -> None:
+        if record.stage is ContainerStage.SUSPENDED or not (terms.warn_signal or terms.on_reclaim):
+            return
+        self._tell(
+            record,
+            NodeEventKind.NODE_EVENT_KIND_RECLAIM_WARNED,
+            "RECLAIM_WARNED",
+            f"the cards of container {record.container_id[:12]} are about to be taken",
+        )
+        if terms.warn_signal:
+            warned = await self._attachments.signal(record, signal.SIGUSR1, None)
+            _log.info("warned of a reclaim", container=record.container_id[:12], processes=warned)
+        if terms.on_reclaim:
+            message = await self._on_reclaim(record, token, terms)
+            if message:
+                self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECLAIM_WARNED, "ON_RECLAIM_FAILED", message)
+
+    async def _on_reclaim(self, record: ContainerRecord, token: int, terms: Terms) -> str:
+        """Runs what is to be run before cards are taken. Returns what went wrong; empty when nothing did."""
+        limit_s = terms.on_reclaim_limit_s
+        command = terms.on_reclaim
+        try:
+            code, said = await self._containers.execs.run(record.owner, token, command, limit_s)
+        except Refusal as error:
+            return f"the on_reclaim command {command[0]!r} could not be run: {error.message}"
+        _log.info("on_reclaim command ended", container=record.container_id[:12], exit_code=code, output=said)
+        if code is None:
+            return f"the on_reclaim command {command[0]!r} did not end within {limit_s:g} s and was killed"
+        return f"the on_reclaim command {command[0]!r} ended with exit code {code}" if code else ""
+
+    async def _require_idle(self, owner: Owner) -> None:
+        state = await self._look(owner)
+        if state is None or not state.idle:
+            why = f"{state.signal}: {state.reading}" if state is not None else "nobody watches whether they are used"
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "NOT_IDLE",
+                f"the cards of {owner} are not idle ({why}); wait until they are, or reclaim without only_if_idle",
+            )
+
+    async def _take(self, record: ContainerRecord, terms: Terms) -> Reclaimed:
+        began = time.monotonic()
+        taken = _Taking(self, terms)
+        try:
+            before, slices = await self._attachments.withdraw(record.owner, taken.vacate)
+        except BaseException:
+            await self._undo(record.owner)
+            raise
+        uuids = tuple(one.uuid for one in slices)
+        who = f"; {', '.join(map(str, taken.holders))}" if taken.holders else ""
+        message = (
+            f"took {len(uuids)} of container {before.container_id[:12]} by {_NAMES[taken.mode]} in "
+            f"{(time.monotonic() - began) * 1000:.0f} ms{who}"
+        )
+        result = await self._done(record.owner, terms, taken.mode, uuids, message)
+        after = known_container(self._journal, record.owner)
+        self._tell(after, NodeEventKind.NODE_EVENT_KIND_RECLAIMED, _REASONS[taken.mode], message)
+        self.watch(after)
+        return result
+
+    async def _done(
+        self, owner: Owner, terms: Terms, mode: ReclaimMode.ValueType, uuids: tuple[str, ...], message: str
+    ) -> Reclaimed:
+        record = known_container(self._journal, owner)
+        # What is checkpointed blocks by itself, and must run to ask for its card.
+        if terms.freeze and mode == _DETACH and record.stage is ContainerStage.RUNNING:
+            record = await self._containers.suspension.suspend(owner)
+            message += "; froze it"
+        return Reclaimed(self._containers.describe(record), mode, uuids, message)
+
+    async def _undo(self, owner: Owner) -> None:
+        """Puts processes back on the cards that they had, after they could not all be taken."""
+        record = self._journal.container(owner)
+        if record is None or record.checkpoint is None or record.checkpoint.stage is not CheckpointStage.TAKING:
+            return
+        if record.stage.is_alive:
+            try:
+                await self._put_back(record, record.checkpoint)
+            except (CheckpointError, Refusal) as error:
+                # It stays in the journal, and is tried again.
+                said = error.message if isinstance(error, Refusal) else str(error)
+                message = f"processes of container {record.container_id[:12]} are not on their cards yet: {said}"
+                self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECONCILED, "RECLAIM_NOT_UNDONE", message)
+                self._later(owner)
+                return
+        self._write(owner, None)
+
+    async def _put_back(self, record: ContainerRecord, kept: CheckpointRecord) -> None:
+        place = self._attachments.place(record.owner)
+        moves = [_move(card, card, place) for card in kept.cards]
+        async with self._awake(record):
+            await self._checkpoints.restore(kept.init, _processes(kept), moves)
+
+    # Going on ---------------------------------------------------------------------------------------------
+
+    async def resume(self, owner: Owner) -> ContainerRecord:
+        """Thaws a container, and moves what is checkpointed in it to the slices that it sees.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with RESTORE_MISMATCH or RESTORE_FAILED; and as `Suspension.resume` does.
+        """
+        record = living_container(self._journal, owner)
+        moves = self._moves(record, record.checkpoint) if record.checkpoint is not None else []
+        record = await self._containers.suspension.resume(owner)
+        if record.checkpoint is not None:
+            await self._restore(record, record.checkpoint, moves)
+        return known_container(self._journal, owner)
+
+    def _moves(self, record: ContainerRecord, kept: CheckpointRecord) -> list[Move]:
+        """Returns where the processes of a container go.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with RESTORE_MISMATCH.
+        """
+        try:
+            pairs = pair_cards(kept.cards, [card for card, _ in self._attachments.cards(record.owner)])
+        except MismatchError as error:
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "RESTORE_MISMATCH",
+                f"container {record.container_id[:12]} cannot go on: {error}; attach one first",
+            ) from error
+        place = self._attachments.place(record.owner)
+        return [_move(old, new, place) for old, new in pairs]
+
+    async def _restore(self, record: ContainerRecord, kept: CheckpointRecord, moves: Sequence[Move]) -> None:
+        await self._unwatch(record.owner)
+        self._write(record.owner, replace(kept, stage=CheckpointStage.RESTORING))
+        began = time.monotonic()
+        try:
+            await self._checkpoints.restore(kept.init, _processes(kept), moves)
+        except CheckpointError as error:
+            self.watch(known_container(self._journal, record.owner))
+            raise Refusal(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "RESTORE_FAILED",
+                f"processes of container {record.container_id[:12]} stay checkpointed: {error}; resume again, or stop "
+                "the container",
+            ) from error
+        self._write(record.owner, None)
+        pids = ", ".join(str(one.pid) for one in living(_processes(kept))) or "none, all have ended"
+        self._tell(
+            known_container(self._journal, record.owner),
+            NodeEventKind.NODE_EVENT_KIND_RESTORED,
+            "RESTORED",
+            f"processes of container {record.container_id[:12]} are on a card again after "
+            f"{(time.monotonic() - began) * 1000:.0f} ms: {pids}",
+        )
+
+    # After a crash ----------------------------------------------------------------------------------------
+
+    async def restore(self) -> None:
+        """Settles what an earlier daemon left in the middle. Containers must see what the journal says by then."""
+        for record in self._journal.containers():
+            if record.stage.is_alive and record.checkpoint is not None:
+                await self._settle(record, record.checkpoint)
+
+    async def _settle(self, record: ContainerRecord, kept: CheckpointRecord) -> None:
+        if kept.stage is CheckpointStage.TAKING:
+            await self._undo(record.owner)
+            if known_container(self._journal, record.owner).checkpoint is None:
+                message = f"container {record.container_id[:12]} has its cards as before: a reclaim had not ended"
+                self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECONCILED, "RECLAIM_UNDONE", message)
+            return
+        if kept.stage is CheckpointStage.RESTORING:
+            try:
+                moves = self._moves(record, kept)
+                async with self._awake(record):
+                    await self._restore(record, kept, moves)
+            except Refusal as error:
+                self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECONCILED, error.reason, error.message)
+        self.watch(known_container(self._journal, record.owner))
+
+    def _later(self, owner: Owner) -> None:
+        """Tries again to put processes back on their cards."""
+
+        async def again() -> None:
+            await asyncio.sleep(_AGAIN_S)
+            self._watches.pop(owner, None)
+            await self._undo(owner)
+
+        self._watches[owner] = asyncio.create_task(again(), name=f"undoing of a reclaim of {owner}")
+
+    # Who wants a card -------------------------------------------------------------------------------------
+
+    def watch(self, record: ContainerRecord) -> None:
+        """Begins to look out for checkpointed processes that ask for their cards."""
+        kept = record.checkpoint
+        if kept is None or not record.stage.is_alive or record.owner in self._watches:
+            return
+        work = self._await_wanted(record.owner, kept)
+        self._watches[record.owner] = asyncio.create_task(work, name=f"who of {record.owner} wants a card")
+
+    async def _await_wanted(self, owner: Owner, kept: CheckpointRecord) -> None:
+        try:
+            wanting = await self._checkpoints.wanted(kept.init, _processes(kept))
+        except CheckpointError as error:
+            _log.warning("who wants a card cannot be told", owner=str(owner), error=str(error))
+            return
+        record = self._journal.container(owner)
+        if wanting is not None and record is not None and record.stage.is_alive:
+            message = f"process {wanting.pid} of container {record.container_id[:12]} asks for its card, and waits"
+            self._tell(record, NodeEventKind.NODE_EVENT_KIND_CARD_WANTED, "CARD_WANTED", message)
+
+    async def _unwatch(self, owner: Owner) -> None:
+        task = self._watches.pop(owner, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Lets go. What is checkpointed stays so."""
+        for owner in list(self._watches):
+            await self._unwatch(owner)
+
+    # Parts ------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _awake(self, record: ContainerRecord) -> AsyncIterator[None]:
+        """Lets a frozen container run for as long as the block lasts: what is frozen cannot be moved."""
+        if record.stage is not ContainerStage.SUSPENDED:
+            yield
+            return
+        await self._runtime.resume(record.container_id)
+        try:
+            yield
+        finally:
+            await self._runtime.suspend(record.container_id)
+
+    def _write(self, owner: Owner, kept: CheckpointRecord | None) -> None:
+        record = self._journal.container(owner)
+        if record is not None:
+            self._journal.put_container(replace(record, checkpoint=kept))
+
+    def _tell(self, record: ContainerRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
+        self._events.add(
+            kind,
+            reason,
+            message,
+            owner=record.owner.ref(record.token),
+            container=self._containers.describe(record),
+        )
+
+    async def take_off(self, record: ContainerRecord, holders: Sequence[Holder]) -> CheckpointRecord:
+        """Checkpoints who holds cards, and returns what is to be kept of that.
+
+        Raises:
+            CheckpointError: it cannot be done. What was done of it is undone later.
+        """
+        cards = self._attachments.cards(record.owner)
+        processes = tuple(_began(one.pid) for one in holders)
+        kept = CheckpointRecord(
+            CheckpointStage.TAKING,
+            record.pid,
+            tuple((one.pid, one.started) for one in processes if one is not None),
+            tuple(card for card, _ in cards),
+        )
+        self._write(record.owner, kept)
+        nodes = {name: path for _, known in cards for name, path in known.items()}
+        async with self._awake(record):
+            await self._checkpoints.checkpoint(kept.init, _processes(kept), nodes)
+        return replace(kept, stage=CheckpointStage.TAKEN)
+
+    async def end(self, record: ContainerRecord, holders: Sequence[Holder]) -> None:
+        """Ends who holds cards: the container's command if it is of that, else the processes: SIGTERM, grace, SIGKILL.
+
+        Raises:
+            Refusal: DEADLINE_EXCEEDED with CONTAINER_STUCK; as the runtime does.
+        """
+        parents, begun = await asyncio.to_thread(_family)
+        if any(belongs_to_command(one.pid, record.pid, parents, begun) for one in holders):
+            await self._containers.ends.end(record, record.stop_grace_s)
+            return
+        processes = [one for one in (_began(holder.pid) for holder in holders) if one is not None]
+        async with self._awake(record):
+            for number, wait_s in ((signal.SIGTERM, record.stop_grace_s), (signal.SIGKILL, _KILL_S)):
+                left = living(processes)
+                if not left:
+                    break
+                await self._attachments.signal(record, number, left)
+                await _ended(left, wait_s)
+
+    def able(self, holders: Sequence[Holder], terms: Terms) -> tuple[tuple[ReclaimMode.ValueType, ...], str]:
+        """Returns which rungs may be tried on who holds cards, and why no others."""
+        plan = plan_rungs(holders, terms.hardest, self._checkpoints.probe())
+        return plan.rungs, plan.why_not
+
+
+class _Taking:
+    """One climb of the ladder."""
+
+    def __init__(self, reclaim: Reclaim, terms: Terms) -> None:
+        self._reclaim = reclaim
+        self._terms = terms
+        self.mode = _DETACH
+        self.holders: list[Holder] = []
+
+    async def vacate(self, record: ContainerRecord, holders: list[Holder]) -> Callable[[ContainerRecord], None]:
+        """Sees to it that nobody holds a container's cards; see `Attachments.withdraw`."""
+        self.holders = holders
+        rungs, why_not = self._reclaim.able(holders, self._terms)
+        kept = record.checkpoint
+        for rung in rungs:
+            self.mode = rung
+            if rung == _CHECKPOINT:
+                try:
+                    kept = await self._reclaim.take_off(record, holders)
+                except CheckpointError as error:
+                    why_not = f"{why_not}; checkpoint failed: {error}"
+                    continue
+            elif rung == _STOP:
+                await self._reclaim.end(record, holders)
+                kept = None
+            return lambda now: self._reclaim._write(now.owner, kept)
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "RECLAIM_IMPOSSIBLE",
+            f"the cards of container {record.container_id[:12]} cannot be taken: {why_not}",
+            container_id=record.container_id,
+            holders=", ".join(map(str, holders)),
+        )
+
+
+def _move(old: CardRecord, new: CardRecord, place: str) -> Move:
+    paths = {before: f"{place}/{after}" for before, after in zip(old.nodes, new.nodes, strict=True)}
+    return Move(old.uuid, new.uuid, paths)
+
+
+def _processes(kept: CheckpointRecord) -> list[Process]:
+    return [Process(pid, started) for pid, started in kept.processes]
+
+
+def _began(pid: int) -> Process | None:
+    try:
+        return Process(pid, start_time(pid))
+    except OSError:
+        return None
+
+
+def _family() -> tuple[dict[int, int], dict[int, int]]:
+    """Returns the parent of each process, and when each began."""
+    parents, begun = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                parents[int(entry.name)], begun[int(entry.name)] = int(fields[1]), int(fields[19])
+    return parents, begun
+
+
+async def _ended(processes: Sequence[Process], limit_s: float) -> None:
+    """Waits until processes have ended, but no longer than that."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            for one in living(processes):
+                await _end_of(one)
+
+
+async def _end_of(process: Process) -> None:
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, over.set)
+    try:
+        # The id may have become another's before the descriptor was opened.
+        if living([process]):
+            await over.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
