@@ -98,6 +98,9 @@ class Contact:
                     yield item
             except grpc.RpcError as error:
                 wait.after(error)
+                # The error is the call itself, in a circle with its traceback. Freed as late as at Python's end, it may
+                # wait for ever for a lock of a thread that is no more.
+                error.__traceback__ = None
             else:
                 self._answered = True
                 return

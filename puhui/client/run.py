@@ -97,9 +97,14 @@ class RunCall:
                         job_id=self._start.job_id,
                     )
                 time.sleep(_PAUSE_S)
+        except Refusal as refusal:
+            if isinstance(refusal.__cause__, grpc.RpcError):
+                refusal.__cause__.__traceback__ = None  # for the same reason as in `Contact.stream`
+            raise
         finally:
             with self._changed:
                 self._over = True
+                self._call = None
                 self._connection += 1
                 self._changed.notify_all()
 
@@ -209,6 +214,7 @@ class RunCall:
                 if self._connection == number:
                     self._connection += 1  # nothing more is taken out for this one
                 self._changed.notify_all()
+                self._call = None
             call.cancel()
 
     def _go_on(self) -> None:

@@ -145,3 +145,18 @@ def test_the_schema_forbids_what_the_reader_forbids() -> None:
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
     assert schema["properties"]["max_duration"]["anyOf"][0]["type"] == "string"
     assert schema["required"] == ["command"]
+
+
+def test_when_a_share_may_be_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "command: python3 train.py\n"
+        "idle:\n  after: 5m\n  below_percent: 2\n  reclaim: stop\n  start_grace: 90s\n  warn_signal: true\n"
+        "  on_reclaim: sh -c 'save it'\n  on_reclaim_limit: 1m\n"
+    )
+    idle = read_job_file(path).spec().idle
+    assert (idle.idle_after.seconds, idle.start_grace.seconds, idle.on_reclaim_limit.seconds) == (300, 90, 60)
+    assert (idle.idle_below_percent, idle.warn_signal, list(idle.on_reclaim)) == (2, True, ["sh", "-c", "save it"])
+    assert idle.reclaim_mode == job_pb2.RECLAIM_MODE_STOP
+    path.write_text("command: python3 train.py\n")
+    assert not read_job_file(path).spec().HasField("idle")

@@ -14,6 +14,7 @@ from puhui.cli.attached import ChunkJson
 from puhui.cli.chart import bar, memory_chart
 from puhui.cli.facts import facts_line, number
 from puhui.cli.message_json import json_of
+from puhui.cli.share_facts import share_facts
 from puhui.cli.story import exit_code_of, tell, tell_end
 from puhui.v1 import card_pb2, job_pb2, prediction_pb2, stream_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
@@ -206,3 +207,35 @@ def test_large_amounts_in_a_sentence_are_readable() -> None:
     assert words.readable("3774874 MiB are predicted; the largest is 7g.80gb (81050 MiB)") == (
         "3.6 TiB are predicted; the largest is 7g.80gb (81050 MiB)"
     )
+
+
+def test_shares_and_their_use_are_shown() -> None:
+    job = job_pb2.Job(state=job_pb2.JOB_STATE_RUNNING, run_count=7)
+    job.idleness.idle = True
+    job.idleness.unused_since.seconds = 1000
+    job.idleness.signal, job.idleness.message = "multiprocessors", "its multiprocessors were used 0.2%"
+    job.idle_policy.idle_after.seconds, job.idle_policy.idle_below_percent = 300, 1.5
+    job.idle_policy.reclaim_mode = job_pb2.RECLAIM_MODE_CHECKPOINT
+    attempt = job.attempts.add(number=1)
+    for index in range(7):
+        share = attempt.shares.add(slice_uuid=f"MIG-{index}", gpu_index=index, profile="1g.10gb", busy_seconds=30)
+        share.hold_time.seconds, share.release_time.seconds = 900, 960
+        share.reclaim_mode = job_pb2.RECLAIM_MODE_DETACH
+    attempt.shares[-1].ClearField("release_time")
+    run = job.runs.add(id="r-1", command=["python3", "a b.py"], exit_code=3)
+    run.create_time.seconds, run.start_time.seconds, run.end_time.seconds = 1000, 1010, 1030
+    facts = share_facts(job, 1060.0)
+    assert facts[0] == ("use", "idle, unused for 1m (multiprocessors: its multiprocessors were used 0.2%)")
+    assert facts[1] == ("taken back", "after 5m below 1.5%, at most by checkpoint, ending no work")
+    assert facts[2] == ("shares", "7; the newest 5 are below")
+    assert facts[3] == (
+        "share",
+        "1g.10gb MIG-2 on GPU 2, memory slice 0, held 1m, used 30s, taken back (detach)",
+    )
+    assert facts[7][1].endswith("held 2m40s, has it now")
+    assert facts[8:] == [
+        ("runs", "7; the newest 1 are below, `puhui runs ` shows more"),
+        ("run", "python3 'a b.py': exit code 3, ran 20s, 1m ago (r-1)"),
+    ]
+    job.idle_policy.reclaim_mode = job_pb2.RECLAIM_MODE_NEVER
+    assert share_facts(job, 1060.0)[1][1] == "never, but by `puhui suspend`"
