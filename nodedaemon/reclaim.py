@@ -34,7 +34,7 @@ from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.suspension import living_container
 from puhui.rpc.errors import Refusal
 from puhui.v1.job_pb2 import ReclaimMode
-from puhui.v1.node_pb2 import Container, NodeEventKind
+from puhui.v1.node_pb2 import Container, NodeEventKind, RuntimeKind
 
 __all__ = ["Reclaim", "Reclaimed", "Terms"]
 
@@ -408,7 +408,8 @@ class Reclaim:
             Refusal: DEADLINE_EXCEEDED with CONTAINER_STUCK; as the runtime does.
         """
         parents, begun = await asyncio.to_thread(_family)
-        if any(belongs_to_command(one.pid, record.pid, parents, begun) for one in holders):
+        has_init = self._runtime.describe().kind == RuntimeKind.RUNTIME_KIND_PODMAN
+        if any(belongs_to_command(one.pid, record.pid, parents, begun, has_init=has_init) for one in holders):
             await self._containers.ends.end(record, record.stop_grace_s)
             return
         processes = [one for one in (_began(holder.pid) for holder in holders) if one is not None]

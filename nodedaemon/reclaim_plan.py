@@ -57,27 +57,30 @@ def plan_rungs(holders: Sequence[Holder], hardest: ReclaimMode.ValueType, abilit
     return RungPlan(tuple(rungs), "; ".join(reasons))
 
 
-def belongs_to_command(pid: int, init: int, parents: Mapping[int, int], begun: Mapping[int, int]) -> bool:
+def belongs_to_command(
+    pid: int, init: int, parents: Mapping[int, int], begun: Mapping[int, int], *, has_init: bool
+) -> bool:
     """Returns whether a process is of a container's own command, and not of what Exec started in it.
 
-    Under Podman the init process has the command as its first child; what outlives its own parent becomes a child of
-    it later. Where there is none the init process is the command.
+    Where there is an init process it has the command as its first child; what outlives its own parent becomes a child
+    of it later. Where there is none the first process is the command.
 
     Args:
         pid: the process.
-        init: the container's init process.
+        init: the container's first process.
         parents: the parent of each process.
         begun: when each process began, in clock ticks since the host was started.
+        has_init: whether the first process is an init process.
     """
     children = [child for child, parent in parents.items() if parent == init]
-    first = min(children, key=lambda child: (begun.get(child, 0), child), default=init)
-    seen: set[int] = set()
+    top = min(children, key=lambda child: (begun.get(child, 0), child), default=init) if has_init else init
+    seen = {init} if pid != init else set()
     while pid not in seen:
-        if pid in (init, first):
+        if pid in (init, top):
             return True
         seen.add(pid)
         pid = parents.get(pid, pid)
-    return False
+    return pid == top
 
 
 def pair_cards(old: Collection[CardRecord], new: Collection[CardRecord]) -> list[tuple[CardRecord, CardRecord]]:

@@ -51,10 +51,7 @@ _O_TRACESYSGOOD = 1
 _AT_SYSCALL = signal.SIGTRAP | 0x80
 _SIGSET_BYTES = 8
 # asm/unistd_64.h
-_NR_CLOSE, _NR_PIPE2, _NR_OPENAT, _NR_DUP3, _NR_READ, _NR_RESTART = 3, 293, 257, 292, 0, 219
-# What an interrupted system call returns inside the kernel, linux/errno.h.
-_RESTART_SAME = {512, 513, 514}
-_RESTART_BLOCK = 516
+_NR_CLOSE, _NR_PIPE2, _NR_OPENAT, _NR_DUP3, _NR_READ = 3, 293, 257, 292, 0
 _SYSCALL_INSTRUCTION = b"\x0f\x05"
 _SCRATCH = 512
 _REGISTERS = (
@@ -165,8 +162,13 @@ class _Stopped:
             try:
                 yield _Calls(self, thread, before, gate, memory)
             finally:
-                _ptrace(_SETREGS, thread, None, ctypes.byref(_again(before)))
+                _ptrace(_SETREGS, thread, None, ctypes.byref(before))
                 _ptrace(_SETSIGMASK, thread, _SIGSET_BYTES, ctypes.byref(mask))
+                # It must be let go from where the kernel looks for signals: there it takes up again what it was
+                # interrupted in, or ends that with EINTR if a signal has come for it meanwhile.
+                _ptrace(_INTERRUPT, thread)
+                _ptrace(_CONT, thread)
+                self._settle(thread)
 
 
 class _Calls:
@@ -270,18 +272,6 @@ def _gate(pid: int) -> int:
             if at >= 0:
                 return low + at
     raise MoveError(f"process {pid} has no vdso")
-
-
-def _again(before: _Registers) -> _Registers:
-    """Returns registers with which a thread does again what it was interrupted in."""
-    after = _Registers.from_buffer_copy(before)
-    if ctypes.c_longlong(before.orig_rax).value >= 0:
-        code = -ctypes.c_longlong(before.rax).value
-        if code in _RESTART_SAME or code == _RESTART_BLOCK:
-            after.rax = _NR_RESTART if code == _RESTART_BLOCK else before.orig_rax
-            after.rip = before.rip - len(_SYSCALL_INSTRUCTION)
-    after.orig_rax = 2**64 - 1
-    return after
 
 
 def _threads(pid: int) -> list[int]:

@@ -147,8 +147,14 @@ async def test_a_holder_is_named_when_its_card_may_not_be_taken(node: Node, stat
     assert "RECLAIM_IMPOSSIBLE" in reasons
 
 
-async def test_a_holder_is_checkpointed_and_goes_on_on_another_gpu(node: Node, state: Path) -> None:
-    owner = node.attempt()
+async def test_a_holder_is_checkpointed_and_goes_on_on_another_gpu(start: Start, home: Path) -> None:
+    with start("H100-80GB-SXM5:2") as running:
+        async with connected(running, new_id("centre")) as node:
+            await _moved(node, home / "node")
+            await node.clear()
+
+
+async def _moved(node: Node, state: Path) -> None:
     inventory = await node.inventory()
     assert inventory.runtime.checkpoint == "emulated"
     owner, one, container, says = await working(node, state)
@@ -172,12 +178,13 @@ async def test_a_holder_is_checkpointed_and_goes_on_on_another_gpu(node: Node, s
     with refused(_FAILED, "RESTORE_MISMATCH"):
         await resume(node, owner)
     await node.detach(owner, wrong)
-    new = await node.cut(owner, start=6, name="new")
+    new = await node.cut(owner, start=6, gpu=1, name="new")
+    assert new.gpu_uuid != one.gpu_uuid
     await node.attach(owner, new)
     after = await resume(node, owner)
     assert (after.checkpointed, after.pid) == (False, container.pid)
     await says.sees("step 1 True")
-    assert any(name.endswith(caps(new).split()[-1]) for name in open_files(held))
+    assert any(name.endswith(caps(new, minor=1).split()[-1]) for name in open_files(held))
     with refused(_FAILED, "SLICE_IN_USE"):
         await node.detach(owner, new)
     # And again.
@@ -189,22 +196,25 @@ async def test_a_holder_is_checkpointed_and_goes_on_on_another_gpu(node: Node, s
 
 
 async def test_what_holds_a_card_beside_the_command_is_ended_and_the_container_lives_on(
-    node: Node, state: Path
+    start: Start, home: Path
 ) -> None:
-    owner = node.attempt()
-    one = await node.cut(owner)
-    container = await node.start(owner, WATCHING, slices=[one], stop_grace_s=1)
-    hold = f"trap '' TERM; exec 3< $PUHUI_CAPS/{caps(one).split()[0]}; echo holds; while :; do sleep 60; done"
-    async with Exec(node, owner, ["sh", "-c", hold], request_id=request_id()) as call:
-        await call.until(b"holds\n")
-        # Held by the shell and by its child, which has no deaf ear.
-        done = await reclaim(node, owner, _STOP)
-        assert done.mode == _CHECKPOINT
-        await node.attach(owner, one)
-        await resume(node, owner)
-        with refused(_FAILED, "SLICE_IN_USE"):
-            await node.detach(owner, one)
-    assert done.container.pid == container.pid
+    with start() as running:
+        async with connected(running, new_id("centre")) as node:
+            owner = node.attempt()
+            one = await node.cut(owner)
+            container = await node.start(owner, WATCHING, slices=[one], stop_grace_s=1)
+            hold = f"trap '' TERM; exec 3< $PUHUI_CAPS/{caps(one).split()[0]}; echo holds; while :; do sleep 60; done"
+            async with Exec(node, owner, ["sh", "-c", hold], request_id=request_id()) as call:
+                await call.until(b"holds\n")
+                (home / "node" / "checkpoints").rename(home / "node" / "gone")
+                # Held by the shell, which is deaf to SIGTERM, and by its child.
+                done = await reclaim(node, owner, _STOP)
+                assert (done.mode, done.container.pid) == (_STOP, container.pid)
+                assert done.container.state == ContainerState.CONTAINER_STATE_RUNNING
+                await call.rest()
+                assert call.exit_code == 137
+            assert (await run(node, owner, "true")).exit_code == 0
+            await node.clear()
 
 
 async def test_a_command_that_holds_its_card_is_stopped_where_nothing_can_checkpoint(start: Start, home: Path) -> None:
