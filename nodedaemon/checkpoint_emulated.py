@@ -15,7 +15,7 @@ from typing import Any
 from nodedaemon.checkpoint import Ability, CheckpointError, Move, Process, living
 from nodedaemon.emulation import card_mover
 
-__all__ = ["EmulatedCheckpoints"]
+__all__ = ["EmulatedCheckpoints", "emulated_ability"]
 
 _LIMIT_S = 20.0
 _NOBODY_TRACES = 3
@@ -41,17 +41,7 @@ class EmulatedCheckpoints:
         records.chmod(0o700)
 
     def probe(self) -> Ability:  # noqa: D102 - see Checkpoints
-        if platform.machine() != "x86_64":
-            return Ability("", f"emulated cards checkpoint processes on x86-64 only, and this is {platform.machine()}")
-        try:
-            scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
-        except OSError:
-            scope = 0
-        if scope >= _NOBODY_TRACES:
-            return Ability(
-                "", "kernel.yama.ptrace_scope is 3: no process may be traced until this host is started anew"
-            )
-        return Ability("emulated", "checkpoints are emulated: real processes lose and get emulated cards")
+        return emulated_ability()
 
     async def checkpoint(self, init: int, processes: Collection[Process], nodes: Mapping[str, Path]) -> None:  # noqa: D102
         identities = {}
@@ -105,6 +95,19 @@ class EmulatedCheckpoints:
             )
         except OSError as error:
             raise CheckpointError(f"what moves cards cannot be started: {error.strerror}") from error
+
+
+def emulated_ability() -> Ability:
+    """Returns whether processes on emulated cards can be checkpointed on this host."""
+    if platform.machine() != "x86_64":
+        return Ability("", f"emulated cards checkpoint processes on x86-64 only, and this is {platform.machine()}")
+    try:
+        scope = int(Path("/proc/sys/kernel/yama/ptrace_scope").read_text())
+    except OSError:
+        scope = 0
+    if scope >= _NOBODY_TRACES:
+        return Ability("", "kernel.yama.ptrace_scope is 3: no process may be traced until this host is started anew")
+    return Ability("emulated", "checkpoints are emulated: real processes lose and get emulated cards")
 
 
 def _pids(processes: Collection[Process]) -> list[int]:

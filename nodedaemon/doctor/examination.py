@@ -6,8 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nodedaemon.checkpoint_cuda import CudaCheckpoints
+from nodedaemon.checkpoint_emulated import emulated_ability
 from nodedaemon.devices import CardDevices
 from nodedaemon.doctor.cards import judge_cards, look_at_cards
+from nodedaemon.doctor.checkpoints import judge_checkpoints
 from nodedaemon.doctor.containers import judge_containers, look_at_containers
 from nodedaemon.doctor.findings import Ability, Finding, Verdict, ok, problem, verdict
 from nodedaemon.doctor.host import ProcessFacts, judge_host, judge_processes, look_at_host
@@ -70,6 +73,9 @@ def examine(asked: Asked) -> Report:
     cards = judge_cards(look_at_cards(None if emulated else asked.state), emulated=emulated)
     if emulated:
         cards += _emulation(asked)
+    # Real cards are cut with MIG, or not used at all.
+    ability = emulated_ability() if emulated else CudaCheckpoints(mig=lambda: True).probe()
+    cards.append(judge_checkpoints(ability, emulated=emulated))
     sections.append(Section("Cards", tuple(cards)))
     if nodes:
         sections.append(Section("Device files", tuple(nodes)))
