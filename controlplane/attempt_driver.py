@@ -156,6 +156,10 @@ class AttemptDriver:
         """A slice of this job that was taken back is kept for its tenant for this long, in seconds."""
         return self._around.warm_s(self._record.job.spec.tenant)
 
+    def wake_in(self, delay_s: float) -> None:
+        """Has the next step looked at after so many seconds, although nothing happens."""
+        asyncio.get_running_loop().call_later(delay_s, self._news.set)
+
     def queue(self) -> None:
         """The job waits for a share."""
         self._around.queue(self._record)

@@ -6,6 +6,7 @@ whether the share is really unused, warns, and takes the mildest rung that works
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,6 +36,7 @@ __all__ = ["Driven", "ShareDriver", "cut", "hardest_mild", "rest_until", "taken"
 _log = structlog.get_logger(__name__)
 
 _LONGEST_REST_S = 3600.0
+_LONGEST_BACK_OFF_S = 600.0
 
 
 class Driven(Protocol):
@@ -81,6 +83,9 @@ class Driven(Protocol):
     ) -> bool:
         """Stores what happened; with `if_still`, returns False where it can no longer happen."""
 
+    def wake_in(self, delay_s: float) -> None:
+        """Has the next step looked at after so many seconds, although nothing happens."""
+
     def queue(self) -> None:
         """The job waits for a share."""
 
@@ -109,8 +114,10 @@ class ShareDriver:
 
     def __init__(self, driven: Driven) -> None:
         self._driven = driven
-        self._refused_since: float | None = None
-        """Unused since then it could not be taken; it is not tried again before that changes."""
+        self._refusals = 0
+        """Times in a row that the share could not be taken although it was not used."""
+        self._try_at = 0.0
+        """It is not tried again before, on the loop's clock."""
         self._tries = 0
 
     @property
@@ -143,8 +150,6 @@ class ShareDriver:
         idle = container.HasField("idleness") and container.idleness.idle
         reservations, policy = self._driven.reservations, record.job.idle_policy
         if not idle or record.id in self._driven.wants:
-            if not idle:
-                self._refused_since = None
             reservations.mark_idle(self._key, False)
             return False
         since = container.idleness.unused_since.ToNanoseconds() / 1e9
@@ -154,7 +159,7 @@ class ShareDriver:
         hardest = hardest_mild(policy)
         if hardest == RECLAIM_MODE_NEVER:
             return False
-        if self._refused_since == since:
+        if asyncio.get_running_loop().time() < self._try_at:
             # Whoever needs it may have it, if the job allows its work to be ended.
             reservations.mark_idle(self._key, policy.reclaim_mode == RECLAIM_MODE_STOP, since)
             return False
@@ -165,7 +170,6 @@ class ShareDriver:
         self, why: str, hardest: job_pb2.ReclaimMode.ValueType, container: node_pb2.Container | None
     ) -> None:
         idleness = container.idleness if container is not None else None
-        self._refused_since = idleness.unused_since.ToNanoseconds() / 1e9 if idleness is not None else None
         if await self._driven.change(happenings.ReclaimBegun(why, hardest, idleness), if_still=True):
             await self._reclaim()
 
@@ -190,9 +194,9 @@ class ShareDriver:
         except Refusal as refusal:
             await driven.change(happenings.ReclaimRefused(refusal.reason, refusal.message))
             driven.reservations.mark_leaving(self._key, leaving=False)
-            if refusal.reason == "NOT_IDLE":
-                self._refused_since = None
+            self._bear(refusal)
             return
+        self._refusals = 0
         driven.link.note(self._key, answer.container)
         held = driven.reservations.get(self._key)
         kept = None
@@ -202,6 +206,17 @@ class ShareDriver:
             happenings.Reclaimed(answer.mode, answer.container, answer.message, driven.warm_s), reserve=kept
         )
 
+    def _bear(self, refusal: Refusal) -> None:
+        """Puts the next try off: whoever holds the card may let go of it, and nothing tells of that."""
+        if refusal.reason == "NOT_IDLE":
+            self._refusals = 0
+            return
+        idle_after_s = seconds(self._driven.record.job.idle_policy.idle_after)
+        delay_s = min(_LONGEST_BACK_OFF_S, max(1.0, idle_after_s) * 2 ** min(self._refusals, 16))
+        self._refusals += 1
+        self._try_at = asyncio.get_running_loop().time() + delay_s
+        self._driven.wake_in(delay_s)
+
     # -- IDLE: is it to have one again?
 
     async def _idle(self) -> bool:
@@ -209,7 +224,8 @@ class ShareDriver:
         if record.id in driven.wants:
             return await driven.change(happenings.ResumeRequested("RUN"), if_still=True)
         batch = record.job.spec.kind != job_pb2.JOB_KIND_SESSION
-        if batch and not record.parked:
+        # What was ended begins again only when somebody says so.
+        if batch and not record.parked and not record.restart:
             if self._key in driven.link.wanted:
                 return await driven.change(happenings.ResumeRequested("WANTED"), if_still=True)
             driven.queue()
@@ -242,7 +258,7 @@ class ShareDriver:
             await self._retry(refusal)
             return True
         driven.link.wanted.discard(self._key)
-        self._tries, self._refused_since = 0, None
+        self._tries, self._try_at = 0, 0.0
         await driven.change(happenings.Resumed(piece, container.checkpointed))
         return True
 
