@@ -126,6 +126,7 @@ class Runs:
         run, kept = await self._accept(start)
         yield wire.RunJobResponse(run=run)
         lasting, offset, ended = bool(start.request_id), start.output_offset, False
+        started = run.HasField("start_time")
         try:
             async with (
                 contextlib.aclosing(given),
@@ -135,16 +136,18 @@ class Runs:
                     if response.HasField("output"):
                         offset = response.output.offset + len(response.output.data)
                     ended = ended or response.HasField("exit_code")
+                    started = started or response.HasField("run")
                     yield response
         except Refusal as refusal:
             ended = True
             await self._lasting.do(self._change(run.job_id, happenings.RunEnded(run.id, None, refusal.message)))
             raise
         finally:
-            if not ended and lasting:
+            if not ended and lasting and started:
                 self._follow(run, offset)
             elif not ended:
-                gone = happenings.RunEnded(run.id, None, "its caller went away, and it was hung up")
+                why = "its caller went away, and it was hung up" if started else "it was given up before it began"
+                gone = happenings.RunEnded(run.id, None, why)
                 await self._lasting.do(self._change(run.job_id, gone))
 
     async def _accept(self, start: wire.RunStart) -> tuple[job_pb2.Run, wire.RunStart]:

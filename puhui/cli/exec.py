@@ -17,7 +17,7 @@ import typer
 
 from puhui.cli.attached import ChunkJson
 from puhui.cli.connection import connect
-from puhui.cli.find_job import find_session
+from puhui.cli.find_job import find_job
 from puhui.cli.job_options import json_lines_flag, server_option
 from puhui.cli.message_json import json_of
 from puhui.cli.raw_terminal import lent, size_of
@@ -68,7 +68,7 @@ def _exec(
     json: Annotated[bool, json_lines_flag] = False,
     server: Annotated[str | None, server_option] = None,
 ) -> None:
-    """Run a command in a session, on a share of a GPU that is scheduled for it.
+    """Run a command in a session, or in a batch job's container, on a share of a GPU that is scheduled for it.
 
     Its input and output are this program's own, and so is its exit code; 125 when it never started. Ctrl-C goes to
     the command; twice within a second hangs up.
@@ -85,7 +85,7 @@ def _exec(
     chosen = dict(pair("--env", text) for text in env or ())
     with connect(server) as centre:
         try:
-            job = find_session(centre, session)
+            job = find_job(centre, session)
             call = centre.run(
                 job.id, command, env=chosen, working_directory=workdir, terminal_size=size_of(_STDIN) if tty else None
             )

@@ -103,7 +103,6 @@ def test_waiting_and_moving_are_said_aside(puhui: Puhui, running: RunningCentre,
     [
         (["exec", "nobody", "--", "ls"], 125, "JOB_NOT_FOUND", "no job is called nobody"),
         (["exec", "j-aaaaaaaaaaaa", "--", "ls"], 125, "JOB_NOT_FOUND", "no job j-aaaaaaaaaaaa"),
-        (["exec", "batch", "--", "ls"], 125, "NOT_A_SESSION", "is a batch job"),
         (["exec", "gone", "--", "ls"], 125, "JOB_ENDED", "has ended"),
         (["exec", "twin", "--", "ls"], 125, "JOB_AMBIGUOUS", "could be any of 2 jobs"),
         (["exec", "den"], 2, "USAGE", "say what to run: puhui exec SESSION -- python3 train.py"),

@@ -341,6 +341,8 @@ async def test_a_waiting_run_that_is_given_up_frees_its_place(tmp_path: Path, no
         assert waits.reason in ("RESUMING", "WAITING_FOR_SLICE")
         run.leave()
         await centre.until_told(job_id, "RESUME_WITHDRAWN")
+        await ended(centre, job_id, 1)
+        assert (await centre.job(job_id)).runs[0].message == "it was given up before it began"
         assert (await centre.job(job_id)).state == JOB_STATE_IDLE
         assert centre.centre._scheduler.queued == 0
         assert (await centre.cancel(job_id)).state != JOB_STATE_CANCELLED
