@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -155,7 +155,7 @@ async def running(
     *,
     join: bool = True,
     idle: CentrePolicy | None = None,
-    **settings: float,
+    **settings: Any,
 ) -> AsyncIterator[RunningCentre]:
     """Runs a centre until the block ends. A second time on the same state goes on where the first was."""
     fake = node or FakeNode()
