@@ -8,9 +8,9 @@ share and are told to run again, each time beside a bare exec through the Podman
 - **evicted**: another tenant's warm slice fills the only card; it is destroyed first, then the session's is cut.
 - **held**: the share has not been taken back yet. What a run costs without any scheduling.
 
-The aim `run_added_p50_ms` is that of cold runs. A reclaim's time begins with the sample that crosses the threshold, by
-the sample's own time as the node tells it, and ends when the centre has told that the share is free: of sessions whose
-slices are kept warm when it is kept, of the others when it is destroyed.
+The aim `run_added_p50_ms` is that of cold runs. A reclaim's time begins when the session's card has been unused for
+exactly the threshold, which is before the sample that tells so is taken, and ends when the centre has told that the
+share is free: of sessions whose slices are kept warm when it is kept, of the others when it is destroyed.
 
 Then, as a simulation, GPU-hours that a day of sessions needs with and without reclaim (`bench.idle_replay`).
 
@@ -97,7 +97,7 @@ async def measure(servers: Servers, rounds: int) -> tuple[dict[str, Measured], M
     ):
         versions = await _versions(FleetServiceStub(controlplane))
         jobs = JobServiceStub(controlplane)
-        witness = Witness(jobs, NodeServiceStub(node), sampling_interval_s(IDLE_AFTER_S))
+        witness = Witness(jobs, NodeServiceStub(node), IDLE_AFTER_S)
         bench = Bench(jobs, witness, bare, PROFILE)
         async with witness.watching():
             async with bench.session("cold", warm=False) as session:
@@ -181,8 +181,10 @@ def main() -> None:
             f"Cards are emulated with zero driver latency. Sessions are idle after {IDLE_AFTER_S:g} s without use, and "
             f"sampled every {sampling_interval_s(IDLE_AFTER_S):g} s.",
             "run_added_p50_ms is of cold runs: the slice is cut anew. Each run is compared with the bare exec just "
-            "before it. reclaim_p99_ms is of all reclaims; before it takes a share back, the node looks at the card "
-            "again, which takes up to 105 ms because two samples of a card are to be 100 ms apart.",
+            "before it. reclaim_p99_ms is of all reclaims. It begins at the node's own unused_since and the threshold, "
+            "which is before the sample that crosses it, by up to the time between two samples. Before the node takes "
+            "a share back it looks at the card again, which takes up to 105 ms: two samples of a card are to be 100 ms "
+            "apart.",
             *notes,
         ],
     ).show(options.json)

@@ -45,11 +45,11 @@ class Measured:
     bare: list[float] = field(default_factory=list)
     """The exec with Podman alone that came just before each run."""
     reclaim: list[float] = field(default_factory=list)
-    """From the sample that crossed the threshold to the share being free."""
+    """From the threshold to the share being free."""
     detach: list[float] = field(default_factory=list)
-    """From that sample to the share being nobody's: its slice is kept warm, or about to be destroyed."""
+    """From the threshold to the share being nobody's: its slice is kept warm, or about to be destroyed."""
     told: list[float] = field(default_factory=list)
-    """From that sample to the node's event that the session is idle."""
+    """From the threshold to the node's event that the session is idle."""
 
     @property
     def added(self) -> list[float]:
@@ -136,10 +136,10 @@ class Bench:
             dropped = await self._witness.job_event(job_id, "WARM_SLICE_DROPPED", reclaimed.event.cursor, uuid)
             free_s = dropped.arrived_s
         if into is not None:
-            crossed_s, told_s = await self._witness.crossing(job_id, uuid, ran.ended_s)
-            into.told.append((told_s - crossed_s) * 1000)
-            into.detach.append((reclaimed.arrived_s - crossed_s) * 1000)
-            into.reclaim.append((free_s - crossed_s) * 1000)
+            crossed = await self._witness.crossing(job_id, ran.ended_s)
+            into.told.append((crossed.told_s - crossed.threshold_s) * 1000)
+            into.detach.append((reclaimed.arrived_s - crossed.threshold_s) * 1000)
+            into.reclaim.append((free_s - crossed.threshold_s) * 1000)
 
     async def _run(self, job_id: str) -> Ran:
         share, cursor, came = "held", 0, 0.0

@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from puhui.rpc.moment import duration, moment
+from puhui.rpc.moment import moment
 from puhui.v1.job_pb2 import JobEvent
 from puhui.v1.job_service_pb2 import WatchJobRequest
 from puhui.v1.node_pb2 import NodeEventKind
-from puhui.v1.node_service_pb2 import WatchEventsRequest, WatchUtilizationRequest
+from puhui.v1.node_service_pb2 import WatchEventsRequest
 
 if TYPE_CHECKING:
     from puhui.v1.job_service_pb2_grpc import JobServiceAsyncStub
     from puhui.v1.node_service_pb2_grpc import NodeServiceAsyncStub
 
-__all__ = ["Told", "Witness"]
+__all__ = ["Crossing", "Told", "Witness"]
 
 _T = TypeVar("_T")
 _PATIENCE_S = 30.0
@@ -35,32 +35,43 @@ class Told:
     """Here, in seconds since the epoch."""
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """When a session became idle, as its node tells it; in seconds since the epoch."""
+
+    threshold_s: float
+    """Unused for exactly as long as its threshold: at the latest when the sample that told so was taken."""
+    told_s: float
+    """The node's event."""
+
+
 class Witness:
-    """Follows jobs, and the cards of the node that they run on.
+    """Follows jobs, and what the node that they run on tells of their use of its cards.
+
+    It does not watch the cards itself: that would have the node look at them at other times than it does alone.
 
     Args:
         jobs: of the control plane.
         node: of the node daemon.
-        interval_s: between two samples of a card.
+        idle_after_s: threshold of the jobs, in seconds.
     """
 
-    def __init__(self, jobs: JobServiceAsyncStub, node: NodeServiceAsyncStub, interval_s: float) -> None:
+    def __init__(self, jobs: JobServiceAsyncStub, node: NodeServiceAsyncStub, idle_after_s: float) -> None:
         self._jobs = jobs
         self._node = node
-        self._interval_s = interval_s
+        self._idle_after_s = idle_after_s
         self._told: dict[str, list[Told]] = defaultdict(list)
-        self._idle_s: dict[str, list[float]] = defaultdict(list)
-        self._samples_s: dict[str, list[float]] = defaultdict(list)
+        self._idle: dict[str, list[Crossing]] = defaultdict(list)
         self._news = asyncio.Condition()
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Follows the node until the block ends."""
-        tasks = [asyncio.create_task(self._follow_node()), asyncio.create_task(self._follow_cards())]
+        task = asyncio.create_task(self._follow_node())
         try:
             yield
         finally:
-            await _end(tasks)
+            await _end(task)
 
     @contextlib.asynccontextmanager
     async def following(self, job_id: str) -> AsyncIterator[None]:
@@ -69,7 +80,7 @@ class Witness:
         try:
             yield
         finally:
-            await _end([task])
+            await _end(task)
 
     async def job_event(self, job_id: str, reason: str, after: int = 0, slice_uuid: str = "") -> Told:
         """Returns the first event of a job after a cursor with this reason, and of this slice if one is named.
@@ -91,28 +102,15 @@ class Witness:
             f"{reason} of {job_id}",
         )
 
-    async def crossing(self, job_id: str, slice_uuid: str, after_s: float) -> tuple[float, float]:
-        """Returns the time of the sample by which a job's container first became idle, and that of the node's event.
-
-        Both as the node tells them, in seconds since the epoch. It is the last sample of its card before the event:
-        all who watch at one interval get the same samples.
-
-        Args:
-            job_id: the job.
-            slice_uuid: its card.
-            after_s: idle after this, in seconds since the epoch.
+    async def crossing(self, job_id: str, after_s: float) -> Crossing:
+        """Returns when a job first became idle after a time, in seconds since the epoch.
 
         Raises:
-            TimeoutError: there was none in time.
+            TimeoutError: it did not in time.
         """
-        idle_s = await self._wait(
-            lambda: next((at_s for at_s in self._idle_s[job_id] if at_s > after_s), None), f"idleness of {job_id}"
+        return await self._wait(
+            lambda: next((one for one in self._idle[job_id] if one.told_s > after_s), None), f"idleness of {job_id}"
         )
-        crossed_s = await self._wait(
-            lambda: max((at_s for at_s in self._samples_s[slice_uuid] if at_s <= idle_s), default=None),
-            f"a sample of {slice_uuid}",
-        )
-        return crossed_s, idle_s
 
     async def _wait(self, find: Callable[[], _T | None], what: str) -> _T:
         try:
@@ -137,20 +135,13 @@ class Witness:
         async for response in self._node.WatchEvents(WatchEventsRequest()):
             event = response.event
             if event.kind == NodeEventKind.NODE_EVENT_KIND_CONTAINER_IDLE:
-                job_id, at_s = event.owner.job_id, moment(event.time)
-                await self._tell(lambda job_id=job_id, at_s=at_s: self._idle_s[job_id].append(at_s))  # type: ignore[misc]
-
-    async def _follow_cards(self) -> None:
-        request = WatchUtilizationRequest(interval=duration(self._interval_s))
-        async for response in self._node.WatchUtilization(request):
-            for sample in response.samples:
-                at_s, uuid = moment(sample.time), sample.uuid
-                await self._tell(lambda at_s=at_s, uuid=uuid: self._samples_s[uuid].append(at_s))  # type: ignore[misc]
+                unused_s = moment(event.container.idleness.unused_since)
+                one = Crossing(unused_s + self._idle_after_s, moment(event.time))
+                idle = self._idle[event.owner.job_id]
+                await self._tell(lambda one=one, idle=idle: idle.append(one))  # type: ignore[misc]
 
 
-async def _end(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
