@@ -171,6 +171,8 @@ class AttemptEnd:
         await self._gone(lambda client: client.remove_container(remove), "CONTAINER_NOT_FOUND", give_up)
         if self._driven.attempt.container_id:
             told.append((happenings.ContainerRemoved(self._driven.attempt.number), now()))
+        if self._driven.record.carry_from:
+            await self._forget_former()
         if not self._holds():
             return told
         uuid = await self._slice(give_up)
@@ -182,6 +184,24 @@ class AttemptEnd:
             self._around.nodes.slice_gone(self._driven.attempt.node_id, uuid)
         told.append((happenings.SliceDestroyed(self._driven.attempt.number, uuid, self._busy_s()), now()))
         return told
+
+    async def _forget_former(self) -> None:
+        """Removes what a former attempt kept for this one, which needs it no longer.
+
+        Its node may be out of contact; what is left there then is an orphan, and removed when it is back.
+        """
+        record = self._driven.record
+        former = record.job.attempts[record.carry_from - 1]
+        remove = node_service_pb2.RemoveContainerRequest(
+            owner=self._driven.owner_of(former.number),
+            discard_results=True,
+            request_id=f"{record.id}/{former.number}/carry-remove",
+        )
+        link = self._around.nodes.link(former.node_id)
+        if link is not None:
+            with contextlib.suppress(Refusal):
+                await link.client.remove_container(remove)
+        self._around.results.drop_workspace(record.id, former.number)
 
     def _holds(self) -> bool:
         """Returns whether the attempt has a share: one that was taken back is kept warm by others."""

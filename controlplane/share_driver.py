@@ -134,7 +134,7 @@ class ShareDriver:
         if state == job_pb2.JOB_STATE_RUNNING:
             return container is not None and await self._running(container)
         if state == job_pb2.JOB_STATE_IDLE:
-            return await self._idle()
+            return await self._idle(container)
         return await self._resuming(container)
 
     # -- RUNNING: is it to be taken back?
@@ -151,6 +151,8 @@ class ShareDriver:
         reservations, policy = self._driven.reservations, record.job.idle_policy
         if not idle or record.id in self._driven.wants:
             reservations.mark_idle(self._key, False)
+            # Whoever was to have it has to look elsewhere.
+            reservations.mark_leaving(self._key, leaving=False)
             return False
         since = container.idleness.unused_since.ToNanoseconds() / 1e9
         if self._key in reservations.leaving and policy.reclaim_mode == RECLAIM_MODE_STOP:
@@ -219,13 +221,15 @@ class ShareDriver:
 
     # -- IDLE: is it to have one again?
 
-    async def _idle(self) -> bool:
+    async def _idle(self, container: node_pb2.Container | None) -> bool:
         driven, record = self._driven, self._driven.record
         if record.id in driven.wants:
             return await driven.change(happenings.ResumeRequested("RUN"), if_still=True)
         batch = record.job.spec.kind != job_pb2.JOB_KIND_SESSION
+        # A batch job's work, and a run that was checkpointed, are not left standing for ever.
+        works = batch or (container is not None and container.checkpointed)
         # What was ended begins again only when somebody says so.
-        if batch and not record.parked and not record.restart:
+        if works and not record.parked and not record.restart:
             if self._key in driven.link.wanted:
                 return await driven.change(happenings.ResumeRequested("WANTED"), if_still=True)
             driven.queue()

@@ -212,6 +212,26 @@ async def test_what_ends_work_is_done_only_for_somebody_who_waits(tmp_path: Path
         assert node.started == [(first, 1), (second, 1), (first, 2)]
 
 
+async def test_an_idle_share_that_comes_into_use_is_promised_to_nobody(tmp_path: Path, node: FakeNode) -> None:
+    node.reclaim_mode = RECLAIM_MODE_STOP
+    policy = job_pb2.IdlePolicy(reclaim_mode=RECLAIM_MODE_STOP)
+    async with running(tmp_path, node) as centre:
+        first = await centre.submit(idle=policy, **WHOLE)
+        await centre.until(first, JOB_STATE_RUNNING)
+        await node.idle(first)
+        await centre.until_told(first, "RECLAIM_REFUSED")
+        gate = node.hold("reclaim_container")
+        second = await centre.submit(**WHOLE)
+        await eventually(lambda: node.calls.count("reclaim_container") == 2)
+        await node.idle(first, idle=False)
+        gate.set()
+        await eventually(lambda: not centre.centre._reservations.leaving)
+        assert (await capacity(centre)).memory_slices_busy == 8
+        # Idle once more, it goes to who still waits.
+        await node.idle(first)
+        await centre.until(second, JOB_STATE_RUNNING)
+
+
 async def test_what_was_checkpointed_is_restored_and_comes_back_when_it_asks(tmp_path: Path, node: FakeNode) -> None:
     node.reclaim_mode = RECLAIM_MODE_CHECKPOINT
     async with running(tmp_path, node) as centre:
@@ -220,6 +240,21 @@ async def test_what_was_checkpointed_is_restored_and_comes_back_when_it_asks(tmp
         told = await centre.until_told(job_id, "RESUMED")
         assert (told.details["why"], told.details["restored"]) == ("WANTED", "true")
         assert not node.containers[job_id, 1].checkpointed
+
+
+async def test_a_run_that_was_checkpointed_is_not_left_standing(tmp_path: Path, node: FakeNode) -> None:
+    node.reclaim_mode = RECLAIM_MODE_CHECKPOINT
+    async with running(tmp_path, node) as centre:
+        job_id = await centre.submit(kind=job_pb2.JOB_KIND_SESSION)
+        await centre.until(job_id, JOB_STATE_RUNNING)
+        run = Run(centre, job_id)
+        await run.until_started()
+        await node.idle(job_id)
+        await centre.until_told(job_id, "RECLAIMED")
+        await node.want_card(job_id)
+        assert (await centre.until_told(job_id, "RESUMED")).details["why"] == "WANTED"
+        await node.commands[0].end(0)
+        assert await run.until("exit_code") == 0
 
 
 async def test_a_batch_job_comes_back_by_itself_after_a_rest(tmp_path: Path, node: FakeNode) -> None:
