@@ -46,6 +46,8 @@ class Need:
     prediction: prediction_pb2.Prediction | None
     """None for a session: what will run in it is not known yet."""
     sizing: prediction_pb2.Sizing
+    policy: job_pb2.IdlePolicy
+    """When its unused share is taken back."""
 
 
 class Submission:
@@ -97,7 +99,6 @@ class Submission:
         if earlier is not None:
             return earlier
         spec = _with_defaults(request.spec)
-        policy = resolve(spec, self._policy)
         async with self._need(spec, request) as need:
             at = now()
             job = job_pb2.Job(
@@ -105,7 +106,7 @@ class Submission:
                 centre=self._centre,
                 spec=spec,
                 bundle_id=need.bundle.id if need.bundle is not None else "",
-                idle_policy=policy,
+                idle_policy=need.policy,
                 state=job_pb2.JOB_STATE_QUEUED,
                 create_time=timestamp(at),
             )
@@ -145,11 +146,13 @@ class Submission:
         request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest,
     ) -> AsyncIterator[Need]:
         require_valid(spec)
+        policy = resolve(spec, self._policy)
         geometries = self._nodes.geometries()
         require_offered(spec.resources, geometries)
         if spec.kind == job_pb2.JOB_KIND_SESSION:
             async with self._session_code(request) as (bundle, path):
-                yield Need(bundle, path, None, size_of_session(spec.resources, geometries, self._session_memory_mib))
+                sizing = size_of_session(spec.resources, geometries, self._session_memory_mib)
+                yield Need(bundle, path, None, sizing, policy)
             return
         async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
@@ -158,7 +161,7 @@ class Submission:
             code = Code(sources, bundle.sizes, spec.command, sum(data.size_bytes for data in spec.inputs))
             prediction = await self._prediction.of(code)
             prediction.reason = unparsed + prediction.reason
-            yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries))
+            yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries), policy)
 
     @contextlib.asynccontextmanager
     async def _session_code(

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from controlplane.entrypoint import LARGEST_PARSED_BYTES
 from puhui.rpc.bundle import pack_files
@@ -151,7 +152,12 @@ async def test_an_upload_that_is_there_already_answers_early(centre: RunningCent
         (submission({"x.py": "#" * (2**20 + 1)}), INVALID, "INLINE_TOO_LARGE", {}),
         (submission(command=[]), INVALID, "SPEC_INVALID", {"field": "command"}),
         (submission(name="No Such Name"), INVALID, "SPEC_INVALID", {"field": "name"}),
-        (submission(kind=job_pb2.JOB_KIND_SESSION), grpc.StatusCode.UNIMPLEMENTED, "SESSION_NOT_IMPLEMENTED", {}),
+        (
+            submission(idle=job_pb2.IdlePolicy(idle_after=Duration(nanos=100_000_000))),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "IDLE_AFTER_TOO_SHORT",
+            {"shortest_s": "0.3"},
+        ),
         (
             submission(resources=job_pb2.Resources(profile="1g.5gb")),
             grpc.StatusCode.FAILED_PRECONDITION,
@@ -268,13 +274,8 @@ async def test_a_stranger_cannot_join(centre: RunningCentre) -> None:
 
 async def test_what_is_not_served_yet_says_so(centre: RunningCentre) -> None:
     calls: list[Callable[[], Any]] = [
-        lambda: centre.jobs.SuspendJob(wire.SuspendJobRequest()),
-        lambda: centre.jobs.ResumeJob(wire.ResumeJobRequest()),
-        lambda: centre.jobs.ExplainJob(wire.ExplainJobRequest()),
-        lambda: anext(aiter(centre.jobs.RunJob(iter([wire.RunJobRequest()])))),
         lambda: centre.fleet.DrainNode(fleet_service_pb2.DrainNodeRequest()),
         lambda: centre.fleet.UndrainNode(fleet_service_pb2.UndrainNodeRequest()),
-        lambda: centre.fleet.GetUsage(fleet_service_pb2.GetUsageRequest()),
         lambda: anext(aiter(centre.fleet.WatchFleet(fleet_service_pb2.WatchFleetRequest()))),
         lambda: centre.federation.GetOffer(federation_service_pb2.GetOfferRequest()),
         lambda: centre.federation.ForwardJob(iter([federation_service_pb2.ForwardJobRequest()])),
@@ -292,6 +293,34 @@ async def test_what_is_not_served_yet_says_so(centre: RunningCentre) -> None:
     for call in calls:
         async with refused(grpc.StatusCode.UNIMPLEMENTED, "RPC_NOT_IMPLEMENTED"):
             await call()
+
+
+async def test_run_instructions_that_cannot_be(centre: RunningCentre) -> None:
+    def run(*requests: wire.RunJobRequest) -> Any:
+        return anext(aiter(centre.jobs.RunJob(iter(requests), timeout=20)))
+
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "START_MISSING"):
+        await run(wire.RunJobRequest(stdin=b"x"))
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", field="command"):
+        await run(wire.RunJobRequest(start=wire.RunStart(job_id="j-nosuchjob")))
+    start = wire.RunStart(job_id="j-nosuchjob", command=["ls"], working_directory="here")
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", field="working_directory"):
+        await run(wire.RunJobRequest(start=start))
+    async with refused(grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"):
+        await run(wire.RunJobRequest(start=wire.RunStart(job_id="j-nosuchjob", command=["ls"])))
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", field="hardest"):
+        await centre.jobs.SuspendJob(wire.SuspendJobRequest(hardest=job_pb2.RECLAIM_MODE_NEVER))
+    for call in (centre.jobs.SuspendJob(wire.SuspendJobRequest()), centre.jobs.ResumeJob(wire.ResumeJobRequest())):
+        async with refused(grpc.StatusCode.NOT_FOUND, "JOB_NOT_FOUND"):
+            await call
+    job_id = (
+        await centre.jobs.SubmitJob(wire.SubmitJobRequest(spec=job_pb2.JobSpec(kind=job_pb2.JOB_KIND_SESSION)))
+    ).job.id
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, "JOB_NOT_STARTED"):
+        await centre.jobs.SuspendJob(wire.SuspendJobRequest(job_id=job_id))
+    await centre.cancel(job_id)
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION, "JOB_ENDED"):
+        await run(wire.RunJobRequest(start=wire.RunStart(job_id=job_id, command=["ls"])))
 
 
 @contextlib.contextmanager
