@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import subprocess
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ async def _open_runtime(settings: Settings, node_id: str, emulated: bool) -> tup
             cgroup = claim(account.layout, account.uid, account.gid, account.name, CgroupTree())
             runtime = await PodmanRuntime.open(account, node_id, cgroup)
             return runtime, ProcessUser(account.name, account.uid, account.gid)
-        except PodmanUnusableError as error:
+        except (PodmanUnusableError, OSError, subprocess.SubprocessError) as error:
             if settings.runtime == "podman" or not emulated:
                 raise CannotServeError(str(error)) from error
             why = str(error)

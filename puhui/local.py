@@ -35,6 +35,8 @@ _ACTIVE = (
     job_pb2.JOB_STATE_QUEUED,
     job_pb2.JOB_STATE_STARTING,
     job_pb2.JOB_STATE_RUNNING,
+    job_pb2.JOB_STATE_IDLE,
+    job_pb2.JOB_STATE_RESUMING,
     job_pb2.JOB_STATE_STOPPING,
 )
 
