@@ -199,11 +199,20 @@ def _joined(address: str) -> fleet_service_pb2.Node | None:
     return None
 
 
+# An idle job's container runs, too.
+_LIVING = (
+    job_pb2.JOB_STATE_STARTING,
+    job_pb2.JOB_STATE_RUNNING,
+    job_pb2.JOB_STATE_IDLE,
+    job_pb2.JOB_STATE_RESUMING,
+)
+
+
 def _running_jobs(address: str) -> list[str]:
     """Returns the ids of the jobs that run; none when the centre does not answer."""
     if not address:
         return []
-    active = JobFilter(states=[job_pb2.JOB_STATE_STARTING, job_pb2.JOB_STATE_RUNNING])
+    active = JobFilter(states=_LIVING)
     try:
         with Centre(address) as centre:
             return [job.id for job in centre.jobs(active)]
