@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -38,6 +39,7 @@ __all__ = ["JobService"]
 
 # Jobs may be large; a page of them is not read from the store as a whole.
 _READ_AT_ONCE = 50
+_LOOK_S = 1.0
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -102,7 +104,8 @@ class JobService(JobServiceServicer):
 
     async def GetJob(self, request: wire.GetJobRequest, context: _Context) -> wire.GetJobResponse:  # noqa: N802
         """Returns one job."""
-        return wire.GetJobResponse(job=self._shown(await require_job(self._store, request.job_id)))
+        record = await require_job(self._store, request.job_id)
+        return wire.GetJobResponse(job=self._shown(record, await self._looked(record)))
 
     async def ListJobs(self, request: wire.ListJobsRequest, context: _Context) -> wire.ListJobsResponse:  # noqa: N802
         """Returns a page of jobs."""
@@ -248,7 +251,25 @@ class JobService(JobServiceServicer):
         position, why = self._scheduler.place_of(record.id), self._scheduler.why_waiting(record.id)
         return wire.ExplainJobResponse(message=why or self._shown(record).message, queue_position=position)
 
-    def _shown(self, record: JobRecord) -> job_pb2.Job:
+    async def _looked(self, record: JobRecord) -> idle_pb2.Idleness | None:
+        """Asks a running job's node whether the job uses its share now; None when that cannot be had at once.
+
+        The node tells of changes only, which is enough to act upon, but not for who wants to know what keeps it busy.
+        """
+        link = self._nodes.link(record.attempt.node_id) if record.state == job_pb2.JOB_STATE_RUNNING else None
+        if link is None or not link.in_contact:
+            return None
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                containers = await link.client.list_containers()
+        except (Refusal, TimeoutError):
+            return None
+        for container in containers:
+            if (container.owner.job_id, container.owner.attempt) == (record.id, len(record.job.attempts)):
+                return container.idleness if container.HasField("idleness") else None
+        return None
+
+    def _shown(self, record: JobRecord, looked: idle_pb2.Idleness | None = None) -> job_pb2.Job:
         """Returns a job as people see it: with what is known only at this moment."""
         job = record.job
         note = ""
@@ -258,7 +279,7 @@ class JobService(JobServiceServicer):
             link = self._nodes.link(record.attempt.node_id)
             if link is not None and not link.in_contact:
                 note = f"{job.message}; its node {self._nodes.name(link.node_id)} is out of contact"
-        idleness = self._idleness(record)
+        idleness = looked or self._idleness(record)
         if not note and idleness is None:
             return job
         shown = job_pb2.Job()
