@@ -36,23 +36,24 @@ class Site:
     def address(self) -> str:
         return f"unix:{self.folder / 'centre.sock'}"
 
-    @property
-    def node_address(self) -> str:
-        return f"unix:{self.folder / 'node.sock'}"
-
     def start(self, which: str) -> None:
-        """Starts the "controlplane" or the "nodedaemon"."""
+        """Starts the "controlplane", the "nodedaemon", or another node by any other name."""
         log = self.folder / f"{which}.log"
         if which == "controlplane":
-            arguments = ["--listen", self.address, "--state", str(self.folder / "centre"), *self.options]
+            module, arguments = which, ["--listen", self.address, "--state", str(self.folder / "centre"), *self.options]
         else:
+            state = "node" if which == "nodedaemon" else which
+            module = "nodedaemon"
             arguments = [
-                *("--listen", self.node_address, "--state", str(self.folder / "node"), "--name", "node-1"),
+                *("--listen", self._node_address(which), "--state", str(self.folder / state), "--name", which),
                 *("--control-plane", self.address),
                 *("--join-token-file", str(self.folder / "centre" / "join-token")),
                 *("--emulate", self.cards, "--runtime", "podman"),
             ]
-        self.daemons[which] = self.stack.enter_context(daemon(which, arguments, log))
+        self.daemons[which] = self.stack.enter_context(daemon(module, arguments, log))
+
+    def _node_address(self, which: str) -> str:
+        return f"unix:{self.folder / which}.sock"
 
     def kill(self, which: str) -> None:
         """Kills one as a crash would."""
@@ -64,22 +65,22 @@ class Site:
             yield centre
 
     @contextlib.contextmanager
-    def node(self) -> Iterator[NodeServiceStub]:
-        channel = open_blocking_channel(self.node_address)
+    def node(self, which: str = "nodedaemon") -> Iterator[NodeServiceStub]:
+        channel = open_blocking_channel(self._node_address(which))
         try:
             yield NodeServiceStub(channel)
         finally:
             channel.close()
 
-    def container(self, job_id: str) -> Container:
+    def container(self, job_id: str, which: str = "nodedaemon") -> Container:
         """Returns a job's newest container, as the node lists it."""
-        with self.node() as node:
+        with self.node(which) as node:
             listed = node.ListContainers(ListContainersRequest(), wait_for_ready=True, timeout=30).containers
         return [one for one in listed if one.owner.job_id == job_id][-1]
 
-    def leftovers(self) -> tuple[int, int]:
-        """(slices, containers) at the node."""
-        with self.node() as node:
+    def leftovers(self, which: str = "nodedaemon") -> tuple[int, int]:
+        """(slices, containers) at a node."""
+        with self.node(which) as node:
             slices = node.ListSlices(ListSlicesRequest(include_foreign=True), wait_for_ready=True, timeout=30).slices
             listed = node.ListContainers(ListContainersRequest(), wait_for_ready=True, timeout=30).containers
         return len(slices), len(listed)

@@ -226,3 +226,29 @@ def test_killed_right_after(place: Site, centre: Centre, reason: str, which: str
     story.heard("RUN_ENDED", 2)
     story.heard("RECLAIMED", after="RUN_ENDED")
     assert [run.exit_code for run in centre.runs(job_of(story))] == [0, 0]
+
+
+def test_a_session_moves_with_its_workspace_when_its_node_has_no_room() -> None:
+    with site("H100-80GB-SXM5:1", "--warm-for", "0s") as place, place.centre() as centre:
+        story = session(centre)
+        note = "mkdir -p ../notes && echo kept > ../notes/day-1 && chmod 750 ../notes && ln -s day-1 ../notes/latest"
+        assert ran(centre, job_of(story), "sh", "-c", f"{note}; python3 user.py")[0] == 0
+        story.heard("WARM_SLICE_DROPPED")
+        blocker = submit(centre, "python3", "holder.py", idle=policy(reclaim_mode=RECLAIM_MODE_NEVER))
+        outcome: list[tuple[int | None, bytes]] = []
+        words = ("sh", "-c", "cat ../notes/latest; stat -c %a ../notes; python3 user.py")
+        giving = threading.Thread(target=lambda: outcome.append(ran(centre, job_of(story), *words)))
+        giving.start()
+        # Nowhere to go yet: it waits, and says so.
+        story.heard("WAITING_FOR_SLICE")
+        place.start("second")
+        giving.join(60)
+        assert [code for code, _ in outcome] == [0], outcome
+        assert outcome[0][1].split()[:2] == [b"kept", b"750"]
+        reasons = story.reasons
+        assert reasons.index("SESSION_MOVES") < reasons.index("WORKSPACE_CARRIED")
+        assert len(place.container(job_of(story), "second").slice_uuids) == 1
+        assert place.leftovers() == (1, 1), "what it left behind is not only the blocker's"
+        for one in (story, blocker):
+            ended(centre, job_of(one))
+        assert place.leftovers() == place.leftovers("second") == (0, 0)
