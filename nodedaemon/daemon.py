@@ -160,6 +160,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             attachments,
             idleness=idling.describe,
         )
+        idling.commands, containers.execs.on_began = containers.execs.commands, idling.began
         results = Results(journal, attempts, runtime, containers.ends.ended)
         transfers = SliceTransfers(journal, gpus, slices, attachments, containers.holder_of)
         carrying = Carrying(settings.state / "uploads", journal, attempts, runtime, user.uid, user.gid)

@@ -86,6 +86,14 @@ class Execs:
         self._readers: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._own: set[str] = set()
+        self.on_began: Callable[[Owner], None] = lambda owner: None
+        """Called when a command of a caller's begins in a container."""
+
+    def commands(self, owner: Owner) -> int:
+        """Returns how many commands of callers run in a container."""
+        records = self._journal.execs(owner)
+        return sum(record.stage is not ExecStage.ENDED and record.id not in self._own for record in records)
 
     # Serving a caller -------------------------------------------------------------------------------------
 
@@ -168,7 +176,7 @@ class Execs:
 
     # Starting and ending ----------------------------------------------------------------------------------
 
-    async def _start(self, owner: Owner, token: int, start: ExecStart) -> ExecRecord:
+    async def _start(self, owner: Owner, token: int, start: ExecStart, *, own: bool = False) -> ExecRecord:
         digest = request_digest(_without_token(start).SerializeToString(deterministic=True))
         known = self._journal.exec_by_request(owner.centre, start.request_id) if start.request_id else None
         if known is not None:
@@ -194,6 +202,10 @@ class Execs:
                 start_time=now(),
             )
         )
+        if own:
+            self._own.add(record.id)
+        else:
+            self.on_began(owner)
         try:
             spec = ExecSpec(
                 folder=await asyncio.to_thread(self._attempts.make_exec, owner, record.id),
@@ -237,7 +249,7 @@ class Execs:
         Raises:
             Refusal: as `serve` does.
         """
-        record = await self._start(owner, token, ExecStart(owner=owner.ref(token), command=command))
+        record = await self._start(owner, token, ExecStart(owner=owner.ref(token), command=command), own=True)
         self._readers[record.id] = self._readers.get(record.id, 0) + 1
         try:
             live = self._live.get(record.id)
@@ -260,6 +272,7 @@ class Execs:
         finally:
             self._readers[record.id] -= 1
             self._left(record)
+            self._own.discard(record.id)
 
     def _ready(self, owner: Owner) -> ContainerRecord:
         container = living_container(self._journal, owner)

@@ -26,6 +26,7 @@ __all__ = [
     "Glance",
     "IdlePolicy",
     "IdleState",
+    "begin",
     "describe",
     "hold",
     "pause",
@@ -72,6 +73,8 @@ class Glance:
 
     at_s: float
     samples: Sequence[UtilizationSample]
+    commands: int = 0
+    """Commands beside the container's own that run in it."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,12 @@ def hold(state: IdleState, at_s: float) -> IdleState:
     What it held and nobody looked at until now, while the daemon was away, counts as held and as busy.
     """
     return replace(_stopped(_counted(state, at_s, busy=state.counting)), held_to_s=at_s, counting=True)
+
+
+def begin(state: IdleState) -> IdleState:
+    """Returns the state of a container in which a command begins now. The clock begins anew."""
+    reading = "a command has just begun in it"
+    return replace(_restarted(state), signal="command", reading=reading)
 
 
 def pause(state: IdleState, at_s: float) -> IdleState:
@@ -226,6 +235,12 @@ def step(policy: IdlePolicy, state: IdleState, glance: Glance, started_s: float)
         left_s = math.ceil(started_s + policy.start_grace_s - glance.at_s)
         reading = f"it has not used its card yet, and has {left_s} s more to begin with"
         return replace(_restarted(counted), signal="start_grace", reading=reading)
+    if glance.commands and not any(one.processes for one in glance.samples):
+        # To take its card would be to take it from under a command that is about to open it. One that holds it can be
+        # checkpointed, and waits.
+        ran = "a command runs" if glance.commands == 1 else f"{glance.commands} commands run"
+        reading = f"{ran} in it and may still open its card"
+        return replace(_restarted(counted), signal="command", reading=reading)
     if state.unused_since_s is None or gap:
         reading = verdict.reading
         if gap and state.seen_s is not None:
@@ -326,6 +341,6 @@ def _sentence(state: IdleState, idleness: Idleness) -> str:
     if state.unused_since_s is not None:
         since = idleness.unused_since.ToDatetime().strftime("%Y-%m-%d %H:%M:%S UTC")
         return f"has not used its card since {since}: {state.reading}"
-    if state.signal in ("unavailable", "start_grace"):
+    if state.signal in ("unavailable", "start_grace", "command"):
         return f"counts as busy: {state.reading}"
     return f"uses its card: {state.reading}"

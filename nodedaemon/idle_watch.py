@@ -90,6 +90,8 @@ class Idling:
         self._known: dict[Owner, _Watched] = {}
         self._changed: dict[Owner, None] = {}
         self._news = asyncio.Event()
+        self.commands: Callable[[Owner], int] = lambda owner: 0
+        """Returns how many commands beside its own run in a container."""
         journal.on_container = self._note
 
     # For those who describe and reclaim containers ---------------------------------------------------
@@ -124,6 +126,17 @@ class Idling:
             reading = f"its cards did not answer within {_LOOK_S:g} s"
             return replace(one.state, idle=False, unused_since_s=None, signal="unavailable", reading=reading)
         return self.latest(owner)
+
+    def began(self, owner: Owner) -> None:
+        """A command began in an attempt's container: what was found before that says nothing of it."""
+        one = self._find(owner)
+        record = self._journal.container(owner)
+        if one is None or record is None or not one.slices:
+            return
+        was_idle = one.state.idle
+        one.state = idle.begin(one.state)
+        if was_idle:
+            self._tell(record, one.state, self._monotonic())
 
     def describe(self, record: ContainerRecord) -> Idleness | None:
         """Returns whether a container uses its cards, for the wire; None when it is not watched."""
@@ -281,7 +294,9 @@ class Idling:
             return  # it has just changed, and what follows that is under way
         at_s = self._monotonic()
         before = one.state
-        one.state = idle.step(one.policy, before, Glance(at_s, samples), one.started_s or at_s)
+        one.state = idle.step(
+            one.policy, before, Glance(at_s, samples, self.commands(one.owner)), one.started_s or at_s
+        )
         if one.state.idle != before.idle:
             try:
                 self._tell(record, one.state, at_s)

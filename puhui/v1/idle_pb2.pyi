@@ -71,7 +71,8 @@ class Idleness(_message.Message):
     """True once it has not used them for idle_after."""
     signal: _builtins.str
     """What keeps it busy, or said last that it is not: "multiprocessors", "engine", "processes", "memory",
-    "start_grace", "unavailable" (a signal that cannot be read counts as busy). Empty without a card.
+    "start_grace", "command" (one that Exec started runs, and may still open its card), "unavailable" (a signal that
+    cannot be read counts as busy). Empty without a card.
     """
     message: _builtins.str
     """The same for people, in a sentence."""

@@ -111,6 +111,14 @@ def test_a_session_gives_its_share_up_and_gets_another(place: Site, centre: Cent
     assert place.container(job_of(story)).pid == before.pid
 
 
+def test_a_run_keeps_its_share_until_it_ends_however_late_it_opens_its_card(centre: Centre) -> None:
+    story = session(centre)
+    code, output = ran(centre, job_of(story), "sh", "-c", "sleep 2; python3 user.py; sleep 2; exec python3 user.py")
+    assert (code, [line.split()[1] for line in output.splitlines()]) == (0, [b"2", b"2"])
+    assert "RECLAIMED" not in story.reasons[: story.reasons.index("RUN_ENDED")]
+    story.heard("RECLAIMED", after="RUN_ENDED")
+
+
 def test_what_holds_its_card_is_checkpointed_and_goes_on_elsewhere(place: Site, centre: Centre) -> None:
     story = submit(centre, "python3", "holder.py", idle=policy(reclaim_mode=RECLAIM_MODE_CHECKPOINT))
     first = centre.get(job_of(story)).attempts[0].gpu_index

@@ -49,6 +49,35 @@ def quiet(*times_s: float) -> list[tuple[float, UtilizationSample]]:
     return [(at_s, gpm(0.2)) for at_s in times_s]
 
 
+def test_a_card_is_not_taken_from_under_a_command_that_may_still_open_it() -> None:
+    nobody = UtilizationSample(uuid="MIG-1", source=_GPM, multiprocessor_percent=0.0, engine_percent=0.0)
+    holder = gpm(0.0)
+    for sample, idle_then in ((nobody, False), (holder, True)):
+        state = idle.hold(IdleState(), 0)
+        for at_s in range(2, 60, 2):
+            state = idle.step(_POLICY, state, Glance(at_s, [sample], commands=1), -100)
+        assert state.idle is idle_then
+    # Not used is not used, whatever it waits for.
+    waits = idle.hold(IdleState(), 0)
+    for at_s in range(2, 60, 2):
+        waits = idle.step(_POLICY, waits, Glance(at_s, [nobody], commands=2), -100)
+    told = idle.describe(waits, 60, 1_000_000)
+    assert (told.signal, told.message) == (
+        "command",
+        "counts as busy: 2 commands run in it and may still open its card",
+    )
+    assert told.busy_seconds <= 4
+    # When it has ended, the clock begins.
+    for at_s in range(60, 72, 2):
+        waits = idle.step(_POLICY, waits, Glance(at_s, [nobody]), -100)
+    assert waits.idle
+
+
+def test_a_command_that_begins_ends_idleness() -> None:
+    state = idle.begin(after(*quiet(2, 4, 6, 8, 10, 12)))
+    assert (state.idle, state.unused_since_s, state.signal) == (False, None, "command")
+
+
 def test_unused_for_the_whole_threshold_is_idle_and_not_a_moment_sooner() -> None:
     assert not after(*quiet(2, 4, 6, 8, 10, 11.9)).idle
     state = after(*quiet(2, 4, 6, 8, 10, 12))
