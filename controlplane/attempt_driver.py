@@ -308,11 +308,17 @@ class AttemptDriver:
                 raise outcome
         assert isinstance(container, node_pb2.Container)  # noqa: S101 - gather's type cannot say so
         self.link.note((self._record.id, self._number), container)
-        await self.change(happenings.ContainerStarted(container))
+        carried = self._record.carry_from
+        if not carried:
+            await self.change(happenings.ContainerStarted(container))
+            return
+        size_bytes = self._carrier.size_bytes()
+        await self.change(happenings.ContainerStarted(container), happenings.WorkspaceCarried(size_bytes))
+        self._carrier.leave(carried)
 
     async def _not_started(self, refusal: Refusal) -> None:
         fault = verdict(refusal)
-        if fault is Verdict.FAIL or self._number >= MOST_ATTEMPTS:
+        if fault is Verdict.FAIL or self._record.failed_starts + 1 >= MOST_ATTEMPTS:
             await self.change(happenings.NotStarted(not_started(refusal)))
             return
         _log.warning("the node could not start it", job=self._record.id, reason=refusal.reason, why=refusal.message)
@@ -340,13 +346,10 @@ class AttemptDriver:
                 if self._has_moved_on() or self._record.state not in LIVING_STATES:
                     return
                 container = self.link.containers.get(key)
-                if await self._is_over(container):
-                    self._around.withdraw(self._record.id)
-                    return
                 try:
-                    if self._record.carry_from:
-                        await self._carrier.leave()
-                        continue
+                    if await self._is_over(container):
+                        self._around.withdraw(self._record.id)
+                        return
                     if await self._share.step(container):
                         continue
                 except GivenUp:
@@ -378,7 +381,7 @@ class AttemptDriver:
 
     async def _is_lost(self) -> bool:
         """Asks the node whether it still has the container."""
-        for container in await self._asker.ask(lambda client: client.list_containers(), give_up=False):
+        for container in await self._asker.ask(lambda client: client.list_containers(), give_up=True):
             owner = container.owner
             if (owner.centre, owner.job_id, owner.attempt) == (self._around.centre, self._record.id, self._number):
                 self.link.note((self._record.id, self._number), container)

@@ -17,7 +17,7 @@ from controlplane.happenings import Happening
 from controlplane.node_asker import Fenced, GivenUp
 from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.records import Reservation
-from controlplane.share_driver import Driven, taken
+from controlplane.share_driver import Driven, discard_warm
 from controlplane.surroundings import Surroundings
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
@@ -150,6 +150,8 @@ class AttemptEnd:
         tries = 0
         while True:
             await self._collect(patient=True)
+            if self._driven.record.carry_from:
+                await self._forget_former()
             try:
                 return await self.release(give_up=False)
             except Refusal as refusal:
@@ -171,8 +173,6 @@ class AttemptEnd:
         await self._gone(lambda client: client.remove_container(remove), "CONTAINER_NOT_FOUND", give_up)
         if self._driven.attempt.container_id:
             told.append((happenings.ContainerRemoved(self._driven.attempt.number), now()))
-        if self._driven.record.carry_from:
-            await self._forget_former()
         if not self._holds():
             return told
         uuid = await self._slice(give_up)
@@ -213,7 +213,7 @@ class AttemptEnd:
         container = self._driven.link.containers.get((self._driven.record.id, self._driven.attempt.number))
         if container is None:
             return 0.0
-        return max(0.0, container.idleness.busy_seconds - sum(one.busy_seconds for one in self._driven.attempt.shares))
+        return max(0.0, container.idleness.busy_seconds - self._driven.record.busy_counted_s)
 
     async def _slice(self, give_up: bool) -> str:
         """Returns the UUID of the attempt's slice; "" when none was made."""
@@ -221,10 +221,8 @@ class AttemptEnd:
         if share is not None:
             return share.slice_uuid
         if self._driven.record.take_over is not None:
-            # Whoever takes it over may have had no time to say so.
-            piece = await taken(self._driven, self._driven.record.take_over)
-            if piece is not None:
-                return piece.uuid
+            # It may have been taken over, with no time left to say so.
+            await discard_warm(self._driven, self._driven.record.take_over)
         return await self._find_slice(give_up)
 
     async def _gone(self, call: Callable[[NodeClient], Awaitable[None]], absent: str, give_up: bool) -> None:

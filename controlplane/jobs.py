@@ -199,7 +199,13 @@ def _reserved(draft: Draft, it: h.Reserved) -> None:
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = draft.job.centre
     draft.record = replace(
-        draft.record, ending=None, results_collected=False, results_lost="", take_over=it.take_over, wake=""
+        draft.record,
+        ending=None,
+        results_collected=False,
+        results_lost="",
+        take_over=it.take_over,
+        wake="",
+        busy_counted_s=0.0,
     )
     start, size = attempt.placement.start, attempt.placement.size
     where = f"memory slices {start}–{start + size - 1}" if size > 1 else f"memory slice {start}"
@@ -263,6 +269,7 @@ def _container_started(draft: Draft, it: h.ContainerStarted) -> None:
         draft.job.start_time.CopyFrom(started)
     attempt.runtime = node_pb2.RuntimeKind.Name(it.container.runtime).removeprefix("RUNTIME_KIND_").lower()
     draft.job.state = JOB_STATE_RUNNING
+    draft.record = replace(draft.record, failed_starts=0)
     draft.tell(
         "CONTAINER_STARTED",
         f"{attempt.runtime} container {it.container.id[:12]} runs the command",
@@ -277,7 +284,7 @@ def _container_started(draft: Draft, it: h.ContainerStarted) -> None:
 def _requeued(draft: Draft, it: h.Requeued) -> None:
     draft.job.attempts[-1].release_time.CopyFrom(timestamp(draft.at))
     draft.end_share(draft.job.attempts[-1])
-    draft.record = replace(draft.record, take_over=None)
+    draft.record = replace(draft.record, take_over=None, failed_starts=draft.record.failed_starts + 1)
     draft.job.state = JOB_STATE_QUEUED
     draft.tell(
         "REQUEUED", f"the node could not start it, so it waits for another slice: {it.message}", node_reason=it.reason

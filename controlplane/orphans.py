@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Iterable
 
 import structlog
 
-from controlplane.jobs import PLACED_STATES
+from controlplane.jobs import FINAL_STATES, PLACED_STATES
 from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.reservations import Reservations
 from controlplane.store import Store
@@ -77,7 +77,9 @@ async def _over(owner: card_pb2.AttemptRef, store: Store, reservations: Reservat
     if record is None:
         return False
     newest = len(record.job.attempts)
-    if living and record.state in PLACED_STATES and owner.attempt in (newest, record.carry_from):
+    if living and record.state not in FINAL_STATES and owner.attempt == record.carry_from:
+        return False  # its workspace is still needed, wherever the job waits meanwhile
+    if living and record.state in PLACED_STATES and owner.attempt == newest:
         return False
     return owner.attempt <= newest
 

@@ -53,6 +53,12 @@ class JobRecord:
     """Log and artifacts of the newest attempt are in this centre's results, or given up."""
     results_lost: str = ""
     """What of them was given up and why, in a sentence; "" when nothing was."""
+    failed_starts: int = 0
+    """Attempts in a row that their node could not start."""
+    failed_resumes: int = 0
+    """Shares in a row that its node could not give to its living container."""
+    busy_counted_s: float = 0.0
+    """Of the time in which the container has used its cards, so much is counted with shares that it gave up."""
     reclaiming: str = ""
     """Why its share is being taken back, see `happenings.ReclaimBegun`; "" when it is not."""
     hardest: job_pb2.ReclaimMode.ValueType = job_pb2.RECLAIM_MODE_UNSPECIFIED
@@ -158,6 +164,8 @@ class Change:
     """A reservation that begins, or takes the place of the attempt's own."""
     release: tuple[int, ...] = ()
     """Attempts whose reservation ends."""
+    release_warm: Reservation | None = None
+    """A warm reservation that ends, if it is still as it was."""
     take_over: tuple[str, int] | None = None
     """The warm reservation (job id, attempt) that ends because `reserve` takes its slice."""
     runs: tuple[job_pb2.Run, ...] = ()

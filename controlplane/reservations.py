@@ -28,6 +28,8 @@ class Reservations:
         self._released: OrderedDict[AttemptKey, None] = OrderedDict()
         self._idle: dict[AttemptKey, float] = {}
         self._leaving: dict[AttemptKey, str] = {}
+        self.spoken_for: set[AttemptKey] = set()
+        """Warm shares that are being taken over: nobody else takes or drops them meanwhile."""
         self._changed = changed
 
     def load(self, held: Iterable[Reservation]) -> None:

@@ -61,7 +61,7 @@ class Resumption:
             while True:
                 news.clear()
                 record = await require_job(self._store, record.id)
-                if record.state != JOB_STATE_RUNNING:
+                if record.state not in (JOB_STATE_RUNNING, JOB_STATE_RESUMING):
                     return record
                 if not record.suspend and not record.reclaiming:
                     await self._require_not_refused(record, cursor)
@@ -118,8 +118,6 @@ class Resumption:
 
 
 def _suspended(record: JobRecord, hardest: job_pb2.ReclaimMode.ValueType) -> Happening | None:
-    if record.state == JOB_STATE_RESUMING:
-        return happenings.ResumeWithdrawn()
     if record.state == JOB_STATE_IDLE and record.parked:
         return None
     return happenings.SuspendRequested(hardest)

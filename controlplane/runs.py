@@ -47,6 +47,8 @@ _log = structlog.get_logger(__name__)
 _MOST_UNDER_WAY = 32
 _LOOK_AGAIN_S = 1.0
 _RACE_S = 0.01
+_COUNT_S = 1.0
+_MOST_RACES = 200
 # The share was there when it was looked at; it is looked at again.
 _RACES = frozenset({"CONTAINER_SUSPENDED", "CONTAINER_NOT_RUNNING", "CONTAINER_NOT_FOUND", "CONTAINER_CHECKPOINTED"})
 _SHOWN = frozenset(
@@ -90,7 +92,8 @@ class Runs:
         self._wants = wants
         self._lasting = lasting
         self._followers: set[asyncio.Task[None]] = set()
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling: dict[str, asyncio.Task[None]] = {}
+        """What is being stored of the start of a run, by its id."""
         self._counters: dict[str, float] = {}
         """For how long its container had used its cards when a run began, in seconds."""
 
@@ -100,11 +103,17 @@ class Runs:
             for run in record.job.runs:
                 if run.HasField("end_time"):
                     continue
-                if run.HasField("start_time"):
+                known = await self._store.run(run.id)
+                if run.HasField("start_time") and known is not None and known[1].request_id:
                     self._follow(run, 0)
-                else:
-                    why = "the control plane was started again before it began; give the run instruction again"
-                    await self._change(record.id, happenings.RunEnded(run.id, None, why))
+                    continue
+                # To ask the node for one without a request id again would be to run it again.
+                why = (
+                    "it was hung up when the control plane ended"
+                    if run.HasField("start_time")
+                    else "the control plane was started again before it began; give the run instruction again"
+                )
+                await self._change(record.id, happenings.RunEnded(run.id, None, why))
 
     async def stop(self) -> None:
         """Lets go of the runs; they run on."""
@@ -197,7 +206,7 @@ class Runs:
         self, start: wire.RunStart, offset: int, run: job_pb2.Run, given: RunInput
     ) -> AsyncGenerator[wire.RunJobResponse, None]:
         """Yields what the scheduler does for the run, its output, and its exit code."""
-        started, tries = run.HasField("start_time"), 0
+        started, tries, races = run.HasField("start_time"), 0, 0
         while True:
             try:
                 # From before it is looked for a share until the command runs, none is taken back.
@@ -211,7 +220,7 @@ class Runs:
                 with contextlib.closing(call):
                     if not started:
                         started = True
-                        self._tell(happenings.RunStarted(run.id), run.job_id)
+                        self._tell_start(run)
                         yield wire.RunJobResponse(run=run)
                     async for answer in call.answers():
                         if answer.HasField("output"):
@@ -224,7 +233,8 @@ class Runs:
                 why = Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "the node ended the call without an exit code")
             except Refusal as refusal:
                 why = refusal
-            if not started and why.reason in _RACES:
+            if not started and why.reason in _RACES and races < _MOST_RACES:
+                races += 1
                 await asyncio.sleep(_RACE_S)
                 continue
             # Whether a start that was not answered was heard is not known: without a request id it is not tried again.
@@ -285,15 +295,16 @@ class Runs:
 
     # -- what is told of it
 
-    def _tell(self, happening: Happening, job_id: str) -> None:
-        """Stores something without keeping the run waiting for it."""
-        task = asyncio.create_task(self._change(job_id, happening))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+    def _tell_start(self, run: job_pb2.Run) -> None:
+        """Stores that a run has started without keeping its output waiting for that."""
+        task = asyncio.create_task(self._change(run.job_id, happenings.RunStarted(run.id)))
+        self._telling[run.id] = task
+        task.add_done_callback(lambda _: self._telling.pop(run.id, None))
 
     async def _over(self, run: job_pb2.Run, exit_code: int) -> None:
-        if self._telling:
-            await asyncio.wait(set(self._telling))
+        telling = self._telling.get(run.id)
+        if telling is not None:
+            await asyncio.wait({telling})
         await self._lasting.do(self._change(run.job_id, happenings.RunEnded(run.id, exit_code)))
 
     async def _counter_s(self, job_id: str) -> float | None:
@@ -302,8 +313,9 @@ class Runs:
         if record is None or not record.job.attempts:
             return None
         try:
-            containers = await self._link(record).client.list_containers()
-        except Refusal:
+            async with asyncio.timeout(_COUNT_S):
+                containers = await self._link(record).client.list_containers()
+        except (Refusal, TimeoutError):
             return None
         for container in containers:
             owner = container.owner

@@ -17,12 +17,13 @@ from controlplane.faults import retry_delay_s
 from controlplane.jobs import LIVING_STATES, transition
 from controlplane.nodes import Nodes
 from controlplane.placement import Decision
-from controlplane.records import Change, Decide, JobRecord, Reservation, TakeOver
+from controlplane.records import Change, Decide, JobRecord
 from controlplane.reservations import AttemptKey, Reservations
+from controlplane.reserving import WAITING_STATES, reserve
 from controlplane.schedule import Plan, QueuedJob, make_plan
 from controlplane.share_driver import rest_until
-from controlplane.sizing import need_of, sizing_for
-from controlplane.store import Store
+from controlplane.sizing import need_of
+from controlplane.store import ShareTaken, Store
 from controlplane.warm import WarmShares
 from controlplane.watch import Feed
 from puhui.rpc.moment import moment, now
@@ -32,9 +33,6 @@ from puhui.v1.prediction_pb2 import ProfileChoice
 __all__ = ["Scheduler"]
 
 _log = structlog.get_logger(__name__)
-
-_TOLD_STATES = frozenset({job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RESUMING})
-_WAITING_STATES = _TOLD_STATES | {job_pb2.JOB_STATE_IDLE}
 
 
 class Scheduler:
@@ -67,7 +65,6 @@ class Scheduler:
         _, profile, required_mib = need_of(resources, prediction)
         if record.job.spec.kind == job_pb2.JOB_KIND_SESSION and not profile:
             required_mib = required_mib or record.job.sizing.required_mib  # the centre's default
-        attempts = record.job.attempts
         queued = QueuedJob(
             record.id,
             record.job.spec.priority,
@@ -75,7 +72,7 @@ class Scheduler:
             profile,
             required_mib,
             moment(record.job.create_time),
-            now() + retry_delay_s(len(attempts)) if attempts and record.state == job_pb2.JOB_STATE_QUEUED else 0.0,
+            now() + retry_delay_s(record.failed_starts) if record.failed_starts else 0.0,
             tenant=record.job.spec.tenant,
         )
         self._keys.pop(record.id, None)
@@ -103,6 +100,7 @@ class Scheduler:
             person=record.wake in ("RUN", "RESUME"),
             # What is frozen or checkpointed cannot be carried.
             may_move=session or record.restart,
+            not_before=now() + retry_delay_s(record.failed_resumes) if record.failed_resumes else 0.0,
         )
         if container is not None and container.checkpointed:
             queued = replace(queued, profile=attempt.profile, gpu_model=attempt.gpu_model, may_move=False)
@@ -132,8 +130,8 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        """Number of jobs that wait."""
-        return len(self._queue)
+        """Number of jobs that wait; those that only rest do not."""
+        return sum(not job.rest for job in self._queue)
 
     def why_waiting(self, job_id: str) -> str:
         """Returns why a job waits, in a sentence; "" when it has not been looked at yet."""
@@ -174,6 +172,9 @@ class Scheduler:
         placed = {job.id for job, _, _ in plan.placed}
         self._queue = [job for job in self._queue if job.id not in placed]
         self._placing |= placed
+        self._reservations.spoken_for.update(
+            decision.take_over for _, decision, _ in plan.placed if decision.take_over is not None
+        )
         # Told of together, they share one commit.
         await asyncio.gather(
             *(self._reserve(job, decision, choices, attempts) for job, decision, choices in plan.placed),
@@ -194,69 +195,53 @@ class Scheduler:
     async def _reserve(
         self, queued: QueuedJob, decision: Decision, choices: list[ProfileChoice], attempts: Attempts
     ) -> None:
-        gpu, shape = decision.gpu, decision.shape
-        take_over = TakeOver(*decision.take_over, decision.slice_uuid) if decision.take_over is not None else None
-        own = self._reservations.get(self._keys.get(queued.id, ("", 0)))
-        if own is not None and decision.take_over != own.key and not decision.move:
-            # An attempt has one share. Its last one, kept warm where it cannot be used, has to go first.
-            if own.is_warm:
-                self._evict(own.key, queued.id)
-                self._put(queued)
-            self._placing.discard(queued.id)
-            return
-
-        made: Reservation | None = None
-        attempts_before = 0
-
-        def decide(record: JobRecord, token: int) -> Change | None:
-            nonlocal made, attempts_before
-            made, attempts_before = None, len(record.job.attempts)
-            if record.cancel_requested or record.state not in _WAITING_STATES:
-                return None
-            attempt = _attempt_on(decision, token)
-            events = []
-            if record.state == job_pb2.JOB_STATE_IDLE:
-                record, event = transition(record, happenings.ResumeRequested("ROOM"), now())
-                events.append(event)
-            happening = _reserving(record, attempt, decision, choices, take_over)
-            after, event = transition(record, happening, now())
-            made = reservation(after)
-            return Change(
-                after,
-                (*events, event),
-                reserve=made,
-                take_over=take_over.key if take_over is not None else None,
-                token_taken=True,
-            )
-
-        def reservation(record: JobRecord) -> Reservation:
-            return Reservation(
-                queued.id,
-                len(record.job.attempts),
-                gpu.node_id,
-                gpu.gpu_uuid,
-                shape.profile,
-                decision.start,
-                shape.size,
-                shape.compute_slices,
-                shape.memory_mib,
-                queued.tenant,
-            )
-
         try:
-            record = await self._store.change_job(queued.id, decide)
-        except BaseException:
-            self._put(queued)
-            raise
+            if self._has_to_wait(queued, decision):
+                return
+            done: Change | None = None
+
+            def decide(record: JobRecord, token: int) -> Change | None:
+                nonlocal done
+                done = reserve(record, token, queued, decision, choices)
+                return done
+
+            try:
+                record = await self._store.change_job(queued.id, decide)
+            except ShareTaken as error:
+                # Somebody else was faster; what is known of the node will say so in a moment.
+                _log.info("a share was taken meanwhile", job=queued.id, why=str(error))
+                self._put(replace(queued, not_before=now() + retry_delay_s(0)))
+                self.wake()
+                return
+            except BaseException:
+                self._put(queued)
+                raise
+            self._take(record, done, attempts)
         finally:
             self._placing.discard(queued.id)
-        if made is None:
+            if decision.take_over is not None:
+                self._reservations.spoken_for.discard(decision.take_over)
+                self._warm.wake()
+
+    def _has_to_wait(self, queued: QueuedJob, decision: Decision) -> bool:
+        """Returns whether an attempt's last share has to go first: an attempt has one."""
+        own = self._reservations.get(self._keys.get(queued.id, ("", 0)))
+        if own is None or decision.take_over == own.key or decision.move:
+            return False
+        if own.is_warm:
+            self._evict(own.key, queued.id)
+            self._put(queued)
+        return True
+
+    def _take(self, record: JobRecord, done: Change | None, attempts: Attempts) -> None:
+        """Notes a reservation that is stored, and has the share made real."""
+        if done is None or done.reserve is None:
             return
-        if take_over is not None:
-            self._reservations.release(take_over.key)
-        self._reservations.hold(made)
-        if len(record.job.attempts) > attempts_before:
-            attempts.drive(record)
+        if done.take_over is not None:
+            self._reservations.release(done.take_over)
+        self._reservations.hold(done.reserve)
+        if record.state == job_pb2.JOB_STATE_STARTING:
+            attempts.drive(record, done.reserve.attempt)
         # Whoever drives a living container looked before this was held.
         self._feed.publish([record.id])
 
@@ -267,42 +252,10 @@ class Scheduler:
         await asyncio.gather(*(self._store.change_job(job_id, _telling(why)) for job_id, why in fresh))
 
 
-def _reserving(
-    record: JobRecord,
-    attempt: job_pb2.Attempt,
-    decision: Decision,
-    choices: list[ProfileChoice],
-    take_over: TakeOver | None,
-) -> happenings.Happening:
-    """Returns what it is to a job that a share is reserved for it."""
-    name = decision.gpu.node_name
-    if record.state == job_pb2.JOB_STATE_QUEUED:
-        return happenings.Reserved(attempt, sizing_for(record.job, choices), name, take_over)
-    if decision.move or record.restart:
-        return happenings.Moves(attempt, name, take_over)
-    return happenings.ShareReserved(attempt, name, take_over)
-
-
-def _attempt_on(decision: Decision, token: int) -> job_pb2.Attempt:
-    """Returns an attempt with the share that was decided upon."""
-    gpu, shape = decision.gpu, decision.shape
-    attempt = job_pb2.Attempt(
-        fencing_token=token,
-        node_id=gpu.node_id,
-        gpu_uuid=gpu.gpu_uuid,
-        gpu_index=gpu.gpu_index,
-        gpu_model=gpu.geometry.gpu_model,
-        profile=shape.profile,
-        emulated=gpu.emulated,
-    )
-    attempt.placement.start, attempt.placement.size = decision.start, shape.size
-    return attempt
-
-
 def _telling(why: str) -> Decide:
     def decide(record: JobRecord, _: int) -> Change | None:
         # After a restart of the control plane it has been told already.
-        if record.state not in _TOLD_STATES or record.job.reason == "WAITING_FOR_SLICE":
+        if record.state not in WAITING_STATES or record.job.reason == "WAITING_FOR_SLICE":
             return None
         after, event = transition(record, happenings.Waits(why), now())
         return Change(after, (event,))

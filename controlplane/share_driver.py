@@ -31,7 +31,7 @@ from puhui.v1.job_pb2 import (
     RECLAIM_MODE_STOP,
 )
 
-__all__ = ["Driven", "ShareDriver", "cut", "hardest_mild", "rest_until", "taken"]
+__all__ = ["Driven", "ShareDriver", "cut", "discard_warm", "hardest_mild", "rest_until"]
 
 _log = structlog.get_logger(__name__)
 
@@ -192,7 +192,7 @@ class ShareDriver:
         if policy.HasField("on_reclaim_limit"):
             request.on_reclaim_limit.CopyFrom(policy.on_reclaim_limit)
         try:
-            answer = await driven.asker.ask(lambda client: client.reclaim_container(request))
+            answer = await driven.asker.ask(lambda client: client.reclaim_container(request), give_up=True)
         except Refusal as refusal:
             await driven.change(happenings.ReclaimRefused(refusal.reason, refusal.message))
             driven.reservations.mark_leaving(self._key, leaving=False)
@@ -223,6 +223,14 @@ class ShareDriver:
 
     async def _idle(self, container: node_pb2.Container | None) -> bool:
         driven, record = self._driven, self._driven.record
+        held = driven.reservations.get(self._key)
+        if held is not None and not held.is_warm:
+            # It was reserved just as nobody wanted it any longer.
+            if await self._drop():
+                await driven.change(release=True)
+            else:
+                driven.wake_in(1.0)
+            return False
         if record.id in driven.wants:
             return await driven.change(happenings.ResumeRequested("RUN"), if_still=True)
         batch = record.job.spec.kind != job_pb2.JOB_KIND_SESSION
@@ -241,7 +249,7 @@ class ShareDriver:
         driven, record = self._driven, self._driven.record
         held = driven.reservations.get(self._key)
         if held is None or held.is_warm:
-            if record.wake == "RUN" and record.id not in driven.wants:
+            if record.suspend or (record.wake == "RUN" and record.id not in driven.wants):
                 driven.withdraw()
                 return await driven.change(happenings.ResumeWithdrawn(), if_still=True)
             driven.queue()
@@ -255,9 +263,9 @@ class ShareDriver:
             )
             await driven.asker.ask(lambda client: client.attach_slice(request), give_up=True)
             thaw = node_service_pb2.ResumeContainerRequest(owner=driven.owner, request_id=self._request_id("thaw"))
-            if container.checkpointed or container.state == node_pb2.CONTAINER_STATE_SUSPENDED:
-                after = await driven.asker.ask(lambda client: client.resume_container(thaw), give_up=True)
-                driven.link.note(self._key, after)
+            # Whether it is frozen may be told wrongly by an event that comes late.
+            after = await driven.asker.ask(lambda client: client.resume_container(thaw), give_up=True)
+            driven.link.note(self._key, after)
         except Refusal as refusal:
             await self._retry(refusal)
             return True
@@ -327,27 +335,20 @@ async def cut(driven: Driven, step: str) -> card_pb2.Slice:
 
 
 async def taken(driven: Driven, warm: TakeOver) -> card_pb2.Slice | None:
-    """Returns the warm slice, the attempt's own now; None when it is gone.
+    """Returns the warm slice, the attempt's own now; None when it is gone, or could only be destroyed.
 
     Raises:
         Refusal: the node's.
         GivenUp: the job's end was asked for, and the node cannot be asked.
     """
-    if warm.key == (driven.owner.job_id, driven.owner.attempt):
-        for piece in await driven.asker.ask(lambda client: client.list_slices(), give_up=True):
-            if piece.uuid == warm.slice_uuid and piece.state != card_pb2.SLICE_STATE_ERROR:
-                return piece
-        return None
-    former = await driven.store.job(warm.job_id)
-    if former is None:
+    for piece in await driven.asker.ask(lambda client: client.list_slices(), give_up=True):
+        if piece.uuid == warm.slice_uuid and _is_of(piece, driven.owner):
+            return piece if piece.state != card_pb2.SLICE_STATE_ERROR else None
+    former = await _former(driven, warm)
+    if former is None or warm.key == (driven.owner.job_id, driven.owner.attempt):
         return None
     request = node_service_pb2.TransferSliceRequest(
-        owner=card_pb2.AttemptRef(
-            centre=driven.owner.centre,
-            job_id=warm.job_id,
-            attempt=warm.attempt,
-            fencing_token=former.job.attempts[warm.attempt - 1].fencing_token,
-        ),
+        owner=former,
         slice_uuid=warm.slice_uuid,
         new_owner=driven.owner,
         request_id=f"{driven.owner.job_id}/{driven.owner.attempt}/take-over-{driven.record.resumes}",
@@ -355,6 +356,48 @@ async def taken(driven: Driven, warm: TakeOver) -> card_pb2.Slice | None:
     try:
         return await driven.asker.ask(lambda client: client.transfer_slice(request), give_up=True)
     except Refusal as refusal:
+        if refusal.reason == "SLICE_NOT_FOUND":
+            return None
+        _log.warning("a warm slice cannot be taken over; another is cut", slice=warm.slice_uuid, why=str(refusal))
+    await _destroy(driven, former, warm.slice_uuid, give_up=True)
+    return None
+
+
+async def discard_warm(driven: Driven, warm: TakeOver) -> None:
+    """Destroys the warm slice that an attempt was going to take over, whose ever it is by now.
+
+    Raises:
+        Refusal: the node's.
+    """
+    for piece in await driven.asker.ask(lambda client: client.list_slices()):
+        if piece.uuid != warm.slice_uuid:
+            continue
+        owner = driven.owner if _is_of(piece, driven.owner) else await _former(driven, warm)
+        if owner is not None and _is_of(piece, owner):
+            await _destroy(driven, owner, piece.uuid, give_up=False)
+
+
+async def _former(driven: Driven, warm: TakeOver) -> card_pb2.AttemptRef | None:
+    """Returns under which the owner of a warm slice is commanded."""
+    record = await driven.store.job(warm.job_id)
+    if record is None:
+        return None
+    return card_pb2.AttemptRef(
+        centre=driven.owner.centre,
+        job_id=warm.job_id,
+        attempt=warm.attempt,
+        fencing_token=record.job.attempts[warm.attempt - 1].fencing_token,
+    )
+
+
+async def _destroy(driven: Driven, owner: card_pb2.AttemptRef, slice_uuid: str, *, give_up: bool) -> None:
+    request = node_service_pb2.DestroySliceRequest(owner=owner, slice_uuid=slice_uuid)
+    try:
+        await driven.asker.ask(lambda client: client.destroy_slice(request), give_up=give_up)
+    except Refusal as refusal:
         if refusal.reason != "SLICE_NOT_FOUND":
             raise
-        return None
+
+
+def _is_of(piece: card_pb2.Slice, owner: card_pb2.AttemptRef) -> bool:
+    return (piece.owner.centre, piece.owner.job_id, piece.owner.attempt) == (owner.centre, owner.job_id, owner.attempt)

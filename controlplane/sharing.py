@@ -91,11 +91,17 @@ def reclaimed(draft: Draft, it: h.Reclaimed) -> None:
     attempt = draft.job.attempts[-1]
     share = current_share(attempt)
     why, held_ms = draft.record.reclaiming, since_ms(share.hold_time, draft.at) if share is not None else ""
-    busy_s = it.container.idleness.busy_seconds - sum(one.busy_seconds for one in attempt.shares)
-    draft.end_share(attempt, it.mode, max(0.0, busy_s))
+    counter_s = it.container.idleness.busy_seconds
+    draft.end_share(attempt, it.mode, max(0.0, counter_s - draft.record.busy_counted_s))
     stopped = it.mode == job_pb2.RECLAIM_MODE_STOP and not it.container.pid
     draft.record = replace(
-        draft.record, reclaiming="", hardest=_NO_MODE, idle_at=draft.at, restart=stopped, parked=why == "SUSPENDED"
+        draft.record,
+        reclaiming="",
+        hardest=_NO_MODE,
+        idle_at=draft.at,
+        restart=stopped,
+        parked=why == "SUSPENDED",
+        busy_counted_s=counter_s,
     )
     draft.job.state = JOB_STATE_IDLE
     draft.job.idleness.CopyFrom(it.container.idleness)
@@ -144,7 +150,7 @@ def resume_requested(draft: Draft, it: h.ResumeRequested) -> None:
 
 def resume_withdrawn(draft: Draft, _: h.ResumeWithdrawn) -> None:
     """The job waits for nothing any longer."""
-    draft.record = replace(draft.record, wake="", parked=True)
+    draft.record = replace(draft.record, wake="", parked=draft.record.suspend != _NO_MODE, suspend=_NO_MODE)
     draft.job.state = JOB_STATE_IDLE
     draft.tell("RESUME_WITHDRAWN", "nobody waits any longer for it to have a share")
 
@@ -178,7 +184,7 @@ def share_reserved(draft: Draft, it: h.ShareReserved) -> None:
 def resume_retried(draft: Draft, it: h.ResumeRetried) -> None:
     """The share that was reserved is given back."""
     draft.end_share(draft.job.attempts[-1])
-    draft.record = replace(draft.record, take_over=None)
+    draft.record = replace(draft.record, take_over=None, failed_resumes=draft.record.failed_resumes + 1)
     draft.tell(
         "RESUME_RETRIED",
         f"the node could not give it the share, so it waits for another: {it.message}",
@@ -193,7 +199,7 @@ def resumed(draft: Draft, it: h.Resumed) -> None:
     idle_ms = round((draft.at - draft.record.idle_at) * 1000)
     rests = draft.record.rests + 1 if draft.record.wake == "ROOM" else 0
     why = draft.record.wake
-    draft.record = replace(draft.record, take_over=None, wake="", rests=rests, idle_at=0.0)
+    draft.record = replace(draft.record, take_over=None, wake="", rests=rests, idle_at=0.0, failed_resumes=0)
     draft.job.state = JOB_STATE_RUNNING
     draft.tell(
         "RESUMED",
@@ -228,6 +234,7 @@ def moves(draft: Draft, it: h.Moves) -> None:
         wake="",
         idle_at=0.0,
         rests=0,
+        busy_counted_s=0.0,
         results_collected=False,
         results_lost="",
         ending=None,

@@ -339,6 +339,12 @@ def _write_reservations(db: Database, job_id: str, change: Change) -> None:
             raise ShareTaken(f"the warm share of {change.take_over[0]}/{change.take_over[1]} is no longer kept")
     for attempt in change.release:
         db.execute("delete from reservations where job_id = ? and attempt = ?", [job_id, attempt])
+    warm = change.release_warm
+    if warm is not None:
+        db.execute(
+            "delete from reservations where job_id = ? and attempt = ? and slice_uuid = ? and warm_until > 0",
+            [*warm.key, warm.slice_uuid],
+        )
     new = change.reserve
     if new is not None:
         db.execute("delete from reservations where job_id = ? and attempt = ?", new.key)

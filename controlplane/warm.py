@@ -73,7 +73,7 @@ class WarmShares:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _drop(self, held: Reservation, for_job: str) -> None:
-        if held.key in self._dropping:
+        if held.key in self._dropping or held.key in self._reservations.spoken_for:
             return
         # From here on nobody takes it over.
         self._reservations.mark_leaving(held.key, for_job)
@@ -117,7 +117,7 @@ class WarmShares:
         def decide(record: JobRecord, _: int) -> Change:
             dropped = happenings.WarmSliceDropped(held.attempt, held.slice_uuid, for_job)
             after, event = transition(record, dropped, now())
-            return Change(after, (event,), release=(held.attempt,))
+            return Change(after, (event,), release_warm=held)
 
         tries = 0
         while True:
@@ -128,4 +128,5 @@ class WarmShares:
                 tries += 1
                 _log.error("the store cannot be written; trying again", job=held.job_id, why=str(error))
                 await asyncio.sleep(retry_delay_s(tries))
-        self._reservations.release(held.key)
+        if self._reservations.get(held.key) == held:
+            self._reservations.release(held.key)

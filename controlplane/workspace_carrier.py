@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import grpc
+import structlog
 
 from controlplane import happenings
-from controlplane.attempt_end import Told
 from controlplane.collect import collect
 from controlplane.happenings import Happening
 from controlplane.node_asker import GivenUp, NodeAsker
@@ -20,10 +20,14 @@ from controlplane.node_link import NodeLink
 from controlplane.records import JobRecord
 from controlplane.surroundings import Surroundings
 from puhui.rpc.errors import Refusal
-from puhui.rpc.moment import now
 from puhui.v1 import card_pb2, job_pb2, node_service_pb2, stream_pb2
 
 __all__ = ["Carried", "WorkspaceCarrier"]
+
+_log = structlog.get_logger(__name__)
+
+_LEAVING: set[asyncio.Task[None]] = set()
+"""The event loop itself keeps no task alive."""
 
 
 class Carried(Protocol):
@@ -51,7 +55,7 @@ class Carried(Protocol):
     def link_to(self, attempt: job_pb2.Attempt) -> NodeLink:
         """The connection to the node of any attempt of the job."""
 
-    async def change(self, *told: Happening, before: tuple[Told, ...] = ()) -> bool:
+    async def change(self, *told: Happening) -> bool:
         """Stores what happened."""
 
 
@@ -111,22 +115,35 @@ class WorkspaceCarrier:
             await self._carried.asker.ask(lambda client: client.put_workspace(header, archive), give_up=True)
         return 0
 
-    async def leave(self) -> None:
-        """The newest attempt runs: removes what the former one left, and tells that the workspace has come.
+    def size_bytes(self) -> int:
+        """Returns the size of the archive that went to another node; 0 when there was none."""
+        kept = self._around.results.workspace(self._carried.record.id, self._former.number)
+        return kept[1].size_bytes if kept is not None else 0
 
-        Raises:
-            GivenUp: the job's end was asked for, and the node cannot be asked.
+    def leave(self, number: int) -> None:
+        """The newest attempt runs: begins to remove what a former one left. Nothing waits for that.
+
+        What a node out of contact keeps of it is an orphan, and removed when it is back.
         """
-        former, owner = self._former, self._carried.owner_of(self._former.number)
+        task = asyncio.create_task(self._remove(number), name=f"leave {self._carried.record.id}/{number}")
+        _LEAVING.add(task)
+        task.add_done_callback(_LEAVING.discard)
+
+    async def _remove(self, number: int) -> None:
+        job_id = self._carried.record.id
         remove = node_service_pb2.RemoveContainerRequest(
-            owner=owner, discard_results=True, request_id=self._request_id("carry-remove")
+            owner=self._carried.owner_of(number), discard_results=True, request_id=f"{job_id}/{number}/carry-remove"
         )
-        await self._unless_gone(lambda: self._asker.ask(lambda client: client.remove_container(remove), give_up=True))
-        kept = self._around.results.workspace(self._carried.record.id, former.number)
-        size_bytes = kept[1].size_bytes if kept is not None else 0
-        removed: Told = (happenings.ContainerRemoved(former.number), now())
-        await self._carried.change(happenings.WorkspaceCarried(size_bytes), before=(removed,))
-        self._around.results.drop_workspace(self._carried.record.id, former.number)
+        self._around.results.drop_workspace(job_id, number)
+        try:
+            await self._carried.link_to(self._carried.record.job.attempts[number - 1]).client.remove_container(remove)
+        except Refusal as refusal:
+            _log.info("what a former attempt left is removed later", job=job_id, attempt=number, why=str(refusal))
+            return
+        try:
+            await self._carried.change(happenings.ContainerRemoved(number))
+        except OSError as error:
+            _log.error("that a former container is gone cannot be told", job=job_id, why=str(error))
 
     async def _fetch(self, owner: card_pb2.AttemptRef) -> None:
         client = self._carried.link_to(self._former).client

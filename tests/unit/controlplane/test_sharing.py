@@ -368,7 +368,7 @@ async def test_the_end_of_a_run_without_a_caller_is_told(tmp_path: Path, node: F
 
 async def test_a_waiting_run_that_is_given_up_frees_its_place(tmp_path: Path, node: FakeNode) -> None:
     async with running(tmp_path, node, idle=COLD) as centre:
-        job_id = await idle(centre, node, **WHOLE)
+        job_id = await idle(centre, node, kind=job_pb2.JOB_KIND_SESSION, **WHOLE)
         other = await centre.submit(**WHOLE)
         await centre.until(other, JOB_STATE_RUNNING)
         run = Run(centre, job_id)
