@@ -83,7 +83,9 @@ def serve(
     ] = "1%",
     start_grace: Annotated[
         str,
-        typer.Option(envvar=_variable("START_GRACE"), help="A job that has used no share yet is not idle for so long."),
+        typer.Option(
+            envvar=_variable("START_GRACE"), help="A batch job that has used no share yet is busy for so long."
+        ),
     ] = "10m",
     longest_idle_after: Annotated[
         str, typer.Option(envvar=_variable("LONGEST_IDLE_AFTER"), help="No job keeps an unused share for longer.")
@@ -126,7 +128,7 @@ def serve(
     policy = CentrePolicy(
         session_idle_after_s=_parsed("--idle-after", _idle_after, idle_after),
         batch_idle_after_s=_parsed("--batch-idle-after", _idle_after, batch_idle_after),
-        idle_below_percent=_parsed("--idle-below", parse_percent, idle_below),
+        idle_below_percent=_parsed("--idle-below", _some_percent, idle_below),
         start_grace_s=_parsed("--start-grace", parse_duration, start_grace),
         longest_idle_after_s=_parsed("--longest-idle-after", _idle_after, longest_idle_after),
         never_allowed=never_allowed,
@@ -151,6 +153,13 @@ def serve(
     except (OSError, ValueError) as error:
         typer.echo(f"puhui-controlplane: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def _some_percent(text: str) -> float:
+    percent = parse_percent(text)
+    if not percent > 0:
+        raise ValueError(f"{text}: nothing is below 0%; write 1% or 0.5%")
+    return percent
 
 
 def _parsed(option: str, parse: Callable[[str], float], text: str) -> float:

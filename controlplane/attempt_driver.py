@@ -239,7 +239,7 @@ class AttemptDriver:
         key = (self._record.id, self._number)
         container, held = self.link.containers.get(key), self._around.reservations.get(key)
         seen = container is not None and container.HasField("idleness")
-        counter_s = container.idleness.busy_seconds if container is not None and seen else None
+        counter_s = container.idleness.busy_seconds if container is not None and seen else self._record.busy_seen_s
         if isinstance(happening, happenings.SliceCreated | happenings.Resumed):
             gpu_slices = self._around.nodes.compute_slices(self.attempt.node_id, happening.slice.gpu_uuid)
             return usage_of(happening, self.attempt, held, gpu_slices, at, counter_s)

@@ -210,10 +210,8 @@ class AttemptEnd:
 
     def _busy_s(self) -> float:
         """Returns for how long the last share was used, in seconds, as far as the node said."""
-        container = self._driven.link.containers.get((self._driven.record.id, self._driven.attempt.number))
-        if container is None:
-            return 0.0
-        return max(0.0, container.idleness.busy_seconds - self._driven.record.busy_counted_s)
+        seen_s = self._driven.record.busy_seen_s
+        return max(0.0, seen_s - self._driven.record.busy_counted_s) if seen_s is not None else 0.0
 
     async def _slice(self, give_up: bool) -> str:
         """Returns the UUID of the attempt's slice; "" when none was made."""

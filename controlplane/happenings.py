@@ -218,6 +218,8 @@ class Reclaimed(Happening):
     message: str
     warm_s: float
     """The slice is kept for its tenant for this long, in seconds."""
+    warning: str = ""
+    """What went wrong on the way; "" when nothing did."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ FEWEST_SAMPLES = 3
 SHORTEST_IDLE_AFTER_S = 0.3
 """So long do as many samples take at the shortest interval."""
 
+_NAME = re.compile(r"[a-z0-9._-]{1,63}")
 _LONGEST_LIMIT_S = 300.0
 _DEFAULT_LIMIT_S = 10.0
 _MOST_WORDS = 64
@@ -67,7 +69,7 @@ class CentrePolicy:
     """A batch job likewise. Longer: nobody sits in front of it, and it may be loading data."""
     idle_below_percent: float = 1.0
     start_grace_s: float = 600.0
-    """Setting up is not idleness."""
+    """Setting up is not idleness. For batch jobs: a session's share comes back with its first run."""
     longest_idle_after_s: float = 86400.0
     """No job may keep an unused share for longer."""
     never_allowed: bool = True
@@ -110,7 +112,8 @@ def resolve(spec: job_pb2.JobSpec, centre: CentrePolicy) -> job_pb2.IdlePolicy:
     # NaN is in no range.
     _require(0 < below <= 100, "idle.idle_below_percent", "is more than 0 and at most 100 percent")
     grace_s = seconds(asked.start_grace) if asked.HasField("start_grace") else None
-    grace_s = _first(grace_s, _first(tenant.start_grace_s, centre.start_grace_s))
+    default_s = _first(tenant.start_grace_s, 0.0 if session else centre.start_grace_s)
+    grace_s = _first(grace_s, min(default_s, centre.longest_idle_after_s))
     _require(0 <= grace_s <= centre.longest_idle_after_s, "idle.start_grace", "is from 0 to the longest idle_after")
     _require(
         asked.reclaim_mode in job_pb2.ReclaimMode.values(), "idle.reclaim_mode", "is DETACH, CHECKPOINT, STOP or NEVER"
@@ -169,6 +172,8 @@ def read_tenants(text: str) -> dict[str, TenantPolicy]:
 def _tenant(name: str, table: Any) -> TenantPolicy:
     if not isinstance(table, dict):
         raise TenantsFileError(f"tenants.{name} is no table")
+    if not _NAME.fullmatch(name):
+        raise TenantsFileError(f"tenants.{name!r}: a tenant's name is lower-case letters, digits, '.', '_' and '-'")
     values: dict[str, Any] = {}
     for key, value in table.items():
         try:
@@ -178,7 +183,7 @@ def _tenant(name: str, table: Any) -> TenantPolicy:
                 case "warm_for":
                     values["warm_s"] = parse_duration(value)
                 case "idle_below":
-                    values["idle_below_percent"] = parse_percent(value)
+                    values["idle_below_percent"] = _above_nothing(parse_percent(value))
                 case "reclaim":
                     values["reclaim_mode"] = _MODES[value]
                 case _:
@@ -196,6 +201,12 @@ def _tenant(name: str, table: Any) -> TenantPolicy:
     ):
         raise TenantsFileError(f"tenants.{name}.idle_after is shorter than three samples")
     return policy
+
+
+def _above_nothing(percent: float) -> float:
+    if not percent > 0:
+        raise ValueError("nothing is below 0%")
+    return percent
 
 
 def _require_length(after_s: float, longest_s: float) -> None:

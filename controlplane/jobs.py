@@ -90,7 +90,7 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
     if job.state not in TRANSITIONS[record.state]:
         raise IllegalTransition(_text(record, happening))
     # What a late release tells of is not why the job ended.
-    if record.state not in FINAL_STATES and not isinstance(happening, h.WarmSliceDropped):
+    if record.state not in FINAL_STATES and not isinstance(happening, _ASIDE):
         job.reason, job.message = draft.reason, draft.message
     event = job_pb2.JobEvent(
         time=timestamp(at),
@@ -141,6 +141,9 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     h.RunEnded: frozenset(job_pb2.JobState.values()),
 }
 
+
+_ASIDE = (h.WarmSliceDropped, h.ContainerRemoved, h.WorkspaceCarried, h.RunAsked, h.RunStarted, h.RunEnded)
+"""What happens beside the job's own life: its state keeps its reason."""
 
 _BEFORE_PLACEMENT = (h.Submitted, h.Predicted, h.Waits, h.Reserved, h.CancelRequested, h.RunAsked, h.RunEnded)
 
@@ -206,6 +209,7 @@ def _reserved(draft: Draft, it: h.Reserved) -> None:
         take_over=it.take_over,
         wake="",
         busy_counted_s=0.0,
+        busy_seen_s=None,
     )
     start, size = attempt.placement.start, attempt.placement.size
     where = f"memory slices {start}–{start + size - 1}" if size > 1 else f"memory slice {start}"
@@ -400,6 +404,8 @@ def _ended(draft: Draft, it: h.Ended) -> None:
 def _note_exit(draft: Draft, container: node_pb2.Container) -> None:
     attempt = draft.job.attempts[-1]
     attempt.end_time.CopyFrom(container.end_time if container.HasField("end_time") else timestamp(draft.at))
+    if container.HasField("idleness"):
+        draft.record = replace(draft.record, busy_seen_s=container.idleness.busy_seconds)
     if container.HasField("exit_code"):
         attempt.exit_code = container.exit_code
         draft.job.exit_code = container.exit_code

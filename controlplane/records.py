@@ -57,6 +57,8 @@ class JobRecord:
     """Attempts in a row that their node could not start."""
     failed_resumes: int = 0
     """Shares in a row that its node could not give to its living container."""
+    busy_seen_s: float | None = None
+    """For how long its container had used its cards when its command ended; None when that was not told."""
     busy_counted_s: float = 0.0
     """Of the time in which the container has used its cards, so much is counted with shares that it gave up."""
     reclaiming: str = ""

@@ -7,6 +7,7 @@ whether the share is really unused, warns, and takes the mildest rung that works
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import replace
 from typing import Protocol
 
@@ -37,6 +38,7 @@ _log = structlog.get_logger(__name__)
 
 _LONGEST_REST_S = 3600.0
 _LONGEST_BACK_OFF_S = 600.0
+_ENDED_BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
 class Driven(Protocol):
@@ -194,19 +196,40 @@ class ShareDriver:
         try:
             answer = await driven.asker.ask(lambda client: client.reclaim_container(request), give_up=True)
         except Refusal as refusal:
+            ended = self._ended_by_reclaim(refusal)
+            if ended is not None:
+                await self._reclaimed(RECLAIM_MODE_STOP, ended, refusal.message, "")
+                return
             await driven.change(happenings.ReclaimRefused(refusal.reason, refusal.message))
             driven.reservations.mark_leaving(self._key, leaving=False)
             self._bear(refusal)
             return
         self._refusals = 0
         driven.link.note(self._key, answer.container)
+        await self._reclaimed(answer.mode, answer.container, answer.message, answer.warning)
+
+    def _ended_by_reclaim(self, refusal: Refusal) -> node_pb2.Container | None:
+        """Returns the container whose command this reclaim has ended, with its node killed before it could say so.
+
+        A command that ended by itself at that moment has another exit code than that of SIGTERM or SIGKILL.
+        """
+        container = self._driven.link.containers.get(self._key)
+        if refusal.reason != "CONTAINER_NOT_RUNNING" or self._driven.record.hardest != RECLAIM_MODE_STOP:
+            return None
+        exited = container is not None and container.state == node_pb2.CONTAINER_STATE_EXITED
+        return container if container is not None and exited and container.exit_code in _ENDED_BY_SIGNAL else None
+
+    async def _reclaimed(
+        self, mode: job_pb2.ReclaimMode.ValueType, container: node_pb2.Container, message: str, warning: str
+    ) -> None:
+        """Notes that the share was taken: the job lives without, and the slice is kept for its tenant."""
+        driven = self._driven
         held = driven.reservations.get(self._key)
         kept = None
         if held is not None and not held.is_warm:
             kept = replace(held, slice_uuid=driven.attempt.slice_uuid, warm_until=now() + driven.warm_s)
-        await driven.change(
-            happenings.Reclaimed(answer.mode, answer.container, answer.message, driven.warm_s), reserve=kept
-        )
+        happening = happenings.Reclaimed(mode, container, message, driven.warm_s, warning)
+        await driven.change(happening, reserve=kept)
 
     def _bear(self, refusal: Refusal) -> None:
         """Puts the next try off: whoever holds the card may let go of it, and nothing tells of that."""

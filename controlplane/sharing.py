@@ -113,7 +113,7 @@ def reclaimed(draft: Draft, it: h.Reclaimed) -> None:
     lives = "its workspace is kept" if stopped else "its container lives on"
     draft.tell(
         "RECLAIMED",
-        f"its share was taken back ({mode_name(it.mode)}): {how}; {lives}",
+        f"its share was taken back ({mode_name(it.mode)}): {how}; {lives}" + (f"; {it.warning}" if it.warning else ""),
         why=why,
         mode=mode_name(it.mode),
         slice_uuid=attempt.slice_uuid,
@@ -235,6 +235,7 @@ def moves(draft: Draft, it: h.Moves) -> None:
         idle_at=0.0,
         rests=0,
         busy_counted_s=0.0,
+        busy_seen_s=None,
         results_collected=False,
         results_lost="",
         ending=None,

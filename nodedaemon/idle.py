@@ -324,7 +324,8 @@ def describe(state: IdleState, at_s: float, time_s: float) -> Idleness:
     idleness = Idleness(
         idle=state.idle,
         signal=state.signal,
-        busy_seconds=state.busy_seconds,
+        # What was used when it was looked at last is so until it is looked at again.
+        busy_seconds=state.busy_seconds + (held_s if state.counting else 0.0),
         held_seconds=state.held_seconds + held_s,
     )
     if state.unused_since_s is not None:

@@ -72,6 +72,8 @@ class Reclaimed:
     mode: ReclaimMode.ValueType
     slice_uuids: tuple[str, ...]
     message: str
+    warning: str = ""
+    """What went wrong on the way; "" when nothing did."""
 
 
 class Reclaim:
@@ -128,19 +130,20 @@ class Reclaim:
             mode = _CHECKPOINT if record.checkpoint is not None else _DETACH
             return await self._done(owner, terms, mode, (), "it had no cards")
         try:
-            await self._warn(record, token, terms)
+            warning = await self._warn(record, token, terms)
             if terms.only_if_idle:
                 await self._require_idle(owner)
-            return await self._take(record, terms)
+            return replace(await self._take(record, terms), warning=warning)
         except Refusal as error:
             known = self._journal.container(owner)
             if known is not None:
                 self._tell(known, NodeEventKind.NODE_EVENT_KIND_RECLAIM_REFUSED, error.reason, error.message)
             raise
 
-    async def _warn(self, record: ContainerRecord, token: int, terms: Terms) -> None:
+    async def _warn(self, record: ContainerRecord, token: int, terms: Terms) -> str:
+        """Warns what runs in a container. Returns what went wrong with that; empty when nothing did."""
         if record.stage is ContainerStage.SUSPENDED or not (terms.warn_signal or terms.on_reclaim):
-            return
+            return ""
         self._tell(
             record,
             NodeEventKind.NODE_EVENT_KIND_RECLAIM_WARNED,
@@ -150,10 +153,12 @@ class Reclaim:
         if terms.warn_signal:
             warned = await self._attachments.signal(record, signal.SIGUSR1, None)
             _log.info("warned of a reclaim", container=record.container_id[:12], processes=warned)
-        if terms.on_reclaim:
-            message = await self._on_reclaim(record, token, terms)
-            if message:
-                self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECLAIM_WARNED, "ON_RECLAIM_FAILED", message)
+        if not terms.on_reclaim:
+            return ""
+        message = await self._on_reclaim(record, token, terms)
+        if message:
+            self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECLAIM_WARNED, "ON_RECLAIM_FAILED", message)
+        return message
 
     async def _on_reclaim(self, record: ContainerRecord, token: int, terms: Terms) -> str:
         """Runs what is to be run before cards are taken. Returns what went wrong; empty when nothing did."""

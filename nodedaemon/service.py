@@ -201,7 +201,11 @@ class NodeService(NodeServiceServicer):
         async def act(owner: Owner, token: int) -> ReclaimContainerResponse:
             done = await self._reclaim.reclaim(owner, token, _terms(request))
             return ReclaimContainerResponse(
-                container=done.container, mode=done.mode, slice_uuids=done.slice_uuids, message=done.message
+                container=done.container,
+                mode=done.mode,
+                slice_uuids=done.slice_uuids,
+                message=done.message,
+                warning=done.warning,
             )
 
         return await self._mutations.carry_out(request, ReclaimContainerResponse, act)

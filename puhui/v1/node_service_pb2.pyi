@@ -919,10 +919,13 @@ class ReclaimContainerResponse(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     SLICE_UUIDS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
     mode: _job_pb2.ReclaimMode.ValueType
     """The rung that was taken."""
     message: _builtins.str
     """What was done, for people."""
+    warning: _builtins.str
+    """What went wrong on the way, such as an on_reclaim command that failed. Empty when nothing did."""
     @_builtins.property
     def container(self) -> _node_pb2.Container:
         """The container now."""
@@ -938,10 +941,11 @@ class ReclaimContainerResponse(_message.Message):
         mode: _job_pb2.ReclaimMode.ValueType = ...,
         slice_uuids: _abc.Iterable[_builtins.str] | None = ...,
         message: _builtins.str = ...,
+        warning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["container", b"container"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "message", b"message", "mode", b"mode", "slice_uuids", b"slice_uuids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "message", b"message", "mode", b"mode", "slice_uuids", b"slice_uuids", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
