@@ -12,6 +12,7 @@ from rich.text import Text
 
 from puhui.cli.chart import strip
 from puhui.cli.connection import connect
+from puhui.cli.find_job import find_job
 from puhui.cli.job_options import json_flag, server_option
 from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import count, span
@@ -51,7 +52,7 @@ def _usage(
     by: Annotated[By, typer.Option(help="What a line is about.")] = By.TENANT,
     since: Annotated[str, typer.Option(metavar="TIME", help="How far back, such as 90m or 7d.")] = "24h",
     tenant: Annotated[str, typer.Option(show_default=False, help="Only this tenant.")] = "",
-    job: Annotated[str, typer.Option(show_default=False, metavar="JOB", help="Only this job, by its id.")] = "",
+    job: Annotated[str, typer.Option(show_default=False, metavar="JOB", help="Only this job.")] = "",
     json: Annotated[bool, json_flag] = False,
     server: Annotated[str | None, server_option] = None,
 ) -> None:
@@ -64,6 +65,7 @@ def _usage(
         raise Mistake("USAGE", "--since: name a time that is longer than nothing, such as 24h")
     end = now()
     with connect(server) as centre:
+        job = find_job(centre, job).id if job else ""
         usage = centre.usage(end - length_s, end, group_by=_GROUPS[by], tenant=tenant, job_id=job, point_count=_POINTS)
     if terminal().as_json:
         terminal().json(usage)
@@ -112,7 +114,7 @@ def _chart(usage: GetUsageResponse) -> Table:
     most = max((value for _, values, _ in lines for value in values), default=0.0)
     for name, values, colour in lines:
         peak = max(values, default=0.0)
-        grid.add_row(name, Text(strip(values, most), style=colour), f"peak {peak:.1f} slices")
+        grid.add_row(name, Text(strip(values, most), style=colour), f"peak {peak:.2g} slices")
     start, end = (datetime.fromtimestamp(moment(stamp)).astimezone() for stamp in (usage.start_time, usage.end_time))
     shape = "%H:%M" if (end - start).total_seconds() <= 24 * _HOUR_S else "%d %b"
     left, right = start.strftime(shape), end.strftime(shape)

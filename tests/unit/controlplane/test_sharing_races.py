@@ -196,6 +196,37 @@ async def test_a_job_can_be_cancelled_while_its_node_is_away_in_the_middle_of_a_
         assert (await centre.ended(job_id)).state == JOB_STATE_CANCELLED
 
 
+async def test_a_command_that_reclaim_has_ended_can_begin_again_although_nobody_said_so(
+    tmp_path: Path, node: FakeNode
+) -> None:
+    # Its node was killed between the end of the command and its answer.
+    async with running(tmp_path, node) as centre:
+        job_id = await centre.submit()
+        await centre.until(job_id, JOB_STATE_RUNNING)
+        gate = node.hold("reclaim_container")
+        node.refuse("reclaim_container", refusal(grpc.StatusCode.FAILED_PRECONDITION, "CONTAINER_NOT_RUNNING"))
+        suspending = asyncio.ensure_future(suspend(centre, job_id, hardest=RECLAIM_MODE_STOP))
+        await eventually(lambda: "reclaim_container" in node.calls)
+        await node.exit(job_id, 143)
+        gate.set()
+        assert (await suspending).state == JOB_STATE_IDLE
+        node.workspaces[job_id, 1] = b"half done"
+        await resume(centre, job_id)
+        await centre.until_told(job_id, "WORKSPACE_CARRIED")
+        assert node.workspaces[job_id, 2] == b"half done"
+
+
+async def test_what_a_job_used_until_its_end_is_counted(tmp_path: Path, node: FakeNode) -> None:
+    async with running(tmp_path, node) as centre:
+        job_id = await idle(centre, node)
+        await resume(centre, job_id)
+        await centre.until_told(job_id, "RESUMED")
+        node.containers[job_id, 1].idleness.busy_seconds = 3.25
+        await node.exit(job_id, 0)
+        job = await centre.ended(job_id)
+        assert [share.busy_seconds for share in job.attempts[0].shares] == [3.0, 0.25]
+
+
 async def test_moves_and_restarts_are_no_failed_starts(tmp_path: Path, node: FakeNode) -> None:
     node.reclaim_mode = RECLAIM_MODE_STOP
     async with running(tmp_path, node, idle=COLD) as centre:
