@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import grpc
 import structlog
@@ -107,6 +108,11 @@ class Reclaim:
         self._checkpoints = checkpoints
         self._look = look
         self._watches: dict[Owner, asyncio.Task[None]] = {}
+        # A lock is there for as long as somebody holds or awaits it.
+        self._turns: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
+
+    def _turn(self, owner: Owner) -> asyncio.Lock:
+        return self._turns.setdefault(owner, asyncio.Lock())
 
     # Taking -----------------------------------------------------------------------------------------------
 
@@ -125,6 +131,10 @@ class Reclaim:
                 "hardest must be RECLAIM_MODE_DETACH, RECLAIM_MODE_CHECKPOINT or RECLAIM_MODE_STOP",
                 field="hardest",
             )
+        async with self._turn(owner):
+            return await self._reclaim(owner, token, terms)
+
+    async def _reclaim(self, owner: Owner, token: int, terms: Terms) -> Reclaimed:
         record = living_container(self._journal, owner)
         if not record.slice_uuids:
             mode = _CHECKPOINT if record.checkpoint is not None else _DETACH
@@ -322,7 +332,12 @@ class Reclaim:
         async def again() -> None:
             await asyncio.sleep(_AGAIN_S)
             self._watches.pop(owner, None)
-            await self._undo(owner)
+            async with self._turn(owner):
+                try:
+                    await self._undo(owner)
+                except Exception as error:  # noqa: BLE001 - processes must not stay where they are because of one failure
+                    _log.error("a reclaim cannot be undone yet", owner=str(owner), exc_info=error)
+                    self._later(owner)
 
         self._watches[owner] = asyncio.create_task(again(), name=f"undoing of a reclaim of {owner}")
 
@@ -394,10 +409,14 @@ class Reclaim:
         """
         cards = self._attachments.cards(record.owner)
         processes = tuple(_began(one.pid) for one in holders)
+        # Those whom a reclaim before this took off, and could not put back, are not forgotten over the others.
+        before = self._journal.container(record.owner)
+        earlier = before.checkpoint.processes if before is not None and before.checkpoint is not None else ()
+        now_taken = tuple((one.pid, one.started) for one in processes if one is not None)
         kept = CheckpointRecord(
             CheckpointStage.TAKING,
             record.pid,
-            tuple((one.pid, one.started) for one in processes if one is not None),
+            (*(one for one in earlier if one not in now_taken), *now_taken),
             tuple(card for card, _ in cards),
         )
         self._write(record.owner, kept)
