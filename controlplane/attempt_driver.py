@@ -13,6 +13,7 @@ import structlog
 
 from controlplane import happenings
 from controlplane.attempt_end import AttemptEnd, Told
+from controlplane.cutting import cut
 from controlplane.draft import IllegalTransition
 from controlplane.endings import CONTAINER_LOST, not_started
 from controlplane.faults import MOST_ATTEMPTS, Verdict, retry_delay_s, verdict
@@ -23,7 +24,7 @@ from controlplane.node_asker import Fenced, GivenUp, NodeAsker
 from controlplane.node_link import NodeLink
 from controlplane.records import Change, Decide, JobRecord, Reservation
 from controlplane.reservations import Reservations
-from controlplane.share_driver import ShareDriver, cut
+from controlplane.share_driver import ShareDriver
 from controlplane.store import Store
 from controlplane.surroundings import Surroundings
 from controlplane.usage_of import usage_of

@@ -11,13 +11,14 @@ import structlog
 
 from controlplane import happenings
 from controlplane.collect import Collected, collect
+from controlplane.cutting import discard_warm
 from controlplane.draft import current_share
 from controlplane.faults import Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
 from controlplane.node_asker import Fenced, GivenUp
 from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.records import Reservation
-from controlplane.share_driver import Driven, discard_warm
+from controlplane.share_driver import Driven
 from controlplane.surroundings import Surroundings
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now

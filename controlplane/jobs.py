@@ -23,13 +23,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from controlplane import finishing, sharing
 from controlplane import happenings as h
-from controlplane import sharing
 from controlplane.draft import Draft, IllegalTransition, since_ms
-from controlplane.endings import cancelled, ending_of
 from controlplane.happenings import Happening
 from controlplane.records import JobRecord
-from puhui.rpc.moment import moment, timestamp
+from puhui.rpc.moment import timestamp
 from puhui.v1 import job_pb2, node_pb2, prediction_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -306,120 +305,6 @@ def _cancel_requested(draft: Draft, it: h.CancelRequested) -> None:
     draft.tell("CANCEL_REQUESTED", f"its end was asked for{said}")
 
 
-def _command_ended(draft: Draft, it: h.CommandEnded) -> None:
-    ending = ending_of(it.container)
-    draft.record = replace(draft.record, ending=ending, reclaiming="")
-    draft.job.state = JOB_STATE_STOPPING
-    _note_exit(draft, it.container)
-    draft.tell("COMMAND_ENDED", ending.message, **_exit_details(draft, it.container))
-
-
-def _not_started(draft: Draft, it: h.NotStarted) -> None:
-    draft.record = replace(draft.record, ending=it.ending)
-    draft.job.state = JOB_STATE_STOPPING
-    draft.tell(it.ending.reason, it.ending.message)
-
-
-def _stopped(draft: Draft, it: h.Stopped) -> None:
-    draft.record = replace(draft.record, ending=cancelled(draft.record.cancel_message))
-    draft.job.state = JOB_STATE_STOPPING
-    if it.container is None:
-        draft.tell("COMMAND_ENDED", "it is being ended by request")
-        return
-    _note_exit(draft, it.container)
-    draft.tell("COMMAND_ENDED", "the command was ended by request", **_exit_details(draft, it.container))
-
-
-def _results_collected(draft: Draft, it: h.ResultsCollected) -> None:
-    draft.record = replace(draft.record, results_collected=True)
-    draft.job.log_size_bytes = it.log_bytes
-    draft.job.artifacts.CopyFrom(it.artifacts)
-    draft.tell(
-        "RESULTS_COLLECTED",
-        f"log ({it.log_bytes} bytes) and {it.artifacts.file_count} artifact files are kept",
-        log_bytes=it.log_bytes,
-        artifact_files=it.artifacts.file_count,
-        artifact_bytes=it.artifacts.size_bytes,
-        artifact_digest=it.artifacts.digest,
-    )
-
-
-def _results_delayed(draft: Draft, it: h.ResultsDelayed) -> None:
-    draft.tell("RESULTS_DELAYED", it.message)
-
-
-def _results_lost(draft: Draft, it: h.ResultsLost) -> None:
-    draft.record = replace(draft.record, results_collected=True, results_lost=it.why)
-    draft.job.log_size_bytes = it.log_bytes
-    draft.job.artifacts.CopyFrom(it.artifacts)
-    if draft.record.state in FINAL_STATES:
-        draft.job.message += f"; {it.why}"
-    draft.tell(
-        "RESULTS_LOST",
-        it.why,
-        log_bytes=it.log_bytes,
-        artifact_files=it.artifacts.file_count,
-        artifact_bytes=it.artifacts.size_bytes,
-        artifact_digest=it.artifacts.digest,
-    )
-
-
-def _container_removed(draft: Draft, it: h.ContainerRemoved) -> None:
-    draft.attempt = it.attempt
-    draft.tell(
-        "CONTAINER_REMOVED", "the container is gone", container_id=draft.job.attempts[it.attempt - 1].container_id
-    )
-
-
-def _slice_destroyed(draft: Draft, it: h.SliceDestroyed) -> None:
-    draft.attempt = it.attempt
-    attempt = draft.job.attempts[it.attempt - 1]
-    attempt.release_time.CopyFrom(timestamp(draft.at))
-    draft.end_share(attempt, busy_s=it.busy_s)
-    draft.tell(
-        "SLICE_DESTROYED",
-        "the slice is gone and its share is given back" if it.slice_uuid else "the share is given back",
-        slice_uuid=it.slice_uuid,
-        profile=attempt.profile,
-        gpu_uuid=attempt.gpu_uuid,
-        held_ms=since_ms(attempt.reserve_time, draft.at),
-    )
-
-
-def _ended(draft: Draft, it: h.Ended) -> None:
-    ending = draft.record.ending
-    if ending is None:
-        raise IllegalTransition(f"{draft.job.id}: how it ends was never decided")
-    draft.job.state = ending.state
-    draft.job.end_time.CopyFrom(timestamp(draft.at))
-    draft.tell(
-        ending.reason,
-        "; ".join(part for part in (ending.message, draft.record.results_lost, it.unconfirmed) if part),
-        exit_code=draft.job.exit_code if draft.job.HasField("exit_code") else "",
-        share_held="true" if it.unconfirmed else "",
-        elapsed_ms=since_ms(draft.job.create_time, draft.at),
-    )
-
-
-def _note_exit(draft: Draft, container: node_pb2.Container) -> None:
-    attempt = draft.job.attempts[-1]
-    attempt.end_time.CopyFrom(container.end_time if container.HasField("end_time") else timestamp(draft.at))
-    if container.HasField("idleness"):
-        draft.record = replace(draft.record, busy_seen_s=container.idleness.busy_seconds)
-    if container.HasField("exit_code"):
-        attempt.exit_code = container.exit_code
-        draft.job.exit_code = container.exit_code
-
-
-def _exit_details(draft: Draft, container: node_pb2.Container) -> dict[str, object]:
-    attempt = draft.job.attempts[-1]
-    return {
-        "container_id": container.id,
-        "exit_code": container.exit_code if container.HasField("exit_code") else "",
-        "elapsed_ms": since_ms(attempt.start_time, moment(attempt.end_time)),
-    }
-
-
 # Each function takes a draft and the happening that it is listed under.
 _APPLY: Mapping[type[Happening], Callable[[Draft, Any], None]] = {
     h.Submitted: _submitted,
@@ -431,15 +316,15 @@ _APPLY: Mapping[type[Happening], Callable[[Draft, Any], None]] = {
     h.ContainerStarted: _container_started,
     h.Requeued: _requeued,
     h.CancelRequested: _cancel_requested,
-    h.CommandEnded: _command_ended,
-    h.NotStarted: _not_started,
-    h.Stopped: _stopped,
-    h.ResultsCollected: _results_collected,
-    h.ResultsDelayed: _results_delayed,
-    h.ResultsLost: _results_lost,
-    h.ContainerRemoved: _container_removed,
-    h.SliceDestroyed: _slice_destroyed,
-    h.Ended: _ended,
+    h.CommandEnded: finishing.command_ended,
+    h.NotStarted: finishing.not_started,
+    h.Stopped: finishing.stopped,
+    h.ResultsCollected: finishing.results_collected,
+    h.ResultsDelayed: finishing.results_delayed,
+    h.ResultsLost: finishing.results_lost,
+    h.ContainerRemoved: finishing.container_removed,
+    h.SliceDestroyed: finishing.slice_destroyed,
+    h.Ended: finishing.ended,
     h.SuspendRequested: sharing.suspend_requested,
     h.ReclaimBegun: sharing.reclaim_begun,
     h.Reclaimed: sharing.reclaimed,

@@ -14,17 +14,17 @@ from typing import Protocol
 import structlog
 
 from controlplane import happenings
+from controlplane.cutting import Placed, cut
 from controlplane.faults import Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
-from controlplane.node_asker import Fenced, NodeAsker
+from controlplane.node_asker import Fenced
 from controlplane.node_link import NodeLink
-from controlplane.records import JobRecord, Reservation, TakeOver
+from controlplane.records import JobRecord, Reservation
 from controlplane.reservations import Reservations
-from controlplane.store import Store
 from controlplane.wants import Wants
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, seconds
-from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2
+from puhui.v1 import job_pb2, node_pb2, node_service_pb2
 from puhui.v1.job_pb2 import (
     RECLAIM_MODE_CHECKPOINT,
     RECLAIM_MODE_DETACH,
@@ -32,7 +32,7 @@ from puhui.v1.job_pb2 import (
     RECLAIM_MODE_STOP,
 )
 
-__all__ = ["Driven", "ShareDriver", "cut", "discard_warm", "hardest_mild", "rest_until"]
+__all__ = ["Driven", "ShareDriver", "hardest_mild", "rest_until"]
 
 _log = structlog.get_logger(__name__)
 
@@ -41,32 +41,12 @@ _LONGEST_BACK_OFF_S = 600.0
 _ENDED_BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 
 
-class Driven(Protocol):
+class Driven(Placed, Protocol):
     """The attempt whose share comes and goes."""
-
-    @property
-    def record(self) -> JobRecord:
-        """The job."""
-
-    @property
-    def attempt(self) -> job_pb2.Attempt:
-        """The attempt."""
-
-    @property
-    def owner(self) -> card_pb2.AttemptRef:
-        """Under which its node is commanded."""
 
     @property
     def link(self) -> NodeLink:
         """The connection to its node."""
-
-    @property
-    def asker(self) -> NodeAsker:
-        """Asks its node."""
-
-    @property
-    def store(self) -> Store:
-        """The centre's memory."""
 
     @property
     def reservations(self) -> Reservations:
@@ -329,98 +309,3 @@ class ShareDriver:
 
     def _request_id(self, step: str) -> str:
         return f"{self._driven.record.id}/{self._driven.owner.attempt}/{step}-{self._driven.record.resumes}"
-
-
-async def cut(driven: Driven, step: str) -> card_pb2.Slice:
-    """Returns the slice of the share that is reserved for an attempt: a warm one that is taken over, or a new one.
-
-    Args:
-        driven: the attempt.
-        step: tells this slice from others of the attempt.
-
-    Raises:
-        Refusal: the node's.
-        GivenUp: the job's end was asked for, and the node cannot be asked.
-    """
-    record, attempt = driven.record, driven.attempt
-    if record.take_over is not None:
-        piece = await taken(driven, record.take_over)
-        if piece is not None:
-            return piece
-    request = node_service_pb2.CreateSliceRequest(
-        owner=driven.owner,
-        gpu_uuid=attempt.gpu_uuid,
-        profile=attempt.profile,
-        placement=attempt.placement,
-        request_id=f"{record.id}/{attempt.number}/{step}",
-    )
-    return await driven.asker.ask(lambda client: client.create_slice(request), give_up=True)
-
-
-async def taken(driven: Driven, warm: TakeOver) -> card_pb2.Slice | None:
-    """Returns the warm slice, the attempt's own now; None when it is gone, or could only be destroyed.
-
-    Raises:
-        Refusal: the node's.
-        GivenUp: the job's end was asked for, and the node cannot be asked.
-    """
-    for piece in await driven.asker.ask(lambda client: client.list_slices(), give_up=True):
-        if piece.uuid == warm.slice_uuid and _is_of(piece, driven.owner):
-            return piece if piece.state != card_pb2.SLICE_STATE_ERROR else None
-    former = await _former(driven, warm)
-    if former is None or warm.key == (driven.owner.job_id, driven.owner.attempt):
-        return None
-    request = node_service_pb2.TransferSliceRequest(
-        owner=former,
-        slice_uuid=warm.slice_uuid,
-        new_owner=driven.owner,
-        request_id=f"{driven.owner.job_id}/{driven.owner.attempt}/take-over-{driven.record.resumes}",
-    )
-    try:
-        return await driven.asker.ask(lambda client: client.transfer_slice(request), give_up=True)
-    except Refusal as refusal:
-        if refusal.reason == "SLICE_NOT_FOUND":
-            return None
-        _log.warning("a warm slice cannot be taken over; another is cut", slice=warm.slice_uuid, why=str(refusal))
-    await _destroy(driven, former, warm.slice_uuid, give_up=True)
-    return None
-
-
-async def discard_warm(driven: Driven, warm: TakeOver) -> None:
-    """Destroys the warm slice that an attempt was going to take over, whose ever it is by now.
-
-    Raises:
-        Refusal: the node's.
-    """
-    for piece in await driven.asker.ask(lambda client: client.list_slices()):
-        if piece.uuid != warm.slice_uuid:
-            continue
-        owner = driven.owner if _is_of(piece, driven.owner) else await _former(driven, warm)
-        if owner is not None and _is_of(piece, owner):
-            await _destroy(driven, owner, piece.uuid, give_up=False)
-
-
-async def _former(driven: Driven, warm: TakeOver) -> card_pb2.AttemptRef | None:
-    """Returns under which the owner of a warm slice is commanded."""
-    record = await driven.store.job(warm.job_id)
-    if record is None:
-        return None
-    return card_pb2.AttemptRef(
-        centre=driven.owner.centre,
-        job_id=warm.job_id,
-        attempt=warm.attempt,
-        fencing_token=record.job.attempts[warm.attempt - 1].fencing_token,
-    )
-
-
-async def _destroy(driven: Driven, owner: card_pb2.AttemptRef, slice_uuid: str, *, give_up: bool) -> None:
-    request = node_service_pb2.DestroySliceRequest(owner=owner, slice_uuid=slice_uuid)
-    try:
-        await driven.asker.ask(lambda client: client.destroy_slice(request), give_up=give_up)
-    except Refusal as refusal:
-        if refusal.reason != "SLICE_NOT_FOUND":
-            raise
-
-
-def _is_of(piece: card_pb2.Slice, owner: card_pb2.AttemptRef) -> bool:
-    return (piece.owner.centre, piece.owner.job_id, piece.owner.attempt) == (owner.centre, owner.job_id, owner.attempt)
