@@ -11,7 +11,6 @@ import base64
 import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
 
 import grpc
 import structlog
@@ -19,16 +18,15 @@ import structlog
 from controlplane import happenings
 from controlplane.draft import IllegalTransition, current_share
 from controlplane.faults import retry_delay_s
-from controlplane.happenings import Happening
 from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.jobs import FINAL_STATES, transition
 from controlplane.lasting import Lasting
 from controlplane.log_reader import require_job
-from controlplane.metering import BusyCounted, RunBegun, RunEnded, UsageChange
 from controlplane.node_client import is_unreachable
 from controlplane.node_link import NodeLink
 from controlplane.nodes import Nodes
 from controlplane.records import Change, JobRecord
+from controlplane.run_book import RunBook
 from controlplane.run_input import RunInput, require_valid_start
 from controlplane.scheduler import Scheduler
 from controlplane.store import RequestReused, Store
@@ -47,7 +45,6 @@ _log = structlog.get_logger(__name__)
 _MOST_UNDER_WAY = 32
 _LOOK_AGAIN_S = 1.0
 _RACE_S = 0.01
-_COUNT_S = 1.0
 _MOST_RACES = 200
 # The share was there when it was looked at; it is looked at again.
 _RACES = frozenset({"CONTAINER_SUSPENDED", "CONTAINER_NOT_RUNNING", "CONTAINER_NOT_FOUND", "CONTAINER_CHECKPOINTED"})
@@ -92,10 +89,7 @@ class Runs:
         self._wants = wants
         self._lasting = lasting
         self._followers: set[asyncio.Task[None]] = set()
-        self._telling: dict[str, asyncio.Task[None]] = {}
-        """What is being stored of the start of a run, by its id."""
-        self._counters: dict[str, float] = {}
-        """For how long its container had used its cards when a run began, in seconds."""
+        self._book = RunBook(centre, store, nodes, lasting)
 
     async def take_up(self) -> None:
         """Goes on with the runs that were under way when the last control plane ended."""
@@ -113,7 +107,7 @@ class Runs:
                     if run.HasField("start_time")
                     else "the control plane was started again before it began; give the run instruction again"
                 )
-                await self._change(record.id, happenings.RunEnded(run.id, None, why))
+                await self._book.tell(record.id, happenings.RunEnded(run.id, None, why))
 
     async def stop(self) -> None:
         """Lets go of the runs; they run on."""
@@ -149,7 +143,7 @@ class Runs:
                     yield response
         except Refusal as refusal:
             ended = True
-            await self._lasting.do(self._change(run.job_id, happenings.RunEnded(run.id, None, refusal.message)))
+            await self._lasting.do(self._book.tell(run.job_id, happenings.RunEnded(run.id, None, refusal.message)))
             raise
         finally:
             if not ended and lasting and started:
@@ -157,7 +151,7 @@ class Runs:
             elif not ended:
                 why = "its caller went away, and it was hung up" if started else "it was given up before it began"
                 gone = happenings.RunEnded(run.id, None, why)
-                await self._lasting.do(self._change(run.job_id, gone))
+                await self._lasting.do(self._book.tell(run.job_id, gone))
 
     async def _accept(self, start: wire.RunStart) -> tuple[job_pb2.Run, wire.RunStart]:
         """Notes the run, or finds the one that the same request made before; with what was asked for then."""
@@ -220,14 +214,14 @@ class Runs:
                 with contextlib.closing(call):
                     if not started:
                         started = True
-                        self._tell_start(run)
+                        self._book.tell_start(run)
                         yield wire.RunJobResponse(run=run)
                     async for answer in call.answers():
                         if answer.HasField("output"):
                             offset, tries = answer.output.offset + len(answer.output.data), 0
                             yield wire.RunJobResponse(output=answer.output)
                         else:
-                            await self._over(run, answer.exit_code)
+                            await self._book.over(run, answer.exit_code)
                             yield wire.RunJobResponse(exit_code=answer.exit_code)
                             return
                 why = Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "the node ended the call without an exit code")
@@ -293,69 +287,6 @@ class Runs:
         await asyncio.sleep(min(_LOOK_AGAIN_S, retry_delay_s(tries)))
         await self._link(record).contact()
 
-    # -- what is told of it
-
-    def _tell_start(self, run: job_pb2.Run) -> None:
-        """Stores that a run has started without keeping its output waiting for that."""
-        task = asyncio.create_task(self._change(run.job_id, happenings.RunStarted(run.id)))
-        self._telling[run.id] = task
-        task.add_done_callback(lambda _: self._telling.pop(run.id, None))
-
-    async def _over(self, run: job_pb2.Run, exit_code: int) -> None:
-        telling = self._telling.get(run.id)
-        if telling is not None:
-            await asyncio.wait({telling})
-        await self._lasting.do(self._change(run.job_id, happenings.RunEnded(run.id, exit_code)))
-
-    async def _counter_s(self, job_id: str) -> float | None:
-        """Returns for how long a job's container has used its cards, in seconds; None when that cannot be had now."""
-        record = await self._store.job(job_id)
-        if record is None or not record.job.attempts:
-            return None
-        try:
-            async with asyncio.timeout(_COUNT_S):
-                containers = await self._link(record).client.list_containers()
-        except (Refusal, TimeoutError):
-            return None
-        for container in containers:
-            owner = container.owner
-            if (owner.centre, owner.job_id, owner.attempt) == (self._centre, job_id, len(record.job.attempts)):
-                return container.idleness.busy_seconds if container.HasField("idleness") else None
-        return None
-
-    async def _change(self, job_id: str, happening: Happening) -> None:
-        counter_s = await self._counter_s(job_id)
-        if isinstance(happening, happenings.RunStarted) and counter_s is not None:
-            self._counters[happening.run_id] = counter_s
-        elif isinstance(happening, happenings.RunEnded):
-            before = self._counters.pop(happening.run_id, None)
-            if counter_s is not None and before is not None:
-                happening = replace(happening, busy_s=max(0.0, counter_s - before))
-
-        def decide(record: JobRecord, _: int) -> Change | None:
-            known = {run.id: run for run in record.job.runs}
-            if isinstance(happening, happenings.RunEnded):
-                run = known.get(happening.run_id)
-                if run is not None and run.HasField("end_time"):
-                    return None
-            try:
-                after, event = transition(record, happening, now())
-            except IllegalTransition as error:
-                _log.warning("a run could not be told of", job=job_id, why=str(error))
-                return None
-            runs = tuple(run for run in after.job.runs if run != known.get(run.id))
-            return Change(after, (event,), runs=runs, usage=_usage(happening, counter_s))
-
-        tries = 0
-        while True:
-            try:
-                await self._store.change_job(job_id, decide)
-                return
-            except OSError as error:
-                tries += 1
-                _log.error("the store cannot be written; trying again", job=job_id, why=str(error))
-                await asyncio.sleep(retry_delay_s(tries))
-
     def _follow(self, run: job_pb2.Run, offset: int) -> None:
         """Finds out how a run ends whose caller went away and may come back.
 
@@ -381,17 +312,17 @@ class Runs:
                     with contextlib.closing(await self._link(record).client.exec(given.for_node(start))) as call:
                         async for answer in call.answers():
                             if answer.HasField("exit_code"):
-                                await self._over(run, answer.exit_code)
+                                await self._book.over(run, answer.exit_code)
                                 return
                             offset = answer.output.offset + len(answer.output.data)
                 except Refusal as refusal:
                     if not is_unreachable(refusal):
-                        await self._change(run.job_id, happenings.RunEnded(run.id, None, refusal.message))
+                        await self._book.tell(run.job_id, happenings.RunEnded(run.id, None, refusal.message))
                         return
                 tries += 1
                 await self._until_back(run.job_id, tries)
         except Refusal as refusal:
-            await self._change(run.job_id, happenings.RunEnded(run.id, None, refusal.message))
+            await self._book.tell(run.job_id, happenings.RunEnded(run.id, None, refusal.message))
 
     def _exec(
         self, record: JobRecord, start: wire.RunStart, run: job_pb2.Run, offset: int
@@ -417,15 +348,6 @@ class Runs:
             else None,
             output_offset=offset,
         )
-
-
-def _usage(happening: Happening, counter_s: float | None) -> tuple[UsageChange, ...]:
-    if isinstance(happening, happenings.RunStarted):
-        return (RunBegun(happening.run_id, now(), counter_s),)
-    if isinstance(happening, happenings.RunEnded):
-        counted = (BusyCounted(counter_s),) if counter_s is not None else ()
-        return (*counted, RunEnded(happening.run_id, now(), counter_s))
-    return ()
 
 
 async def _nothing() -> AsyncIterator[wire.RunJobRequest]:
