@@ -215,7 +215,7 @@ class Runs:
                     if not started:
                         started = True
                         self._book.tell_start(run)
-                        yield wire.RunJobResponse(run=run)
+                        yield wire.RunJobResponse(run=_begun(run, record))
                     async for answer in call.answers():
                         if answer.HasField("output"):
                             offset, tries = answer.output.offset + len(answer.output.data), 0
@@ -348,6 +348,18 @@ class Runs:
             else None,
             output_offset=offset,
         )
+
+
+def _begun(run: job_pb2.Run, record: JobRecord) -> job_pb2.Run:
+    """Returns a run whose command has just started on the share that its job has."""
+    begun = job_pb2.Run()
+    begun.CopyFrom(run)
+    begun.attempt = len(record.job.attempts)
+    begun.start_time.CopyFrom(timestamp(now()))
+    share = current_share(record.attempt)
+    if share is not None:
+        begun.slice_uuid, begun.gpu_index = share.slice_uuid, share.gpu_index
+    return begun
 
 
 async def _nothing() -> AsyncIterator[wire.RunJobRequest]:

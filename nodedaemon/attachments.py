@@ -235,6 +235,15 @@ class Attachments:
                 raise
             return before, [one for one, _ in slices]
 
+    async def holders(self, owner: Owner) -> list[Holder]:
+        """Returns the processes that hold the slices of an attempt's living container now, by process id.
+
+        Raises:
+            Refusal: as `detach` does.
+        """
+        before = self._living(owner)
+        return await self._all_holders(before, [self._slices.book.owned(owner, uuid) for uuid in before.slice_uuids])
+
     async def _all_holders(
         self, record: ContainerRecord, slices: Sequence[tuple[SliceRecord, GpuFacts]]
     ) -> list[Holder]:

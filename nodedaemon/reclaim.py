@@ -140,6 +140,7 @@ class Reclaim:
             mode = _CHECKPOINT if record.checkpoint is not None else _DETACH
             return await self._done(owner, terms, mode, (), "it had no cards")
         try:
+            await self._require_possible(record, terms)
             warning = await self._warn(record, token, terms)
             if terms.only_if_idle:
                 await self._require_idle(owner)
@@ -149,6 +150,14 @@ class Reclaim:
             if known is not None:
                 self._tell(known, NodeEventKind.NODE_EVENT_KIND_RECLAIM_REFUSED, error.reason, error.message)
             raise
+
+    async def _require_possible(self, record: ContainerRecord, terms: Terms) -> None:
+        """Refuses what cannot be done, before anybody is warned of it and the container is touched."""
+        able = terms.hardest == _STOP or (terms.hardest == _CHECKPOINT and self._checkpoints.probe().name)
+        holders = [] if able else await self._attachments.holders(record.owner)
+        rungs, why_not = self.able(holders, terms)
+        if not rungs:
+            raise _impossible(record, holders, why_not)
 
     async def _warn(self, record: ContainerRecord, token: int, terms: Terms) -> str:
         """Warns what runs in a container. Returns what went wrong with that; empty when nothing did."""
@@ -477,13 +486,17 @@ class _Taking:
                 await self._reclaim.end(record, holders)
                 kept = None
             return lambda now: self._reclaim._write(now.owner, kept)
-        raise Refusal(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            "RECLAIM_IMPOSSIBLE",
-            f"the cards of container {record.container_id[:12]} cannot be taken: {why_not}",
-            container_id=record.container_id,
-            holders=", ".join(map(str, holders)),
-        )
+        raise _impossible(record, holders, why_not)
+
+
+def _impossible(record: ContainerRecord, holders: Sequence[Holder], why_not: str) -> Refusal:
+    return Refusal(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "RECLAIM_IMPOSSIBLE",
+        f"the cards of container {record.container_id[:12]} cannot be taken: {why_not}",
+        container_id=record.container_id,
+        holders=", ".join(map(str, holders)),
+    )
 
 
 def _move(old: CardRecord, new: CardRecord, place: str) -> Move:

@@ -33,6 +33,7 @@ from puhui.v1.stream_pb2 import LOG_STREAM_STDERR
 __all__ = ["add_commands"]
 
 _NOT_STARTED = 125
+_NO_COMMAND = 127
 _BY_SIGNAL = 128
 _QUICKLY_S = 1.0
 _READ_BYTES = 64 * 2**10
@@ -70,8 +71,8 @@ def _exec(
 ) -> None:
     """Run a command in a session, or in a batch job's container, on a share of a GPU that is scheduled for it.
 
-    Its input and output are this program's own, and so is its exit code; 125 when it never started. Ctrl-C goes to
-    the command; twice within a second hangs up.
+    Its input and output are this program's own, and so is its exit code; 125 when it never started, 127 when there is
+    no such command. Ctrl-C goes to the command; twice within a second hangs up.
     """
     command = command_of(context, words, _EXAMPLE)
     if not session.strip():
@@ -97,7 +98,8 @@ def _exec(
             raise
         except Refusal as refusal:
             terminal().fail(refusal)
-            raise typer.Exit(_NOT_STARTED) from None
+            # As a shell says it.
+            raise typer.Exit(_NO_COMMAND if refusal.reason == "COMMAND_NOT_FOUND" else _NOT_STARTED) from None
     raise typer.Exit(code)
 
 

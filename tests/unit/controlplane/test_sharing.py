@@ -289,6 +289,7 @@ async def test_a_run_gets_a_share_and_its_output_comes_home(tmp_path: Path, node
         job_id = await idle(centre, node)
         run = Run(centre, job_id)
         started = await run.until_started()
+        assert (started.attempt, started.slice_uuid, started.HasField("start_time")) == (1, "MIG-1", True)
         command = node.commands[0]
         assert command.slice_uuids == ["MIG-1"]
         await command.write(b"hello")
