@@ -208,9 +208,11 @@ class Worker:
             try:
                 await deed(owner)
             except Refusal as error:
-                # It ended meanwhile, or somebody took its slice away.
-                over = ("CONTAINER_NOT_RUNNING", "CONTAINER_NOT_FOUND")
-                if error.reason not in over and not (error.reason == "SLICE_NOT_FOUND" and self._robbed()):
+                if error.reason in ("CONTAINER_NOT_RUNNING", "CONTAINER_NOT_FOUND"):
+                    # It ended meanwhile, or somebody removed it. The daemon may learn that a moment later than Podman
+                    # told us: a container that was frozen is still called suspended until then.
+                    return
+                if not (error.reason == "SLICE_NOT_FOUND" and self._robbed()):
                     raise
 
     def _robbed(self) -> bool:
