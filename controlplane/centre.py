@@ -76,6 +76,16 @@ class Settings:
     """When unused shares are taken back."""
     session_memory_mib: int = 0
     """Memory of the share of a session that asks for none; 0 is the smallest slice there is."""
+    federation_listen: str = ""
+    """Address at which peers are served, with mutual TLS: "host:port"; "" serves none."""
+    federation_address: str = ""
+    """Where peers reach that; "" is where it listens."""
+    lease_s: float = 900.0
+    """Length of the leases that are asked for, and the longest that are given."""
+    lease_margin_s: float = 30.0
+    """Time that a peer gets to end what its lease no longer covers, before the job starts elsewhere."""
+    keep_guests_s: float = 7 * 86400.0
+    """Results of what peers had run here are kept for this long."""
 
 
 class Centre:

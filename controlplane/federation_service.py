@@ -57,6 +57,20 @@ class FederationService(FederationServiceServicer):
         """Not served yet."""
         raise unimplemented("GetForwardedArtifacts")
 
+    def CallForwardedJob(  # noqa: N802
+        self, request_iterator: AsyncIterator[wire.CallForwardedJobRequest], context: _Context
+    ) -> AsyncIterator[wire.CallForwardedJobResponse]:
+        """Not served yet."""
+        raise unimplemented("CallForwardedJob")
+
+    async def Pair(self, request: wire.PairRequest, context: _Context) -> wire.PairResponse:  # noqa: N802
+        """Not served yet."""
+        raise unimplemented("Pair")
+
+    async def Unpair(self, request: wire.UnpairRequest, context: _Context) -> wire.UnpairResponse:  # noqa: N802
+        """Not served yet."""
+        raise unimplemented("Unpair")
+
     def ExchangeCapacity(  # noqa: N802
         self, request_iterator: AsyncIterator[wire.ExchangeCapacityRequest], context: _Context
     ) -> AsyncIterator[wire.ExchangeCapacityResponse]:

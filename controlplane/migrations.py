@@ -154,3 +154,37 @@ def m0004_usage(db: Database) -> None:
         """
     )
     db.execute('create index usage_by_end on usage ("end")')
+
+
+@migrations()
+def m0005_peers(db: Database) -> None:
+    """Peers, what was sent to them, and what they have sent."""
+    db.execute("create table peers (name text primary key, fingerprint text not null unique, body text not null)")
+    db.execute("create table invitations (public_key text primary key, expires real not null, body text not null)")
+    db.execute(
+        """
+        create table forwards (
+            job_id text not null,
+            attempt integer not null,
+            peer text not null,
+            stage text not null,
+            body text not null,      -- JSON: ForwardRecord
+            primary key (job_id, attempt)
+        ) without rowid
+        """
+    )
+    db.execute("create index forwards_by_stage on forwards (stage)")
+    db.execute(
+        """
+        create table guests (
+            peer text not null,
+            origin_job text not null,
+            attempt integer not null,
+            job_id text not null,
+            at real not null,
+            body text not null,      -- JSON: GuestRecord
+            primary key (peer, origin_job, attempt)
+        ) without rowid
+        """
+    )
+    db.execute("create index guests_by_job on guests (job_id)")

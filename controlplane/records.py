@@ -5,20 +5,24 @@ Messages inside a record are never changed in place: who changes one copies it f
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from controlplane.endings import Ending
-from controlplane.metering import UsageChange
-from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2
+from controlplane.forwards import ForwardRecord
+from controlplane.metering import Stretch, UsageChange
+from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2, peer_service_pb2
 
 __all__ = [
     "BundleRecord",
     "Change",
     "Decide",
+    "InvitationRecord",
     "JobQuery",
     "JobRecord",
     "NodeRecord",
+    "PeerRecord",
     "Request",
     "Reservation",
     "TakeOver",
@@ -85,6 +89,8 @@ class JobRecord:
     """Attempt whose workspace the newest one takes over; 0 when none, or when it has."""
     take_over: TakeOver | None = None
     """The warm slice that the newest attempt is going to take over."""
+    not_at: tuple[str, ...] = ()
+    """Peers that are not asked again for this job: they could not run it, or ended it by themselves."""
 
     @property
     def id(self) -> str:
@@ -179,6 +185,10 @@ class Change:
     request: Request | None = None
     usage: tuple[UsageChange, ...] = ()
     """What it means for the job's usage, in order."""
+    usage_there: tuple[Stretch, ...] = ()
+    """Stretches of usage at a peer, as they are now."""
+    forward: ForwardRecord | None = None
+    """What was sent to a peer, as it is now."""
 
 
 Decide = Callable[[JobRecord, int], Change | None]
@@ -216,3 +226,41 @@ class BundleRecord:
     unpacked_bytes: int
     sizes: Mapping[str, int]
     """Size of every regular file in it, in bytes, by its normalized path."""
+
+
+@dataclass(frozen=True)
+class PeerRecord:
+    """Another centre that this one works with."""
+
+    name: str
+    """Name by which it is known here."""
+    centre_id: str
+    address: str
+    """Where it serves its peers; "" when it is never called."""
+    certificate: bytes
+    """DER; pinned."""
+    terms: peer_service_pb2.PeerTerms
+    create_time: float
+    """In seconds since the epoch."""
+    round_trip_s: float = 0.0
+    """Measured; 0 while it is not known."""
+    bytes_per_second: float = 0.0
+    """Measured; 0 while it is not known."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of its certificate, in hexadecimal."""
+        return hashlib.sha256(self.certificate).hexdigest()
+
+
+@dataclass(frozen=True)
+class InvitationRecord:
+    """An invitation that was given out and not taken yet."""
+
+    public_key: str
+    """Its public key, uncompressed point in hexadecimal."""
+    expires: float
+    """In seconds since the epoch."""
+    name: str
+    """Name that the new peer gets; "" is its own."""
+    terms: peer_service_pb2.PeerTerms

@@ -12,8 +12,11 @@ from typing import Any
 
 from sqlite_utils import Database
 
+from controlplane import peer_tables
 from controlplane.endings import Ending
+from controlplane.forwards import ForwardRecord
 from controlplane.group_commit import GroupCommit
+from controlplane.guests import GuestKey, GuestRecord
 from controlplane.jobs import FINAL_STATES
 from controlplane.metering import Stretch
 from controlplane.migrations import migrations
@@ -21,17 +24,19 @@ from controlplane.records import (
     BundleRecord,
     Change,
     Decide,
+    InvitationRecord,
     JobQuery,
     JobRecord,
     NodeRecord,
+    PeerRecord,
     Request,
     Reservation,
     TakeOver,
 )
-from controlplane.store import RequestReused, ShareTaken
-from controlplane.usage_table import read_usage, write_usage
+from controlplane.store import DecideGuest, RequestReused, ShareTaken
+from controlplane.usage_table import put_usage, read_usage, write_usage
 from controlplane.watch import Feed
-from puhui.rpc.moment import moment
+from puhui.rpc.moment import moment, now
 from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
 
 __all__ = ["SqliteStore"]
@@ -97,6 +102,7 @@ class SqliteStore:
         events: Sequence[job_pb2.JobEvent],
         request: Request | None = None,
         bundle: BundleRecord | None = None,
+        guest: DecideGuest | None = None,
     ) -> JobRecord:
         """Stores a new job with its first events and its bundle; returns it with its sequence and last cursor."""
 
@@ -105,6 +111,12 @@ class SqliteStore:
                 earlier = _note_request(db, request, record.id)
                 if earlier is not None:
                     return _require_job(db, earlier)
+            if guest is not None:
+                its = record.job.guest
+                bound = guest(peer_tables.find_guest(db, (its.peer, its.job_id, its.attempt)))
+                peer_tables.write_guest(db, bound)
+                if bound.job_id != record.id:
+                    return _require_job(db, bound.job_id)
             if bundle is not None:
                 _write_bundle(db, bundle)
             job = record.job
@@ -149,6 +161,9 @@ class SqliteStore:
                     ],
                 )
             write_usage(db, change.record.job, change.usage)
+            put_usage(db, change.usage_there)
+            if change.forward is not None:
+                peer_tables.write_forward(db, change.forward)
             return _write_job(db, before.sequence, change.record, change.events), True
 
         after, changed = await self._writer.write(act)
@@ -244,6 +259,68 @@ class SqliteStore:
         ).fetchone()
         return BundleRecord(row[0], row[1], row[2], json.loads(row[3])) if row is not None else None
 
+    async def forwards(self) -> list[ForwardRecord]:
+        """Returns every forward that is not settled."""
+        return peer_tables.read_forwards(self._read)
+
+    async def forward(self, job_id: str, attempt: int) -> ForwardRecord | None:
+        """Returns a forward."""
+        return peer_tables.read_forward(self._read, job_id, attempt)
+
+    async def guest(self, key: GuestKey) -> GuestRecord | None:
+        """Returns a guest."""
+        return peer_tables.find_guest(self._read, key)
+
+    async def guests(self) -> list[GuestRecord]:
+        """Returns every guest whose job has not ended."""
+        return peer_tables.read_guests(self._read)
+
+    async def guest_of(self, job_id: str) -> GuestRecord | None:
+        """Returns the guest that a job is."""
+        return peer_tables.find_guest_of(self._read, job_id)
+
+    async def change_guest(self, key: GuestKey, decide: DecideGuest) -> GuestRecord:
+        """Lets `decide` change a guest, and returns it afterwards."""
+
+        def act(db: Database) -> GuestRecord:
+            after = decide(peer_tables.find_guest(db, key))
+            peer_tables.write_guest(db, after)
+            return after
+
+        return await self._writer.write(act)
+
+    async def old_guests(self, before: float) -> list[GuestRecord]:
+        """Returns guests whose job ended, or that were refused, before a time."""
+        return peer_tables.read_old_guests(self._read, before)
+
+    async def forget_guest(self, key: GuestKey) -> None:
+        """Forgets a guest."""
+        await self._writer.write(lambda db: peer_tables.delete_guest(db, key))
+
+    async def put_peer(self, record: PeerRecord) -> None:
+        """Stores a peer."""
+        await self._writer.write(lambda db: peer_tables.write_peer(db, record))
+
+    async def peers(self) -> list[PeerRecord]:
+        """Returns every peer, by name."""
+        return peer_tables.read_peers(self._read)
+
+    async def remove_peer(self, name: str) -> None:
+        """Removes a peer."""
+        await self._writer.write(lambda db: peer_tables.delete_peer(db, name))
+
+    async def put_invitation(self, record: InvitationRecord) -> None:
+        """Stores an invitation, and forgets those that hold no longer."""
+        await self._writer.write(lambda db: peer_tables.write_invitation(db, record, now()))
+
+    async def invitations(self) -> list[InvitationRecord]:
+        """Returns the invitations that were not taken."""
+        return peer_tables.read_invitations(self._read)
+
+    async def take_invitation(self, public_key: str, peer: PeerRecord) -> bool:
+        """Stores a peer in exchange for its invitation."""
+        return await self._writer.write(lambda db: peer_tables.take_invitation(db, public_key, peer))
+
     async def forget_requests(self, before: float) -> None:
         """Forgets requests that were made before a time (seconds since the epoch)."""
         await self._writer.write(lambda db: db.execute("delete from requests where time < ?", [before]) and None)
@@ -284,6 +361,7 @@ def _conditions(query: JobQuery) -> tuple[list[str], list[Any]]:
 def _job_of(row: tuple[int, bytes, str]) -> JobRecord:
     sequence, body, control = row
     kept = json.loads(control)
+    kept["not_at"] = tuple(kept.get("not_at", ()))
     ending, take_over = kept.pop("ending", None), kept.pop("take_over", None)
     return JobRecord(
         job_pb2.Job.FromString(body),

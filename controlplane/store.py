@@ -6,22 +6,29 @@ stored. `tests/contract/store` says what every implementation promises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from controlplane.forwards import ForwardRecord
+from controlplane.guests import GuestKey, GuestRecord
 from controlplane.metering import Stretch
 from controlplane.records import (
     BundleRecord,
     Decide,
+    InvitationRecord,
     JobQuery,
     JobRecord,
     NodeRecord,
+    PeerRecord,
     Request,
     Reservation,
 )
 from puhui.v1 import job_pb2, job_service_pb2
 
-__all__ = ["RequestReused", "ShareTaken", "Store"]
+__all__ = ["DecideGuest", "RequestReused", "ShareTaken", "Store"]
+
+DecideGuest = Callable[[GuestRecord | None], GuestRecord]
+"""Pure: the stored guest in, the guest afterwards out."""
 
 
 class RequestReused(Exception):  # noqa: N818 - a name for what it is
@@ -47,13 +54,16 @@ class Store(Protocol):
         events: Sequence[job_pb2.JobEvent],
         request: Request | None = None,
         bundle: BundleRecord | None = None,
+        guest: DecideGuest | None = None,
     ) -> JobRecord:
         """Stores a new job with its first events and its bundle; returns it with its sequence and last cursor.
 
-        If `request` was carried out before, nothing is stored and the job that it made comes back.
+        If `request` was carried out before, nothing is stored and the job that it made comes back. If `guest` says
+        that the guest is another job already, that one comes back, and only the guest is stored.
 
         Raises:
             RequestReused: the request id came with another body before.
+            Exception: whatever `guest` raises; nothing is stored then.
         """
 
     async def change_job(self, job_id: str, decide: Decide) -> JobRecord:
@@ -117,6 +127,52 @@ class Store(Protocol):
 
     async def bundle(self, bundle_id: str) -> BundleRecord | None:
         """Returns a bundle."""
+
+    async def forwards(self) -> list[ForwardRecord]:
+        """Returns every forward that is not settled."""
+
+    async def forward(self, job_id: str, attempt: int) -> ForwardRecord | None:
+        """Returns a forward."""
+
+    async def guest(self, key: GuestKey) -> GuestRecord | None:
+        """Returns a guest."""
+
+    async def guests(self) -> list[GuestRecord]:
+        """Returns every guest whose job has not ended."""
+
+    async def guest_of(self, job_id: str) -> GuestRecord | None:
+        """Returns the guest that a job is; None when it was submitted here."""
+
+    async def change_guest(self, key: GuestKey, decide: DecideGuest) -> GuestRecord:
+        """Lets `decide` change a guest, and returns it afterwards.
+
+        Raises:
+            Exception: whatever `decide` raises; nothing is changed then.
+        """
+
+    async def old_guests(self, before: float) -> list[GuestRecord]:
+        """Returns guests whose job ended before a time (seconds since the epoch), or that were refused before it."""
+
+    async def forget_guest(self, key: GuestKey) -> None:
+        """Forgets a guest."""
+
+    async def put_peer(self, record: PeerRecord) -> None:
+        """Stores a peer."""
+
+    async def peers(self) -> list[PeerRecord]:
+        """Returns every peer, by name."""
+
+    async def remove_peer(self, name: str) -> None:
+        """Removes a peer."""
+
+    async def put_invitation(self, record: InvitationRecord) -> None:
+        """Stores an invitation, and forgets those that hold no longer."""
+
+    async def invitations(self) -> list[InvitationRecord]:
+        """Returns the invitations that were not taken."""
+
+    async def take_invitation(self, public_key: str, peer: PeerRecord) -> bool:
+        """Stores a peer in exchange for its invitation. Returns False, and stores nothing, when that is gone."""
 
     async def forget_requests(self, before: float) -> None:
         """Forgets requests that were made before a time (seconds since the epoch)."""

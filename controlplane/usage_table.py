@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 
 from sqlite_utils import Database
@@ -10,7 +10,7 @@ from sqlite_utils import Database
 from controlplane.metering import Kind, Owner, Stretch, UsageChange, meter
 from puhui.v1 import job_pb2
 
-__all__ = ["read_usage", "write_usage"]
+__all__ = ["put_usage", "read_usage", "write_usage"]
 
 _COLUMNS = ", ".join(f'"{field.name}"' for field in fields(Stretch))
 _MARKS = ", ".join("?" for _ in fields(Stretch))
@@ -27,7 +27,12 @@ def write_usage(db: Database, job: job_pb2.Job, changes: Sequence[UsageChange]) 
         [job.id, job.id, job.id],
     )
     owner = Owner(job.id, job.spec.tenant, job.spec.name)
-    for stretch in meter([_stretch(row) for row in rows], owner, changes):
+    put_usage(db, meter([_stretch(row) for row in rows], owner, changes))
+
+
+def put_usage(db: Database, stretches: Iterable[Stretch]) -> None:
+    """Writes stretches as they are now."""
+    for stretch in stretches:
         db.execute(f"insert or replace into usage ({_COLUMNS}) values ({_MARKS})", astuple(stretch))  # noqa: S608
 
 

@@ -56,10 +56,24 @@ class GetOfferRequest(_message.Message):
     EXPECTED_DURATION_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     REQUIRED_LABELS_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    BUNDLE_ID_FIELD_NUMBER: _builtins.int
+    HOPS_LEFT_FIELD_NUMBER: _builtins.int
+    RESOURCES_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     bundle_bytes: _builtins.int
     """Size of its bundle, in bytes."""
     tenant: _builtins.str
     """Tenant, by the name that the pair has agreed on."""
+    kind: _job_pb2.JobKind.ValueType
+    """What kind of work it is."""
+    bundle_id: _builtins.str
+    """Its bundle; empty when it has none."""
+    hops_left: _builtins.int
+    """How often the executing centre may forward it on."""
+    image: _builtins.str
+    """Image that it asks for; empty is the executing centre's default."""
     @_builtins.property
     def sizing(self) -> _prediction_pb2.Sizing:
         """Size that it needs."""
@@ -76,6 +90,14 @@ class GetOfferRequest(_message.Message):
     def required_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that the executing centre must have."""
 
+    @_builtins.property
+    def origin(self) -> _card_pb2.AttemptRef:
+        """The attempt that is to be forwarded."""
+
+    @_builtins.property
+    def resources(self) -> _job_pb2.Resources:
+        """What it needs beside device memory; the profile and memory count when they are named."""
+
     def __init__(
         self,
         *,
@@ -85,10 +107,16 @@ class GetOfferRequest(_message.Message):
         expected_duration: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
         required_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        origin: _card_pb2.AttemptRef | None = ...,
+        kind: _job_pb2.JobKind.ValueType = ...,
+        bundle_id: _builtins.str = ...,
+        hops_left: _builtins.int = ...,
+        resources: _job_pb2.Resources | None = ...,
+        image: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_duration", b"expected_duration", "sizing", b"sizing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_duration", b"expected_duration", "origin", b"origin", "resources", b"resources", "sizing", b"sizing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_bytes", b"bundle_bytes", "expected_duration", b"expected_duration", "required_labels", b"required_labels", "sizing", b"sizing", "tenant", b"tenant", "visited_centres", b"visited_centres"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_bytes", b"bundle_bytes", "bundle_id", b"bundle_id", "expected_duration", b"expected_duration", "hops_left", b"hops_left", "image", b"image", "kind", b"kind", "origin", b"origin", "required_labels", b"required_labels", "resources", b"resources", "sizing", b"sizing", "tenant", b"tenant", "visited_centres", b"visited_centres"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -107,6 +135,12 @@ class GetOfferResponse(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    LONGEST_LEASE_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    GPU_MODEL_FIELD_NUMBER: _builtins.int
+    BUNDLE_PRESENT_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
     accepted: _builtins.bool
     """Whether it would run it."""
     reason: _builtins.str
@@ -117,6 +151,12 @@ class GetOfferResponse(_message.Message):
     """Name of the offer, to be used in ForwardJob."""
     cost: _builtins.float
     """Relative cost; 1 is the origin's own."""
+    profile: _builtins.str
+    """Profile that it would cut, and the model of the GPU."""
+    gpu_model: _builtins.str
+    """Model of that GPU."""
+    bundle_present: _builtins.bool
+    """The caller has sent this bundle before, and it is still here: it need not be sent again."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Until when the offer holds."""
@@ -124,6 +164,18 @@ class GetOfferResponse(_message.Message):
     @_builtins.property
     def expected_wait(self) -> _duration_pb2.Duration:
         """Expected time until the command starts, without the transfer of the bundle."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The executing centre's lease clock now."""
+
+    @_builtins.property
+    def longest_lease(self) -> _duration_pb2.Duration:
+        """Longest lease that it gives."""
+
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """When not accepted: asking again before this has passed is of no use."""
 
     def __init__(
         self,
@@ -135,10 +187,16 @@ class GetOfferResponse(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         expected_wait: _duration_pb2.Duration | None = ...,
         cost: _builtins.float = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        longest_lease: _duration_pb2.Duration | None = ...,
+        profile: _builtins.str = ...,
+        gpu_model: _builtins.str = ...,
+        bundle_present: _builtins.bool = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "expire_time", b"expire_time", "longest_lease", b"longest_lease", "retry_after", b"retry_after", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cost", b"cost", "expected_wait", b"expected_wait", "expire_time", b"expire_time", "message", b"message", "offer_id", b"offer_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "bundle_present", b"bundle_present", "cost", b"cost", "expected_wait", b"expected_wait", "expire_time", b"expire_time", "gpu_model", b"gpu_model", "longest_lease", b"longest_lease", "message", b"message", "offer_id", b"offer_id", "profile", b"profile", "reason", b"reason", "retry_after", b"retry_after", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,8 +245,14 @@ class ForwardHeader(_message.Message):
     OFFER_ID_FIELD_NUMBER: _builtins.int
     VISITED_CENTRES_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    HOPS_LEFT_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    IDLE_POLICY_FIELD_NUMBER: _builtins.int
     offer_id: _builtins.str
     """The offer that is taken."""
+    hops_left: _builtins.int
+    """How often the executing centre may forward it on."""
     @_builtins.property
     def origin(self) -> _card_pb2.AttemptRef:
         """(origin centre, job, attempt): the idempotency key. The token is the origin's."""
@@ -211,7 +275,19 @@ class ForwardHeader(_message.Message):
 
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """Lease that the origin asks for."""
+        """Lease that the origin asks for, in length. Not used: see lease_expire_time."""
+
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Lease that the origin asks for, on the executing centre's lease clock. It is not bound after that."""
+
+    @_builtins.property
+    def prediction(self) -> _prediction_pb2.Prediction:
+        """What its code was predicted to need."""
+
+    @_builtins.property
+    def idle_policy(self) -> _job_pb2.IdlePolicy:
+        """When its unused share may be taken back, with the origin's defaults filled in."""
 
     def __init__(
         self,
@@ -223,10 +299,14 @@ class ForwardHeader(_message.Message):
         offer_id: _builtins.str = ...,
         visited_centres: _abc.Iterable[_builtins.str] | None = ...,
         lease: _duration_pb2.Duration | None = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        hops_left: _builtins.int = ...,
+        prediction: _prediction_pb2.Prediction | None = ...,
+        idle_policy: _job_pb2.IdlePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "lease", b"lease", "origin", b"origin", "sizing", b"sizing", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "idle_policy", b"idle_policy", "lease", b"lease", "lease_expire_time", b"lease_expire_time", "origin", b"origin", "prediction", b"prediction", "sizing", b"sizing", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "lease", b"lease", "offer_id", b"offer_id", "origin", b"origin", "sizing", b"sizing", "spec", b"spec", "visited_centres", b"visited_centres"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "hops_left", b"hops_left", "idle_policy", b"idle_policy", "lease", b"lease", "lease_expire_time", b"lease_expire_time", "offer_id", b"offer_id", "origin", b"origin", "prediction", b"prediction", "sizing", b"sizing", "spec", b"spec", "visited_centres", b"visited_centres"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,21 +320,27 @@ class ForwardJobResponse(_message.Message):
 
     REMOTE_JOB_ID_FIELD_NUMBER: _builtins.int
     LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
     remote_job_id: _builtins.str
     """Job id at the executing centre."""
     @_builtins.property
     def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
         """The attempt is stopped when the lease has not been renewed until then."""
 
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The executing centre's lease clock now."""
+
     def __init__(
         self,
         *,
         remote_job_id: _builtins.str = ...,
         lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "remote_job_id", b"remote_job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "remote_job_id", b"remote_job_id", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -296,6 +382,8 @@ class WatchForwardedJobResponse(_message.Message):
 
     EVENT_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def event(self) -> _job_pb2.JobEvent:
         """What happened, with the executing centre's cursor."""
@@ -304,19 +392,99 @@ class WatchForwardedJobResponse(_message.Message):
     def attempt(self) -> _job_pb2.Attempt:
         """The attempt now."""
 
+    @_builtins.property
+    def job(self) -> _job_pb2.Job:
+        """The job now, as the executing centre knows it."""
+
+    @_builtins.property
+    def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageStretch]:
+        """What it has used so far; sent when a share was given up, and with the last event."""
+
     def __init__(
         self,
         *,
         event: _job_pb2.JobEvent | None = ...,
         attempt: _job_pb2.Attempt | None = ...,
+        job: _job_pb2.Job | None = ...,
+        usage: _abc.Iterable[Global___UsageStretch] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event", "job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "event", b"event", "job", b"job", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchForwardedJobResponse: _TypeAlias = WatchForwardedJobResponse  # noqa: Y015
+
+@_typing.final
+class UsageStretch(_message.Message):
+    """A stretch of time in which a share was held, was reclaimed, or a command ran."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
+    GPU_MODEL_FIELD_NUMBER: _builtins.int
+    COMPUTE_SLICES_FIELD_NUMBER: _builtins.int
+    GPU_SLICES_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    RECLAIM_MODE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"hold", "reclaimed" or "run"."""
+    number: _builtins.int
+    """Tells the stretches of one kind apart, from 1."""
+    run_id: _builtins.str
+    """Run; empty but for "run"."""
+    profile: _builtins.str
+    """Profile of the share."""
+    gpu_model: _builtins.str
+    """Model of its GPU."""
+    compute_slices: _builtins.int
+    """Its compute slices."""
+    gpu_slices: _builtins.int
+    """Compute slices of the whole GPU."""
+    emulated: _builtins.bool
+    """The GPU is one of the emulated driver."""
+    busy_seconds: _builtins.float
+    """Seconds of it in which the share was used."""
+    reclaim_mode: _job_pb2.ReclaimMode.ValueType
+    """How the share was taken back."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """From."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """To; absent while it lasts."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        number: _builtins.int = ...,
+        run_id: _builtins.str = ...,
+        profile: _builtins.str = ...,
+        gpu_model: _builtins.str = ...,
+        compute_slices: _builtins.int = ...,
+        gpu_slices: _builtins.int = ...,
+        emulated: _builtins.bool = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        busy_seconds: _builtins.float = ...,
+        reclaim_mode: _job_pb2.ReclaimMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "compute_slices", b"compute_slices", "emulated", b"emulated", "end_time", b"end_time", "gpu_model", b"gpu_model", "gpu_slices", b"gpu_slices", "kind", b"kind", "number", b"number", "profile", b"profile", "reclaim_mode", b"reclaim_mode", "run_id", b"run_id", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageStretch: _TypeAlias = UsageStretch  # noqa: Y015
 
 @_typing.final
 class RenewLeaseRequest(_message.Message):
@@ -326,23 +494,29 @@ class RenewLeaseRequest(_message.Message):
 
     ORIGIN_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def origin(self) -> _card_pb2.AttemptRef:
         """The forwarded attempt."""
 
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """Lease that the origin asks for."""
+        """Lease that the origin asks for, in length. Not used: see lease_expire_time."""
+
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Lease that the origin asks for, on the executing centre's lease clock. A lease never becomes shorter by this."""
 
     def __init__(
         self,
         *,
         origin: _card_pb2.AttemptRef | None = ...,
         lease: _duration_pb2.Duration | None = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "origin", b"origin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "lease_expire_time", b"lease_expire_time", "origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "origin", b"origin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "lease_expire_time", b"lease_expire_time", "origin", b"origin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -355,18 +529,28 @@ class RenewLeaseResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    LAST_CURSOR_FIELD_NUMBER: _builtins.int
+    last_cursor: _builtins.int
+    """Its last event."""
     @_builtins.property
     def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
         """The attempt is stopped when the lease has not been renewed until then."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The executing centre's lease clock now."""
 
     def __init__(
         self,
         *,
         lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        last_cursor: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_cursor", b"last_cursor", "lease_expire_time", b"lease_expire_time", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -379,6 +563,9 @@ class CancelForwardedJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ORIGIN_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    message: _builtins.str
+    """Why, for people."""
     @_builtins.property
     def origin(self) -> _card_pb2.AttemptRef:
         """The forwarded attempt."""
@@ -387,10 +574,11 @@ class CancelForwardedJobRequest(_message.Message):
         self,
         *,
         origin: _card_pb2.AttemptRef | None = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "origin", b"origin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,18 +591,24 @@ class CancelForwardedJobResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attempt(self) -> _job_pb2.Attempt:
-        """The attempt, as it ended."""
+        """The attempt, as it ended. Absent when it was never bound, and now never will be."""
+
+    @_builtins.property
+    def job(self) -> _job_pb2.Job:
+        """The job, as it ended. Absent likewise."""
 
     def __init__(
         self,
         *,
         attempt: _job_pb2.Attempt | None = ...,
+        job: _job_pb2.Job | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "job", b"job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -544,6 +738,7 @@ class CapacitySummary(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     FREE_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
     gpu_model: _builtins.str
     """Model of the GPUs."""
     profile: _builtins.str
@@ -552,6 +747,10 @@ class CapacitySummary(_message.Message):
     """Slices that could be cut now."""
     idle: _builtins.int
     """Slices that could be had by reclaiming."""
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """Expected wait of a job that asks for one."""
+
     def __init__(
         self,
         *,
@@ -559,10 +758,11 @@ class CapacitySummary(_message.Message):
         profile: _builtins.str = ...,
         free: _builtins.int = ...,
         idle: _builtins.int = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free", b"free", "gpu_model", b"gpu_model", "idle", b"idle", "profile", b"profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait", "free", b"free", "gpu_model", b"gpu_model", "idle", b"idle", "profile", b"profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -578,10 +778,16 @@ class ExchangeCapacityRequest(_message.Message):
     PROFILES_FIELD_NUMBER: _builtins.int
     QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
     centre: _builtins.str
     """Name of the centre."""
     queued_jobs: _builtins.int
     """Jobs that wait."""
+    sequence: _builtins.int
+    """Number of this summary, from 1; a lower one than the last is old, and dropped."""
+    emulated: _builtins.bool
+    """Emulated cards are among them."""
     @_builtins.property
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___CapacitySummary]:
         """Capacity by profile."""
@@ -597,10 +803,12 @@ class ExchangeCapacityRequest(_message.Message):
         profiles: _abc.Iterable[Global___CapacitySummary] | None = ...,
         queued_jobs: _builtins.int = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
+        sequence: _builtins.int = ...,
+        emulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "profiles", b"profiles", "queued_jobs", b"queued_jobs", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "emulated", b"emulated", "profiles", b"profiles", "queued_jobs", b"queued_jobs", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -616,10 +824,16 @@ class ExchangeCapacityResponse(_message.Message):
     PROFILES_FIELD_NUMBER: _builtins.int
     QUEUED_JOBS_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
     centre: _builtins.str
     """Name of the centre."""
     queued_jobs: _builtins.int
     """Jobs that wait."""
+    sequence: _builtins.int
+    """Number of this summary, from 1; a lower one than the last is old, and dropped."""
+    emulated: _builtins.bool
+    """Emulated cards are among them."""
     @_builtins.property
     def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___CapacitySummary]:
         """Capacity by profile."""
@@ -635,11 +849,199 @@ class ExchangeCapacityResponse(_message.Message):
         profiles: _abc.Iterable[Global___CapacitySummary] | None = ...,
         queued_jobs: _builtins.int = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
+        sequence: _builtins.int = ...,
+        emulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "profiles", b"profiles", "queued_jobs", b"queued_jobs", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "emulated", b"emulated", "profiles", b"profiles", "queued_jobs", b"queued_jobs", "sequence", b"sequence", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExchangeCapacityResponse: _TypeAlias = ExchangeCapacityResponse  # noqa: Y015
+
+@_typing.final
+class CallForwardedJobRequest(_message.Message):
+    """The header comes first, and only once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    message: _builtins.bytes
+    """A request message of the method, as bytes, with the origin's job id in it."""
+    end: _builtins.bool
+    """There are no more request messages."""
+    @_builtins.property
+    def header(self) -> Global___CallHeader:
+        """What is called."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___CallHeader | None = ...,
+        message: _builtins.bytes = ...,
+        end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "message", b"message", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "header", b"header", "message", b"message", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "message", "end"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___CallForwardedJobRequest: _TypeAlias = CallForwardedJobRequest  # noqa: Y015
+
+@_typing.final
+class CallHeader(_message.Message):
+    """What is called, and about which attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """Name of a method of JobService, such as "RunJob"."""
+    @_builtins.property
+    def origin(self) -> _card_pb2.AttemptRef:
+        """The forwarded attempt."""
+
+    def __init__(
+        self,
+        *,
+        origin: _card_pb2.AttemptRef | None = ...,
+        method: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "origin", b"origin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallHeader: _TypeAlias = CallHeader  # noqa: Y015
+
+@_typing.final
+class CallForwardedJobResponse(_message.Message):
+    """A response message of the method."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    message: _builtins.bytes
+    """As bytes, with the origin's job id in it."""
+    def __init__(
+        self,
+        *,
+        message: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallForwardedJobResponse: _TypeAlias = CallForwardedJobResponse  # noqa: Y015
+
+@_typing.final
+class PairRequest(_message.Message):
+    """Who wants to be a peer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CENTRE_FIELD_NUMBER: _builtins.int
+    CENTRE_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    centre: _builtins.str
+    """Name of the calling centre."""
+    centre_id: _builtins.str
+    """Its id, which belongs to its store for ever."""
+    address: _builtins.str
+    """Address at which it serves its peers; empty when it only sends work and is never called."""
+    certificate: _builtins.bytes
+    """Its certificate, which is pinned: DER."""
+    proof: _builtins.bytes
+    """Signature of `certificate` with the key of the invitation: ECDSA with SHA-256."""
+    def __init__(
+        self,
+        *,
+        centre: _builtins.str = ...,
+        centre_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "centre", b"centre", "centre_id", b"centre_id", "certificate", b"certificate", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairRequest: _TypeAlias = PairRequest  # noqa: Y015
+
+@_typing.final
+class PairResponse(_message.Message):
+    """They are peers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CENTRE_FIELD_NUMBER: _builtins.int
+    CENTRE_ID_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    centre: _builtins.str
+    """Name of the answering centre."""
+    centre_id: _builtins.str
+    """Its id."""
+    certificate: _builtins.bytes
+    """Its certificate: DER."""
+    def __init__(
+        self,
+        *,
+        centre: _builtins.str = ...,
+        centre_id: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centre", b"centre", "centre_id", b"centre_id", "certificate", b"certificate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PairResponse: _TypeAlias = PairResponse  # noqa: Y015
+
+@_typing.final
+class UnpairRequest(_message.Message):
+    """The caller leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpairRequest: _TypeAlias = UnpairRequest  # noqa: Y015
+
+@_typing.final
+class UnpairResponse(_message.Message):
+    """It is a peer no longer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpairResponse: _TypeAlias = UnpairResponse  # noqa: Y015

@@ -26,8 +26,13 @@ if _version_not_supported:
 
 
 class FederationServiceStub:
-    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane. What
-    is forwarded is named by (origin centre, job, attempt), and bound once.
+    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane at an address of its
+    own, with mutual TLS and pinned certificates: who calls is told by the certificate, never by the message. What is
+    forwarded is named by (origin centre, job, attempt), and bound once.
+
+    Leases are written on the executing centre's lease clock, which only grows and which every answer tells (`time`). The
+    origin computes from those readings until when to ask; a message that arrives late can therefore never prolong a
+    lease past what its origin knows of, and the clocks of two centres need not agree.
     """
 
     def __init__(self, channel):
@@ -76,11 +81,31 @@ class FederationServiceStub:
                 request_serializer=puhui_dot_v1_dot_federation__service__pb2.ExchangeCapacityRequest.SerializeToString,
                 response_deserializer=puhui_dot_v1_dot_federation__service__pb2.ExchangeCapacityResponse.FromString,
                 _registered_method=True)
+        self.CallForwardedJob = channel.stream_stream(
+                '/puhui.v1.FederationService/CallForwardedJob',
+                request_serializer=puhui_dot_v1_dot_federation__service__pb2.CallForwardedJobRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_federation__service__pb2.CallForwardedJobResponse.FromString,
+                _registered_method=True)
+        self.Pair = channel.unary_unary(
+                '/puhui.v1.FederationService/Pair',
+                request_serializer=puhui_dot_v1_dot_federation__service__pb2.PairRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_federation__service__pb2.PairResponse.FromString,
+                _registered_method=True)
+        self.Unpair = channel.unary_unary(
+                '/puhui.v1.FederationService/Unpair',
+                request_serializer=puhui_dot_v1_dot_federation__service__pb2.UnpairRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_federation__service__pb2.UnpairResponse.FromString,
+                _registered_method=True)
 
 
 class FederationServiceServicer:
-    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane. What
-    is forwarded is named by (origin centre, job, attempt), and bound once.
+    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane at an address of its
+    own, with mutual TLS and pinned certificates: who calls is told by the certificate, never by the message. What is
+    forwarded is named by (origin centre, job, attempt), and bound once.
+
+    Leases are written on the executing centre's lease clock, which only grows and which every answer tells (`time`). The
+    origin computes from those readings until when to ask; a message that arrives late can therefore never prolong a
+    lease past what its origin knows of, and the clocks of two centres need not agree.
     """
 
     def GetOffer(self, request, context):
@@ -139,6 +164,28 @@ class FederationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CallForwardedJob(self, request_iterator, context):
+        """Carries any call of JobService that is about one job to a forwarded job: runs, suspends, resumes, lists of runs,
+        explanations, and what is added later.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pair(self, request, context):
+        """Makes two centres peers. The caller proves with the key of an invitation that it was invited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpair(self, request, context):
+        """The caller is a peer no longer. What was forwarded between the two is ended first by whoever wants that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FederationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -182,6 +229,21 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     request_deserializer=puhui_dot_v1_dot_federation__service__pb2.ExchangeCapacityRequest.FromString,
                     response_serializer=puhui_dot_v1_dot_federation__service__pb2.ExchangeCapacityResponse.SerializeToString,
             ),
+            'CallForwardedJob': grpc.stream_stream_rpc_method_handler(
+                    servicer.CallForwardedJob,
+                    request_deserializer=puhui_dot_v1_dot_federation__service__pb2.CallForwardedJobRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_federation__service__pb2.CallForwardedJobResponse.SerializeToString,
+            ),
+            'Pair': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pair,
+                    request_deserializer=puhui_dot_v1_dot_federation__service__pb2.PairRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_federation__service__pb2.PairResponse.SerializeToString,
+            ),
+            'Unpair': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpair,
+                    request_deserializer=puhui_dot_v1_dot_federation__service__pb2.UnpairRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_federation__service__pb2.UnpairResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'puhui.v1.FederationService', rpc_method_handlers)
@@ -191,8 +253,13 @@ def add_FederationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FederationService:
-    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane. What
-    is forwarded is named by (origin centre, job, attempt), and bound once.
+    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane at an address of its
+    own, with mutual TLS and pinned certificates: who calls is told by the certificate, never by the message. What is
+    forwarded is named by (origin centre, job, attempt), and bound once.
+
+    Leases are written on the executing centre's lease clock, which only grows and which every answer tells (`time`). The
+    origin computes from those readings until when to ask; a message that arrives late can therefore never prolong a
+    lease past what its origin knows of, and the clocks of two centres need not agree.
     """
 
     @staticmethod
@@ -401,6 +468,87 @@ class FederationService:
             '/puhui.v1.FederationService/ExchangeCapacity',
             puhui_dot_v1_dot_federation__service__pb2.ExchangeCapacityRequest.SerializeToString,
             puhui_dot_v1_dot_federation__service__pb2.ExchangeCapacityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CallForwardedJob(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/puhui.v1.FederationService/CallForwardedJob',
+            puhui_dot_v1_dot_federation__service__pb2.CallForwardedJobRequest.SerializeToString,
+            puhui_dot_v1_dot_federation__service__pb2.CallForwardedJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pair(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/puhui.v1.FederationService/Pair',
+            puhui_dot_v1_dot_federation__service__pb2.PairRequest.SerializeToString,
+            puhui_dot_v1_dot_federation__service__pb2.PairResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpair(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/puhui.v1.FederationService/Unpair',
+            puhui_dot_v1_dot_federation__service__pb2.UnpairRequest.SerializeToString,
+            puhui_dot_v1_dot_federation__service__pb2.UnpairResponse.FromString,
             options,
             channel_credentials,
             insecure,

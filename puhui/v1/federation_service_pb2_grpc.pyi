@@ -27,8 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FederationServiceStub:
-    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane. What
-    is forwarded is named by (origin centre, job, attempt), and bound once.
+    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane at an address of its
+    own, with mutual TLS and pinned certificates: who calls is told by the certificate, never by the message. What is
+    forwarded is named by (origin centre, job, attempt), and bound once.
+
+    Leases are written on the executing centre's lease clock, which only grows and which every answer tells (`time`). The
+    origin computes from those readings until when to ask; a message that arrives late can therefore never prolong a
+    lease past what its origin knows of, and the clocks of two centres need not agree.
     """
 
     @_typing.overload
@@ -51,11 +56,24 @@ class FederationServiceStub:
     """Artifacts of a forwarded attempt: one manifest, then the archive in chunks."""
     ExchangeCapacity: _grpc.StreamStreamMultiCallable[_federation_service_pb2.ExchangeCapacityRequest, _federation_service_pb2.ExchangeCapacityResponse]
     """Capacity summaries in both directions, for as long as both live."""
+    CallForwardedJob: _grpc.StreamStreamMultiCallable[_federation_service_pb2.CallForwardedJobRequest, _federation_service_pb2.CallForwardedJobResponse]
+    """Carries any call of JobService that is about one job to a forwarded job: runs, suspends, resumes, lists of runs,
+    explanations, and what is added later.
+    """
+    Pair: _grpc.UnaryUnaryMultiCallable[_federation_service_pb2.PairRequest, _federation_service_pb2.PairResponse]
+    """Makes two centres peers. The caller proves with the key of an invitation that it was invited."""
+    Unpair: _grpc.UnaryUnaryMultiCallable[_federation_service_pb2.UnpairRequest, _federation_service_pb2.UnpairResponse]
+    """The caller is a peer no longer. What was forwarded between the two is ended first by whoever wants that."""
 
 @_typing.type_check_only
 class FederationServiceAsyncStub(FederationServiceStub):
-    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane. What
-    is forwarded is named by (origin centre, job, attempt), and bound once.
+    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane at an address of its
+    own, with mutual TLS and pinned certificates: who calls is told by the certificate, never by the message. What is
+    forwarded is named by (origin centre, job, attempt), and bound once.
+
+    Leases are written on the executing centre's lease clock, which only grows and which every answer tells (`time`). The
+    origin computes from those readings until when to ask; a message that arrives late can therefore never prolong a
+    lease past what its origin knows of, and the clocks of two centres need not agree.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -75,10 +93,23 @@ class FederationServiceAsyncStub(FederationServiceStub):
     """Artifacts of a forwarded attempt: one manifest, then the archive in chunks."""
     ExchangeCapacity: _aio.StreamStreamMultiCallable[_federation_service_pb2.ExchangeCapacityRequest, _federation_service_pb2.ExchangeCapacityResponse]  # type: ignore[assignment]
     """Capacity summaries in both directions, for as long as both live."""
+    CallForwardedJob: _aio.StreamStreamMultiCallable[_federation_service_pb2.CallForwardedJobRequest, _federation_service_pb2.CallForwardedJobResponse]  # type: ignore[assignment]
+    """Carries any call of JobService that is about one job to a forwarded job: runs, suspends, resumes, lists of runs,
+    explanations, and what is added later.
+    """
+    Pair: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.PairRequest, _federation_service_pb2.PairResponse]  # type: ignore[assignment]
+    """Makes two centres peers. The caller proves with the key of an invitation that it was invited."""
+    Unpair: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.UnpairRequest, _federation_service_pb2.UnpairResponse]  # type: ignore[assignment]
+    """The caller is a peer no longer. What was forwarded between the two is ended first by whoever wants that."""
 
 class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane. What
-    is forwarded is named by (origin centre, job, attempt), and bound once.
+    """For peers: the control planes of other centres (steps S10 and S11). Served by a control plane at an address of its
+    own, with mutual TLS and pinned certificates: who calls is told by the certificate, never by the message. What is
+    forwarded is named by (origin centre, job, attempt), and bound once.
+
+    Leases are written on the executing centre's lease clock, which only grows and which every answer tells (`time`). The
+    origin computes from those readings until when to ask; a message that arrives late can therefore never prolong a
+    lease past what its origin knows of, and the clocks of two centres need not agree.
     """
 
     @_abc_1.abstractmethod
@@ -144,5 +175,31 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_service_pb2.ExchangeCapacityResponse], _abc.AsyncIterator[_federation_service_pb2.ExchangeCapacityResponse]]:
         """Capacity summaries in both directions, for as long as both live."""
+
+    @_abc_1.abstractmethod
+    def CallForwardedJob(
+        self,
+        request_iterator: _MaybeAsyncIterator[_federation_service_pb2.CallForwardedJobRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_federation_service_pb2.CallForwardedJobResponse], _abc.AsyncIterator[_federation_service_pb2.CallForwardedJobResponse]]:
+        """Carries any call of JobService that is about one job to a forwarded job: runs, suspends, resumes, lists of runs,
+        explanations, and what is added later.
+        """
+
+    @_abc_1.abstractmethod
+    def Pair(
+        self,
+        request: _federation_service_pb2.PairRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_service_pb2.PairResponse, _abc.Awaitable[_federation_service_pb2.PairResponse]]:
+        """Makes two centres peers. The caller proves with the key of an invitation that it was invited."""
+
+    @_abc_1.abstractmethod
+    def Unpair(
+        self,
+        request: _federation_service_pb2.UnpairRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_service_pb2.UnpairResponse, _abc.Awaitable[_federation_service_pb2.UnpairResponse]]:
+        """The caller is a peer no longer. What was forwarded between the two is ended first by whoever wants that."""
 
 def add_FederationServiceServicer_to_server(servicer: FederationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

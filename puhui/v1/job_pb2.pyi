@@ -265,9 +265,51 @@ class PeerPolicy(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RequiredLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ForbiddenLabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     HERE_ONLY_FIELD_NUMBER: _builtins.int
     PREFERRED_PEERS_FIELD_NUMBER: _builtins.int
     MAX_WAIT_FIELD_NUMBER: _builtins.int
+    REQUIRED_LABELS_FIELD_NUMBER: _builtins.int
+    FORBIDDEN_LABELS_FIELD_NUMBER: _builtins.int
     here_only: _builtins.bool
     """Never forward this job."""
     @_builtins.property
@@ -276,7 +318,15 @@ class PeerPolicy(_message.Message):
 
     @_builtins.property
     def max_wait(self) -> _duration_pb2.Duration:
-        """Forward when the wait here is expected to be longer than this."""
+        """Ask peers when the wait here is expected to be longer than this. Absent, whoever promises to begin first gets it."""
+
+    @_builtins.property
+    def required_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that the executing centre must have, such as {"region": "eu"}. The job's own centre is one of them."""
+
+    @_builtins.property
+    def forbidden_labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels that the executing centre must not have."""
 
     def __init__(
         self,
@@ -284,14 +334,62 @@ class PeerPolicy(_message.Message):
         here_only: _builtins.bool = ...,
         preferred_peers: _abc.Iterable[_builtins.str] | None = ...,
         max_wait: _duration_pb2.Duration | None = ...,
+        required_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        forbidden_labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["here_only", b"here_only", "max_wait", b"max_wait", "preferred_peers", b"preferred_peers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forbidden_labels", b"forbidden_labels", "here_only", b"here_only", "max_wait", b"max_wait", "preferred_peers", b"preferred_peers", "required_labels", b"required_labels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerPolicy: _TypeAlias = PeerPolicy  # noqa: Y015
+
+@_typing.final
+class Guest(_message.Message):
+    """A job that a peer sent, as the executing centre sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    VISITED_CENTRES_FIELD_NUMBER: _builtins.int
+    HOPS_LEFT_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """Name of the peer that sent it."""
+    job_id: _builtins.str
+    """The job's id at that peer."""
+    attempt: _builtins.int
+    """Attempt of that job."""
+    hops_left: _builtins.int
+    """How often it may be forwarded on."""
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """It is stopped when its origin has not renewed the lease until then."""
+
+    @_builtins.property
+    def visited_centres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Centres that it has visited, the origin first, by centre id."""
+
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        visited_centres: _abc.Iterable[_builtins.str] | None = ...,
+        hops_left: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "hops_left", b"hops_left", "job_id", b"job_id", "lease_expire_time", b"lease_expire_time", "peer", b"peer", "visited_centres", b"visited_centres"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Guest: _TypeAlias = Guest  # noqa: Y015
 
 @_typing.final
 class JobSpec(_message.Message):
@@ -449,6 +547,8 @@ class Attempt(_message.Message):
     EMULATED_FIELD_NUMBER: _builtins.int
     RUNTIME_FIELD_NUMBER: _builtins.int
     SHARES_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    PEER_JOB_ID_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """From 1."""
     fencing_token: _builtins.int
@@ -473,6 +573,10 @@ class Attempt(_message.Message):
     """True when the card is one of the emulated driver."""
     runtime: _builtins.str
     """Runtime of the container: "podman" or "process" (no isolation)."""
+    peer: _builtins.str
+    """Peer that executes it; empty when its own centre does."""
+    peer_job_id: _builtins.str
+    """The job's id at that peer, once the peer has taken it."""
     @_builtins.property
     def placement(self) -> _card_pb2.Placement:
         """Where the slice sits on the GPU."""
@@ -518,10 +622,12 @@ class Attempt(_message.Message):
         emulated: _builtins.bool = ...,
         runtime: _builtins.str = ...,
         shares: _abc.Iterable[Global___Share] | None = ...,
+        peer: _builtins.str = ...,
+        peer_job_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "placement", b"placement", "release_time", b"release_time", "reserve_time", b"reserve_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "node_id", b"node_id", "number", b"number", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "node_id", b"node_id", "number", b"number", "peer", b"peer", "peer_job_id", b"peer_job_id", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -697,6 +803,7 @@ class Job(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     RUN_COUNT_FIELD_NUMBER: _builtins.int
     IDLE_POLICY_FIELD_NUMBER: _builtins.int
+    GUEST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in its centre, "j-" and 12 characters."""
     centre: _builtins.str
@@ -763,6 +870,10 @@ class Job(_message.Message):
     def idle_policy(self) -> Global___IdlePolicy:
         """When its unused share is taken back, with the defaults of tenant and centre filled in."""
 
+    @_builtins.property
+    def guest(self) -> Global___Guest:
+        """Who sent it; absent when it was submitted here."""
+
     def __init__(
         self,
         *,
@@ -788,10 +899,11 @@ class Job(_message.Message):
         runs: _abc.Iterable[Global___Run] | None = ...,
         run_count: _builtins.int = ...,
         idle_policy: Global___IdlePolicy | None = ...,
+        guest: Global___Guest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "idle_policy", b"idle_policy", "idleness", b"idleness", "prediction", b"prediction", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "guest", b"guest", "idle_policy", b"idle_policy", "idleness", b"idleness", "prediction", b"prediction", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "attempts", b"attempts", "bundle_id", b"bundle_id", "centre", b"centre", "create_time", b"create_time", "end_time", b"end_time", "executing_centre", b"executing_centre", "exit_code", b"exit_code", "id", b"id", "idle_policy", b"idle_policy", "idleness", b"idleness", "last_cursor", b"last_cursor", "log_size_bytes", b"log_size_bytes", "message", b"message", "prediction", b"prediction", "reason", b"reason", "run_count", b"run_count", "runs", b"runs", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "artifacts", b"artifacts", "attempts", b"attempts", "bundle_id", b"bundle_id", "centre", b"centre", "create_time", b"create_time", "end_time", b"end_time", "executing_centre", b"executing_centre", "exit_code", b"exit_code", "guest", b"guest", "id", b"id", "idle_policy", b"idle_policy", "idleness", b"idleness", "last_cursor", b"last_cursor", "log_size_bytes", b"log_size_bytes", "message", b"message", "prediction", b"prediction", "reason", b"reason", "run_count", b"run_count", "runs", b"runs", "sizing", b"sizing", "spec", b"spec", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -863,6 +975,7 @@ class JobEvent(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     DETAILS_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
     """Position among all events of the centre; only grows."""
     job_id: _builtins.str
@@ -875,6 +988,8 @@ class JobEvent(_message.Message):
     """Machine-readable reason, UPPER_SNAKE."""
     message: _builtins.str
     """The same for people."""
+    peer: _builtins.str
+    """Peer at which it happened; empty when it happened in this centre."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -894,10 +1009,11 @@ class JobEvent(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        peer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cursor", b"cursor", "details", b"details", "job_id", b"job_id", "message", b"message", "reason", b"reason", "state", b"state", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cursor", b"cursor", "details", b"details", "job_id", b"job_id", "message", b"message", "peer", b"peer", "reason", b"reason", "state", b"state", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -333,6 +333,7 @@ class CreateContainerRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     IDLE_WATCH_FIELD_NUMBER: _builtins.int
     WORKSPACE_OF_ATTEMPT_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Image. Empty is the node's default."""
     bundle_id: _builtins.str
@@ -378,6 +379,12 @@ class CreateContainerRequest(_message.Message):
     def idle_watch(self) -> _idle_pb2.IdleWatch:
         """What to watch for; absent is not to watch."""
 
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """It is killed when its lease has not been renewed until then, on the node's lease clock (RenewContainerLease). Absent
+        is for ever.
+        """
+
     def __init__(
         self,
         *,
@@ -394,10 +401,11 @@ class CreateContainerRequest(_message.Message):
         request_id: _builtins.str = ...,
         idle_watch: _idle_pb2.IdleWatch | None = ...,
         workspace_of_attempt: _builtins.int = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_watch", b"idle_watch", "limits", b"limits", "max_duration", b"max_duration", "owner", b"owner", "stop_grace", b"stop_grace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_watch", b"idle_watch", "lease_expire_time", b"lease_expire_time", "limits", b"limits", "max_duration", b"max_duration", "owner", b"owner", "stop_grace", b"stop_grace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "command", b"command", "env", b"env", "idle_watch", b"idle_watch", "image", b"image", "limits", b"limits", "max_duration", b"max_duration", "network", b"network", "owner", b"owner", "request_id", b"request_id", "slice_uuids", b"slice_uuids", "stop_grace", b"stop_grace", "workspace_of_attempt", b"workspace_of_attempt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "command", b"command", "env", b"env", "idle_watch", b"idle_watch", "image", b"image", "lease_expire_time", b"lease_expire_time", "limits", b"limits", "max_duration", b"max_duration", "network", b"network", "owner", b"owner", "request_id", b"request_id", "slice_uuids", b"slice_uuids", "stop_grace", b"stop_grace", "workspace_of_attempt", b"workspace_of_attempt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1624,3 +1632,65 @@ class WatchEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
+class RenewContainerLeaseRequest(_message.Message):
+    """Until when."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def owner(self) -> _card_pb2.AttemptRef:
+        """For whom, and by what right. A container that is not there yet keeps the lease for when it is."""
+
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """On the node's lease clock. Absent only asks for the clock and the lease."""
+
+    def __init__(
+        self,
+        *,
+        owner: _card_pb2.AttemptRef | None = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "owner", b"owner"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewContainerLeaseRequest: _TypeAlias = RenewContainerLeaseRequest  # noqa: Y015
+
+@_typing.final
+class RenewContainerLeaseResponse(_message.Message):
+    """It runs until then."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """The node's lease clock now. It only grows."""
+
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """The container is killed when it has not been renewed until then; absent when it has no lease. A lease never becomes
+        shorter.
+        """
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_expire_time", b"lease_expire_time", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewContainerLeaseResponse: _TypeAlias = RenewContainerLeaseResponse  # noqa: Y015

@@ -107,6 +107,11 @@ class NodeServiceStub:
                 request_serializer=puhui_dot_v1_dot_node__service__pb2.ResumeContainerRequest.SerializeToString,
                 response_deserializer=puhui_dot_v1_dot_node__service__pb2.ResumeContainerResponse.FromString,
                 _registered_method=True)
+        self.RenewContainerLease = channel.unary_unary(
+                '/puhui.v1.NodeService/RenewContainerLease',
+                request_serializer=puhui_dot_v1_dot_node__service__pb2.RenewContainerLeaseRequest.SerializeToString,
+                response_deserializer=puhui_dot_v1_dot_node__service__pb2.RenewContainerLeaseResponse.FromString,
+                _registered_method=True)
         self.Exec = channel.stream_stream(
                 '/puhui.v1.NodeService/Exec',
                 request_serializer=puhui_dot_v1_dot_node__service__pb2.ExecRequest.SerializeToString,
@@ -259,6 +264,14 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewContainerLease(self, request, context):
+        """Says until when a container may run without being renewed again, and tells the node's lease clock. A container
+        whose lease has run out is killed, also while the daemon itself is dead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Exec(self, request_iterator, context):
         """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
         the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
@@ -394,6 +407,11 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.ResumeContainer,
                     request_deserializer=puhui_dot_v1_dot_node__service__pb2.ResumeContainerRequest.FromString,
                     response_serializer=puhui_dot_v1_dot_node__service__pb2.ResumeContainerResponse.SerializeToString,
+            ),
+            'RenewContainerLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewContainerLease,
+                    request_deserializer=puhui_dot_v1_dot_node__service__pb2.RenewContainerLeaseRequest.FromString,
+                    response_serializer=puhui_dot_v1_dot_node__service__pb2.RenewContainerLeaseResponse.SerializeToString,
             ),
             'Exec': grpc.stream_stream_rpc_method_handler(
                     servicer.Exec,
@@ -817,6 +835,33 @@ class NodeService:
             '/puhui.v1.NodeService/ResumeContainer',
             puhui_dot_v1_dot_node__service__pb2.ResumeContainerRequest.SerializeToString,
             puhui_dot_v1_dot_node__service__pb2.ResumeContainerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewContainerLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/puhui.v1.NodeService/RenewContainerLease',
+            puhui_dot_v1_dot_node__service__pb2.RenewContainerLeaseRequest.SerializeToString,
+            puhui_dot_v1_dot_node__service__pb2.RenewContainerLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

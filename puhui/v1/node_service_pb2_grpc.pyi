@@ -74,6 +74,10 @@ class NodeServiceStub:
     """Freezes a container."""
     ResumeContainer: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]
     """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now."""
+    RenewContainerLease: _grpc.UnaryUnaryMultiCallable[_node_service_pb2.RenewContainerLeaseRequest, _node_service_pb2.RenewContainerLeaseResponse]
+    """Says until when a container may run without being renewed again, and tells the node's lease clock. A container
+    whose lease has run out is killed, also while the daemon itself is dead.
+    """
     Exec: _grpc.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]
     """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
     the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
@@ -148,6 +152,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """Freezes a container."""
     ResumeContainer: _aio.UnaryUnaryMultiCallable[_node_service_pb2.ResumeContainerRequest, _node_service_pb2.ResumeContainerResponse]  # type: ignore[assignment]
     """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now."""
+    RenewContainerLease: _aio.UnaryUnaryMultiCallable[_node_service_pb2.RenewContainerLeaseRequest, _node_service_pb2.RenewContainerLeaseResponse]  # type: ignore[assignment]
+    """Says until when a container may run without being renewed again, and tells the node's lease clock. A container
+    whose lease has run out is killed, also while the daemon itself is dead.
+    """
     Exec: _aio.StreamStreamMultiCallable[_node_service_pb2.ExecRequest, _node_service_pb2.ExecResponse]  # type: ignore[assignment]
     """Runs a command in a living container. The slices that are attached then are in its CUDA_VISIBLE_DEVICES. When
     the caller goes away the command runs on if its start had a request_id: repeating that start takes its output up
@@ -303,6 +311,16 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_service_pb2.ResumeContainerResponse, _abc.Awaitable[_node_service_pb2.ResumeContainerResponse]]:
         """Thaws a container, and moves what was checkpointed in it to the slice that is attached to it now."""
+
+    @_abc_1.abstractmethod
+    def RenewContainerLease(
+        self,
+        request: _node_service_pb2.RenewContainerLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_service_pb2.RenewContainerLeaseResponse, _abc.Awaitable[_node_service_pb2.RenewContainerLeaseResponse]]:
+        """Says until when a container may run without being renewed again, and tells the node's lease clock. A container
+        whose lease has run out is killed, also while the daemon itself is dead.
+        """
 
     @_abc_1.abstractmethod
     def Exec(

@@ -1,0 +1,112 @@
+"""Attempts that this centre has sent to peers, and what may be done about them. Pure.
+
+The lease of a forward is written on its peer's lease clock. Every answer of the peer tells that clock; from the last
+reading, and from the time that has passed here since, follows until when to ask. Since no message asks for more than
+what is stored here before it is sent, the peer's lease ends at `lease_end` at the latest, however late a message
+arrives, and from the readings follows when that has passed for certain. Only then, or when the peer has said that the
+attempt is over and cannot start, may the job start elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+__all__ = ["CLOCK_DRIFT", "ForwardRecord", "ForwardStage", "is_surely_over", "lease_to_ask", "read_clock", "rebooted"]
+
+CLOCK_DRIFT = 0.001
+"""The clocks of two hosts run at rates that differ by less than this: twice of what NTP slews at most."""
+
+
+class ForwardStage(StrEnum):
+    """Where a forward is in its life."""
+
+    SENDING = "sending"
+    """The peer was, or will be, asked to bind it; whether it has is not known."""
+    BOUND = "bound"
+    """The peer runs it, or lets it wait."""
+    ENDING = "ending"
+    """It is not wanted any longer: the peer is asked for its end until that is confirmed, or the lease is over."""
+    ENDED = "ended"
+    """The peer has said how it ended; its results are to be fetched."""
+    LOST = "lost"
+    """Its lease is over without a word, and the job has gone on without it. What it left is still asked for."""
+    SETTLED = "settled"
+    """Nothing more is to be asked of the peer."""
+
+
+@dataclass(frozen=True)
+class ForwardRecord:
+    """One attempt at a peer, as this centre knows it. Stored together with the job's change that it belongs to."""
+
+    job_id: str
+    attempt: int
+    peer: str
+    """Name of the peer."""
+    token: int
+    """Fencing token under which it is commanded."""
+    stage: ForwardStage = ForwardStage.SENDING
+    offer_id: str = ""
+    lease_end: float = 0.0
+    """Latest time that was ever asked for, on the peer's lease clock. Stored before it is asked for."""
+    peer_time: float = 0.0
+    """Last reading of the peer's lease clock."""
+    read_at: float = 0.0
+    """When that reading had arrived, on this centre's lease clock: the peer's clock is past it since then."""
+    boot: str = ""
+    """`LeaseClock.boot` at that time."""
+    peer_job_id: str = ""
+    """Its id at the peer, once that has bound it."""
+    cursor: int = 0
+    """Events of the peer up to here are taken over."""
+    promised_wait_s: float = 0.0
+    """What its offer promised."""
+    sent_at: float = 0.0
+    """Decided at, in seconds since the epoch."""
+    keep_until: float = 0.0
+    """The peer keeps its result until then, in seconds since the epoch; after that a LOST one is let go."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(job id, attempt number)."""
+        return self.job_id, self.attempt
+
+
+def read_clock(forward: ForwardRecord, peer_time: float, at: float) -> ForwardRecord:
+    """Returns a forward after an answer that told the peer's lease clock.
+
+    Args:
+        forward: before.
+        peer_time: what it told, in seconds.
+        at: when the answer had arrived, on this centre's lease clock.
+    """
+    if peer_time <= forward.peer_time:
+        return forward  # an answer that was overtaken, or a peer whose clock does not do what it must
+    return replace(forward, peer_time=peer_time, read_at=at)
+
+
+def rebooted(forward: ForwardRecord, boot: str, at: float) -> ForwardRecord:
+    """Returns a forward as it is to be taken up after a restart: how long a reboot took is not known for certain."""
+    return forward if forward.boot == boot else replace(forward, boot=boot, read_at=at)
+
+
+def lease_to_ask(forward: ForwardRecord, at: float, lease_s: float) -> float:
+    """Returns until when to ask, on the peer's lease clock.
+
+    Args:
+        forward: the forward.
+        at: now, on this centre's lease clock.
+        lease_s: length of the lease, in seconds.
+    """
+    return max(forward.lease_end, forward.peer_time + (at - forward.read_at) + lease_s)
+
+
+def is_surely_over(forward: ForwardRecord, at: float, margin_s: float) -> bool:
+    """Returns whether the lease is over by the peer's own clock, however slowly that runs.
+
+    Args:
+        forward: the forward.
+        at: now, on this centre's lease clock.
+        margin_s: time in which the peer ends what its lease no longer covers.
+    """
+    return forward.peer_time + (at - forward.read_at) * (1 - CLOCK_DRIFT) > forward.lease_end + margin_s

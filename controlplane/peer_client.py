@@ -1,0 +1,192 @@
+"""What a control plane asks of a peer: the seam, and the real thing over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+from puhui.rpc.errors import Refusal
+from puhui.rpc.transfer import read_chunks
+from puhui.v1 import federation_service_pb2 as wire
+from puhui.v1 import stream_pb2
+from puhui.v1.federation_service_pb2_grpc import FederationServiceStub
+
+__all__ = ["GrpcPeerClient", "PeerClient"]
+
+_OFFER_S = 5.0
+_ASK_S = 10.0
+_CANCEL_S = 60.0
+_UPLOAD_S = 600.0
+
+
+class PeerClient(Protocol):
+    """A peer. Every method raises a Refusal, UNAVAILABLE when the peer cannot be reached."""
+
+    async def get_offer(self, request: wire.GetOfferRequest) -> wire.GetOfferResponse:
+        """Asks what it would do."""
+
+    async def forward(self, header: wire.ForwardHeader, archive: Path | None) -> wire.ForwardJobResponse:
+        """Has it bind an attempt.
+
+        Args:
+            header: what is forwarded.
+            archive: the bundle; None when there is none, or the peer has it.
+        """
+
+    def watch(self, request: wire.WatchForwardedJobRequest) -> AsyncGenerator[wire.WatchForwardedJobResponse, None]:
+        """Yields events of a forwarded attempt until it has ended."""
+
+    async def renew(self, request: wire.RenewLeaseRequest) -> wire.RenewLeaseResponse:
+        """Prolongs a lease."""
+
+    async def cancel(self, request: wire.CancelForwardedJobRequest) -> wire.CancelForwardedJobResponse:
+        """Has an attempt ended; answers when it has."""
+
+    def read_logs(self, request: wire.ReadForwardedLogsRequest) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        """Yields output of a forwarded attempt."""
+
+    def read_artifacts(
+        self, request: wire.GetForwardedArtifactsRequest
+    ) -> AsyncGenerator[wire.GetForwardedArtifactsResponse, None]:
+        """Yields artifacts of a forwarded attempt."""
+
+    def call(
+        self, requests: AsyncIterator[wire.CallForwardedJobRequest]
+    ) -> AsyncGenerator[wire.CallForwardedJobResponse, None]:
+        """Carries a call of JobService to a forwarded job."""
+
+    def exchange(
+        self, summaries: AsyncIterator[wire.ExchangeCapacityRequest]
+    ) -> AsyncGenerator[wire.ExchangeCapacityResponse, None]:
+        """Tells it this centre's capacity, and yields its own."""
+
+    async def pair(self, request: wire.PairRequest) -> wire.PairResponse:
+        """Becomes its peer."""
+
+    async def unpair(self) -> None:
+        """Is its peer no longer."""
+
+    async def close(self) -> None:
+        """Closes the connection."""
+
+
+class GrpcPeerClient:
+    """A peer at the other end of a channel, which it then owns."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._stub = FederationServiceStub(channel)
+        self._closed = False
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        self._closed = True
+        await self._channel.close(None)
+
+    async def _stream(self, call: grpc.aio.Call) -> AsyncGenerator[Any, None]:
+        with self._refusals():
+            try:
+                async for response in call:  # type: ignore[attr-defined]
+                    yield response
+            finally:
+                # Whoever stops reading must not leave the peer writing.
+                call.cancel()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise Refusal.of(error) from error
+        except grpc.aio.UsageError as error:
+            raise _closed() from error
+        except asyncio.CancelledError as error:
+            # Closing a channel cancels its calls, which is not to cancel who made them.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise _closed() from error
+
+    async def get_offer(self, request: wire.GetOfferRequest) -> wire.GetOfferResponse:
+        """Asks what it would do."""
+        with self._refusals():
+            return await self._stub.GetOffer(request, timeout=_OFFER_S)
+
+    async def forward(self, header: wire.ForwardHeader, archive: Path | None) -> wire.ForwardJobResponse:
+        """Has it bind an attempt."""
+        with self._refusals():
+            return await self._stub.ForwardJob(_parts(header, archive), timeout=_UPLOAD_S)
+
+    async def watch(
+        self, request: wire.WatchForwardedJobRequest
+    ) -> AsyncGenerator[wire.WatchForwardedJobResponse, None]:
+        """Yields events of a forwarded attempt until it has ended."""
+        async with contextlib.aclosing(self._stream(self._stub.WatchForwardedJob(request))) as responses:
+            async for response in responses:
+                yield response
+
+    async def renew(self, request: wire.RenewLeaseRequest) -> wire.RenewLeaseResponse:
+        """Prolongs a lease."""
+        with self._refusals():
+            return await self._stub.RenewLease(request, timeout=_ASK_S)
+
+    async def cancel(self, request: wire.CancelForwardedJobRequest) -> wire.CancelForwardedJobResponse:
+        """Has an attempt ended; answers when it has."""
+        with self._refusals():
+            return await self._stub.CancelForwardedJob(request, timeout=_CANCEL_S)
+
+    async def read_logs(self, request: wire.ReadForwardedLogsRequest) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        """Yields output of a forwarded attempt."""
+        async with contextlib.aclosing(self._stream(self._stub.ReadForwardedLogs(request))) as responses:
+            async for response in responses:
+                yield response.chunk
+
+    async def read_artifacts(
+        self, request: wire.GetForwardedArtifactsRequest
+    ) -> AsyncGenerator[wire.GetForwardedArtifactsResponse, None]:
+        """Yields artifacts of a forwarded attempt."""
+        async with contextlib.aclosing(self._stream(self._stub.GetForwardedArtifacts(request))) as responses:
+            async for response in responses:
+                yield response
+
+    async def call(
+        self, requests: AsyncIterator[wire.CallForwardedJobRequest]
+    ) -> AsyncGenerator[wire.CallForwardedJobResponse, None]:
+        """Carries a call of JobService to a forwarded job."""
+        async with contextlib.aclosing(self._stream(self._stub.CallForwardedJob(requests))) as responses:
+            async for response in responses:
+                yield response
+
+    async def exchange(
+        self, summaries: AsyncIterator[wire.ExchangeCapacityRequest]
+    ) -> AsyncGenerator[wire.ExchangeCapacityResponse, None]:
+        """Tells it this centre's capacity, and yields its own."""
+        async with contextlib.aclosing(self._stream(self._stub.ExchangeCapacity(summaries))) as responses:
+            async for response in responses:
+                yield response
+
+    async def pair(self, request: wire.PairRequest) -> wire.PairResponse:
+        """Becomes its peer."""
+        with self._refusals():
+            return await self._stub.Pair(request, timeout=_ASK_S)
+
+    async def unpair(self) -> None:
+        """Is its peer no longer."""
+        with self._refusals():
+            await self._stub.Unpair(wire.UnpairRequest(), timeout=_ASK_S)
+
+
+async def _parts(header: wire.ForwardHeader, archive: Path | None) -> AsyncIterator[wire.ForwardJobRequest]:
+    yield wire.ForwardJobRequest(header=header)
+    if archive is not None:
+        for chunk in read_chunks(archive):
+            yield wire.ForwardJobRequest(chunk=chunk)
+
+
+def _closed() -> Refusal:
+    return Refusal(grpc.StatusCode.UNAVAILABLE, "CLOSED", "the connection to the peer is being closed")
