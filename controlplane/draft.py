@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -31,11 +31,36 @@ class Draft:
     message: str = ""
     details: dict[str, str] = field(default_factory=dict)
     attempt: int = 0
+    peer: str = ""
+    """Peer at which it happened; "" when it happened here."""
 
     def tell(self, reason: str, message: str, **details: object) -> None:
         """Sets what the event says; details that are empty are left out."""
         self.reason, self.message = reason, message
         self.details.update({key: str(value) for key, value in details.items() if value not in ("", None)})
+
+    def begin_attempt(self, made: job_pb2.Attempt) -> None:
+        """The job has another attempt, and nothing of the last one is in force."""
+        attempt = self.job.attempts.add()
+        attempt.CopyFrom(made)
+        attempt.number = self.attempt = len(self.job.attempts)
+        attempt.reserve_time.CopyFrom(timestamp(self.at))
+        self.record = replace(
+            self.record,
+            ending=None,
+            results_collected=False,
+            results_lost="",
+            take_over=None,
+            wake="",
+            busy_counted_s=0.0,
+            busy_seen_s=None,
+        )
+
+    def end_attempt(self, attempt: job_pb2.Attempt) -> None:
+        """An attempt is over, with whatever it had."""
+        if not attempt.HasField("release_time"):
+            attempt.release_time.CopyFrom(timestamp(self.at))
+        self.end_share(attempt)
 
     def begin_share(self, piece: card_pb2.Slice) -> None:
         """The newest attempt has a slice from now on."""

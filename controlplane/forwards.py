@@ -63,6 +63,10 @@ class ForwardRecord:
     """What its offer promised."""
     sent_at: float = 0.0
     """Decided at, in seconds since the epoch."""
+    bundle_there: bool = False
+    """The peer has its code from before."""
+    why: str = ""
+    """Of one that is ENDING: the reason, UPPER_SNAKE; "CANCELLED" when somebody asked for the job's end."""
     keep_until: float = 0.0
     """The peer keeps its result until then, in seconds since the epoch; after that a LOST one is let go."""
 

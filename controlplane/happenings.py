@@ -10,14 +10,22 @@ from puhui.v1 import card_pb2, idle_pb2, job_pb2, node_pb2, prediction_pb2
 
 __all__ = [
     "Adopted",
+    "BroughtBack",
+    "CameLate",
     "CancelRequested",
     "CommandEnded",
     "ContainerRemoved",
     "ContainerStarted",
     "Ended",
+    "Forwarded",
+    "Forwarding",
     "Happening",
+    "KeptLate",
     "Moves",
     "NotStarted",
+    "PeerAway",
+    "PeerEnded",
+    "PeerTold",
     "Predicted",
     "ReclaimBegun",
     "ReclaimRefused",
@@ -319,3 +327,82 @@ class RunEnded(Happening):
     exit_code: int | None
     message: str = ""
     busy_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Forwarding(Happening):
+    """It goes to a peer: a new attempt, which the peer is going to be asked to bind."""
+
+    attempt: job_pb2.Attempt
+    """With peer, fencing token, and the card that was promised."""
+    offer_id: str
+    promised_wait_s: float
+    transfer_s: float
+    """What bringing its code there is expected to take."""
+
+
+@dataclass(frozen=True)
+class Forwarded(Happening):
+    """The peer has bound it."""
+
+    peer_job_id: str
+    bundle_bytes: int
+    """What was sent of its code."""
+
+
+@dataclass(frozen=True)
+class PeerTold(Happening):
+    """Something happened to it at its peer."""
+
+    event: job_pb2.JobEvent
+    """As the peer told it."""
+    job: job_pb2.Job
+    """The job as the peer knows it."""
+
+
+@dataclass(frozen=True)
+class PeerEnded(Happening):
+    """It has ended at its peer; its results are to be fetched."""
+
+    job: job_pb2.Job
+    """The job as the peer knows it."""
+    ending: Ending
+
+
+@dataclass(frozen=True)
+class PeerAway(Happening):
+    """Its peer is out of contact, or back. It is taken to be running still."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class BroughtBack(Happening):
+    """Its attempt at a peer is over for certain, without a result, and it waits again."""
+
+    reason: str
+    message: str
+    shun: bool
+    """The peer is not asked again for this job."""
+
+
+@dataclass(frozen=True)
+class CameLate(Happening):
+    """It was brought back and waits, and now the peer, in contact again, has its result after all."""
+
+    attempt: int
+    job: job_pb2.Job
+    """The job as the peer knows it."""
+    ending: Ending
+
+
+@dataclass(frozen=True)
+class KeptLate(Happening):
+    """An attempt that was given up for lost had ended at its peer; what it left is kept as that attempt's."""
+
+    attempt: int
+    job: job_pb2.Job
+    """The job as the peer knows it."""
+    log_bytes: int
+    artifacts: job_pb2.JobArtifacts

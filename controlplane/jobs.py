@@ -5,6 +5,7 @@ tells of it. What is not in the table below cannot happen; a final state is fina
 
     QUEUED    -> STARTING    a slice is reserved
     QUEUED    -> CANCELLED   somebody asked for it
+    QUEUED    -> STARTING    it goes to a peer; there, `away` says what may follow
     STARTING  -> RUNNING     the container runs
     STARTING  -> QUEUED      the node could not do it; everything is rolled back
     STARTING  -> STOPPING    it cannot start, or somebody asked for its end
@@ -23,8 +24,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from controlplane import finishing, sharing
+from controlplane import away, finishing, sharing
 from controlplane import happenings as h
+from controlplane.away import AWAY_TRANSITIONS
 from controlplane.draft import Draft, IllegalTransition, since_ms
 from controlplane.happenings import Happening
 from controlplane.records import JobRecord
@@ -86,7 +88,8 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
     draft = Draft(job, record, at, attempt=len(job.attempts))
     _require(record, happening)
     _APPLY[type(happening)](draft, happening)
-    if job.state not in TRANSITIONS[record.state]:
+    table = AWAY_TRANSITIONS if isinstance(happening, _AT_PEERS) else TRANSITIONS
+    if job.state not in table[record.state]:
         raise IllegalTransition(_text(record, happening))
     # What a late release tells of is not why the job ended.
     if record.state not in FINAL_STATES and not isinstance(happening, _ASIDE):
@@ -99,6 +102,7 @@ def transition(record: JobRecord, happening: Happening, at: float) -> tuple[JobR
         reason=draft.reason,
         message=draft.message,
         details=draft.details,
+        peer=draft.peer,
     )
     return replace(draft.record, job=job), event
 
@@ -138,25 +142,53 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     h.RunAsked: frozenset({JOB_STATE_QUEUED, JOB_STATE_STARTING}) | LIVING_STATES,
     h.RunStarted: LIVING_STATES,
     h.RunEnded: frozenset(job_pb2.JobState.values()),
+    h.Forwarding: frozenset({JOB_STATE_QUEUED}),
+    h.Forwarded: PLACED_STATES,
+    h.PeerTold: PLACED_STATES,
+    h.PeerEnded: PLACED_STATES,
+    h.PeerAway: PLACED_STATES,
+    h.BroughtBack: PLACED_STATES,
+    h.CameLate: frozenset({JOB_STATE_QUEUED}),
+    h.KeptLate: frozenset(job_pb2.JobState.values()),
 }
 
 
-_ASIDE = (h.WarmSliceDropped, h.ContainerRemoved, h.WorkspaceCarried, h.RunAsked, h.RunStarted, h.RunEnded)
+_ASIDE = (
+    h.WarmSliceDropped,
+    h.ContainerRemoved,
+    h.WorkspaceCarried,
+    h.RunAsked,
+    h.RunStarted,
+    h.RunEnded,
+    h.KeptLate,
+)
 """What happens beside the job's own life: its state keeps its reason."""
 
-_BEFORE_PLACEMENT = (h.Submitted, h.Predicted, h.Waits, h.Reserved, h.CancelRequested, h.RunAsked, h.RunEnded)
+_BEFORE_PLACEMENT = (
+    h.Submitted,
+    h.Predicted,
+    h.Waits,
+    h.Reserved,
+    h.CancelRequested,
+    h.RunAsked,
+    h.RunEnded,
+    h.Forwarding,
+)
+_AT_PEERS = (h.Forwarding, h.Forwarded, h.PeerTold, h.PeerEnded, h.PeerAway, h.BroughtBack, h.CameLate)
 
 
 def _require(record: JobRecord, happening: Happening) -> None:
     if record.state not in _ALLOWED_IN[type(happening)]:
         raise IllegalTransition(_text(record, happening))
-    about = h.ContainerRemoved | h.SliceDestroyed | h.WarmSliceDropped
+    about = h.ContainerRemoved | h.SliceDestroyed | h.WarmSliceDropped | h.CameLate | h.KeptLate
     number = happening.attempt if isinstance(happening, about) else 1
     if not isinstance(happening, _BEFORE_PLACEMENT) and not 1 <= number <= len(record.job.attempts):
         raise IllegalTransition(f"{record.id}: it has no such attempt")
     if isinstance(happening, h.Ended) and record.ending is None:
         raise IllegalTransition(f"{record.id}: how it ends was never decided")
-    if isinstance(happening, h.Reserved | h.ShareReserved | h.Moves) and record.cancel_requested:
+    if isinstance(happening, _AT_PEERS[1:-1]) and not record.attempt.peer:
+        raise IllegalTransition(f"{record.id}: its newest attempt is at no peer")
+    if isinstance(happening, h.Reserved | h.ShareReserved | h.Moves | h.Forwarding) and record.cancel_requested:
         raise IllegalTransition(f"{record.id}: it is cancelled")
 
 
@@ -193,23 +225,12 @@ def _waits(draft: Draft, it: h.Waits) -> None:
 
 
 def _reserved(draft: Draft, it: h.Reserved) -> None:
-    attempt = draft.job.attempts.add()
-    attempt.CopyFrom(it.attempt)
-    attempt.number = draft.attempt = len(draft.job.attempts)
-    attempt.reserve_time.CopyFrom(timestamp(draft.at))
+    draft.begin_attempt(it.attempt)
+    attempt = draft.job.attempts[-1]
     draft.job.sizing.CopyFrom(it.sizing)
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = draft.job.centre
-    draft.record = replace(
-        draft.record,
-        ending=None,
-        results_collected=False,
-        results_lost="",
-        take_over=it.take_over,
-        wake="",
-        busy_counted_s=0.0,
-        busy_seen_s=None,
-    )
+    draft.record = replace(draft.record, take_over=it.take_over)
     start, size = attempt.placement.start, attempt.placement.size
     where = f"memory slices {start}–{start + size - 1}" if size > 1 else f"memory slice {start}"
     draft.tell(
@@ -340,4 +361,12 @@ _APPLY: Mapping[type[Happening], Callable[[Draft, Any], None]] = {
     h.RunAsked: sharing.run_asked,
     h.RunStarted: sharing.run_started,
     h.RunEnded: sharing.run_ended,
+    h.Forwarding: away.forwarding,
+    h.Forwarded: away.forwarded,
+    h.PeerTold: away.peer_told,
+    h.PeerEnded: away.peer_ended,
+    h.PeerAway: away.peer_away,
+    h.BroughtBack: away.brought_back,
+    h.CameLate: away.came_late,
+    h.KeptLate: away.kept_late,
 }
