@@ -6,18 +6,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
 from puhui.client.archives import ArtifactArchive, Code, Progress, Pulled, packed
-from puhui.client.patience import Contact, Patience, Trouble
+from puhui.client.connection import CALL_S
+from puhui.client.fleet_calls import FleetCalls
+from puhui.client.patience import Patience, Trouble
 from puhui.client.run import RunCall
-from puhui.rpc.channel import open_blocking_channel
 from puhui.rpc.errors import Refusal
-from puhui.rpc.moment import timestamp
-from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
-from puhui.v1.fleet_service_pb2_grpc import FleetServiceStub
+from puhui.v1 import job_pb2, job_service_pb2
 from puhui.v1.job_service_pb2_grpc import JobServiceStub
 from puhui.v1.stream_pb2 import Bundle, LogChunk
 
@@ -29,14 +28,13 @@ DEFAULT_ADDRESS = "127.0.0.1:7070"
 FINAL_STATES = frozenset({job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED})
 """States that a job does not leave."""
 
-_CALL_S = 30.0
 _UPLOAD_S = 3600.0
 # A warning may be heeded for minutes before a share is taken.
 _SUSPEND_S = 600.0
 _PAUSE_S = 0.2
 
 
-class Centre:
+class Centre(FleetCalls):
     """A connection to a centre's control plane. Calls block; several threads may share it.
 
     Every mutation carries a request_id of its own and is tried again while the centre cannot be reached; what
@@ -55,22 +53,8 @@ class Centre:
         patience: Patience | None = None,
         on_trouble: Callable[[Trouble], None] | None = None,
     ) -> None:
-        self.address = address
-        self._contact = Contact(address, patience or Patience(), on_trouble)
-        self._channel = open_blocking_channel(address)
+        super().__init__(address, patience, on_trouble)
         self._jobs = JobServiceStub(self._channel)
-        self._fleet = FleetServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the connection. Whatever still waits on it is refused with CANCELLED."""
-        self._contact.close()
-        self._channel.close()
 
     def put_bundle(self, code: Code, progress: Progress | None = None) -> Bundle:
         """Uploads code, unless the centre has it already, and returns the bundle.
@@ -114,7 +98,7 @@ class Centre:
         request = job_service_pb2.SubmitJobRequest(spec=spec, request_id=request_id or uuid.uuid4().hex)
         if code is not None:
             request.bundle_id = code if isinstance(code, str) else self.put_bundle(code, progress).id
-        return self._contact.call(lambda: self._jobs.SubmitJob(request, timeout=_CALL_S)).job
+        return self._contact.call(lambda: self._jobs.SubmitJob(request, timeout=CALL_S)).job
 
     def predict(
         self, spec: job_pb2.JobSpec, code: Code | str, progress: Progress | None = None
@@ -127,7 +111,7 @@ class Centre:
         """
         bundle_id = code if isinstance(code, str) else self.put_bundle(code, progress).id
         request = job_service_pb2.PredictJobRequest(spec=spec, bundle_id=bundle_id)
-        return self._contact.call(lambda: self._jobs.PredictJob(request, timeout=_CALL_S))
+        return self._contact.call(lambda: self._jobs.PredictJob(request, timeout=CALL_S))
 
     def get(self, job_id: str) -> job_pb2.Job:
         """Returns a job.
@@ -136,7 +120,7 @@ class Centre:
             Refusal: there is none (NOT_FOUND, JOB_NOT_FOUND), or the centre cannot be reached.
         """
         request = job_service_pb2.GetJobRequest(job_id=job_id)
-        return self._contact.call(lambda: self._jobs.GetJob(request, timeout=_CALL_S)).job
+        return self._contact.call(lambda: self._jobs.GetJob(request, timeout=CALL_S)).job
 
     def jobs(self, where: job_service_pb2.JobFilter | None = None, page_size: int = 100) -> Iterator[job_pb2.Job]:
         """Yields the jobs that satisfy a filter, the newest first; pages are fetched as needed.
@@ -146,7 +130,7 @@ class Centre:
         """
         request = job_service_pb2.ListJobsRequest(page_size=page_size, filter=where)
         while True:
-            page = self._contact.call(lambda: self._jobs.ListJobs(request, timeout=_CALL_S))
+            page = self._contact.call(lambda: self._jobs.ListJobs(request, timeout=CALL_S))
             yield from page.jobs
             if not page.next_page_token:
                 return
@@ -316,7 +300,7 @@ class Centre:
         """
         request = job_service_pb2.ListRunsRequest(job_id=job_id, page_size=page_size)
         while True:
-            page = self._contact.call(lambda: self._jobs.ListRuns(request, timeout=_CALL_S))
+            page = self._contact.call(lambda: self._jobs.ListRuns(request, timeout=CALL_S))
             yield from page.runs
             if not page.next_page_token:
                 return
@@ -353,7 +337,7 @@ class Centre:
             Refusal: there is no such job, or the centre cannot be reached.
         """
         request = job_service_pb2.ExplainJobRequest(job_id=job_id)
-        return self._contact.call(lambda: self._jobs.ExplainJob(request, timeout=_CALL_S))
+        return self._contact.call(lambda: self._jobs.ExplainJob(request, timeout=CALL_S))
 
     def cancel(self, job_id: str, message: str = "") -> job_pb2.Job:
         """Asks a job to end, and returns it. A job that has ended stays as it is.
@@ -366,63 +350,7 @@ class Centre:
             Refusal: there is no such job, or the centre cannot be reached.
         """
         request = job_service_pb2.CancelJobRequest(job_id=job_id, message=message, request_id=uuid.uuid4().hex)
-        return self._contact.call(lambda: self._jobs.CancelJob(request, timeout=_CALL_S)).job
-
-    def nodes(self, page_size: int = 100) -> Iterator[fleet_service_pb2.Node]:
-        """Yields the nodes of the centre, by name.
-
-        Raises:
-            Refusal: the centre cannot be reached.
-        """
-        request = fleet_service_pb2.ListNodesRequest(page_size=page_size)
-        while True:
-            page = self._contact.call(lambda: self._fleet.ListNodes(request, timeout=_CALL_S))
-            yield from page.nodes
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-    def capacity(self) -> fleet_service_pb2.GetCapacityResponse:
-        """Returns the capacity of the centre now.
-
-        Raises:
-            Refusal: the centre cannot be reached.
-        """
-        request = fleet_service_pb2.GetCapacityRequest()
-        return self._contact.call(lambda: self._fleet.GetCapacity(request, timeout=_CALL_S))
-
-    def usage(
-        self,
-        start: float,
-        end: float,
-        *,
-        group_by: fleet_service_pb2.UsageGroup.ValueType = fleet_service_pb2.USAGE_GROUP_TENANT,
-        tenant: str = "",
-        job_id: str = "",
-        point_count: int = 0,
-    ) -> fleet_service_pb2.GetUsageResponse:
-        """Returns what tenants, jobs or runs have used.
-
-        Args:
-            start: the time that is told of, from, in seconds since the epoch.
-            end: to.
-            group_by: what a row is about.
-            tenant: only this tenant; "" is all of them.
-            job_id: only this job; "" is all of them.
-            point_count: number of equal times to tell of.
-
-        Raises:
-            Refusal: the centre refuses it, or cannot be reached.
-        """
-        request = fleet_service_pb2.GetUsageRequest(
-            start_time=timestamp(start),
-            end_time=timestamp(end),
-            group_by=group_by,
-            tenant=tenant,
-            job_id=job_id,
-            point_count=point_count,
-        )
-        return self._contact.call(lambda: self._fleet.GetUsage(request, timeout=_CALL_S))
+        return self._contact.call(lambda: self._jobs.CancelJob(request, timeout=CALL_S)).job
 
 
 def _read(call: Any) -> Iterator[Any]:
