@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -132,6 +132,11 @@ class Scheduler:
     def queued(self) -> int:
         """Number of jobs that wait; those that only rest do not."""
         return sum(not job.rest for job in self._queue)
+
+    @property
+    def queue(self) -> Sequence[QueuedJob]:
+        """Every job that waits, in the order of the queue."""
+        return self._queue
 
     def why_waiting(self, job_id: str) -> str:
         """Returns why a job waits, in a sentence; "" when it has not been looked at yet."""
