@@ -14,10 +14,15 @@ _OWN_WORDS = re.compile(r"^(?:puhui-)?(?:controlplane|nodedaemon): (.+)$", re.MU
 _EXCEPTION = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit)\w*: (.+)$", re.MULTILINE)
 
 
-def reason_in(log: Path) -> str:
-    """Returns the reason that a log gives for its daemon's end, in one line; "" when it gives none."""
+def reason_in(log: Path, begin: int = 0) -> str:
+    """Returns the reason that a log gives for its daemon's end, in one line; "" when it gives none.
+
+    Args:
+        log: the file.
+        begin: byte at which the daemon that ended began to write.
+    """
     try:
-        text = log.read_bytes()[-_LOOKED_AT:].decode(errors="replace")
+        text = log.read_bytes()[begin:][-_LOOKED_AT:].decode(errors="replace")
     except OSError:
         return ""
     for lines in (_OWN_WORDS.findall(text), _EXCEPTION.findall(text), _errors(text)):

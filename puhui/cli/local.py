@@ -5,20 +5,21 @@ from __future__ import annotations
 import json as json_text
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import grpc
 import typer
 
 import puhui
 from puhui.cli.fleet import cards_of, runtime_of
+from puhui.cli.interrupts import Interrupts
 from puhui.cli.job_options import json_flag
-from puhui.cli.local_centre import LocalCentre, LocalOptions
+from puhui.cli.local_centre import LocalOptions
+from puhui.cli.local_centres import LocalCentres
 from puhui.cli.local_state import StateFolder, default_state, local_command
 from puhui.cli.message_json import json_of
 from puhui.cli.terminal import Mistake, terminal
@@ -67,7 +68,8 @@ def _up(
 ) -> None:
     """Start a centre on this machine, with emulated cards: a control plane and a node daemon.
 
-    Nothing on this machine's own GPUs is touched. Ctrl-C, or `puhui down`, stops it.
+    Nothing on this machine's own GPUs is touched. A daemon that dies is started again; jobs run on meanwhile.
+    Ctrl-C, or `puhui down`, stops it.
     """
     if runtime not in _RUNTIMES:
         raise Mistake("USAGE", f"--runtime {runtime}: there are " + ", ".join(_RUNTIMES))
@@ -77,7 +79,7 @@ def _up(
         raise Mistake("USAGE", f"--emulate {emulate!r}: write MODEL:COUNT,..., such as H100-80GB-SXM5:2,A100-80GB:1")
     folder = StateFolder((state or default_state()).absolute())
     folder.prepare()
-    options = LocalOptions(emulate, port, runtime, image, podman_user, log_level)
+    options = LocalOptions((emulate,), port, runtime, image, podman_user, log_level)
     if detach:
         _start_in_background(folder, options)
     else:
@@ -85,27 +87,22 @@ def _up(
 
 
 def _serve(folder: StateFolder, options: LocalOptions) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupts = Interrupts()
     with folder.locked():
         for name in folder.stop_leftovers():
             terminal().note(f"stopped a {name} whose `puhui up` had been killed")
-        centre = LocalCentre(folder, options)
+        centre = LocalCentres(folder, options, terminal().note, interrupts.held)
         try:
             centre.start()
             _announce(folder, centre.address, detached=False)
             notify_ready(centre.address)
-            raise centre.wait()
+            centre.watch()
         except KeyboardInterrupt:
             notify_stopping()
             _note_running(_running_jobs(centre.address), folder)
         finally:
             centre.stop()
         terminal().note("stopped")
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _start_in_background(folder: StateFolder, options: LocalOptions) -> None:

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["ProcessId", "Record", "StateFolder", "default_state", "local_command"]
+__all__ = ["CentreRecord", "ProcessId", "Record", "StateFolder", "default_state", "local_command"]
 
 
 def default_state(environment: Mapping[str, str] = os.environ) -> Path:
@@ -90,19 +91,36 @@ def _start_ticks(pid: int) -> int:
 
 
 @dataclass(frozen=True)
+class CentreRecord:
+    """One centre of those that run."""
+
+    name: str
+    """Its name, which `--server` takes."""
+    address: str
+    """Where its control plane serves; "" while it has not begun to."""
+    node_address: str
+    """Where its node daemon serves; "" while it has not begun to."""
+    emulate: str
+    """Its emulated cards."""
+    state: str
+    """The folder of its state."""
+
+
+@dataclass(frozen=True)
 class Record:
-    """A local centre that runs."""
+    """The local centres that run."""
 
     supervisor: ProcessId
     """The `puhui up` that looks after it."""
     daemons: dict[str, ProcessId]
-    """Its daemons, by name."""
-    address: str
-    """Where its control plane serves."""
-    node_address: str
-    """Where its node daemon serves."""
-    emulate: str
-    """Its emulated cards."""
+    """Their daemons, by name."""
+    centres: tuple[CentreRecord, ...]
+    """The centres; there is at least one."""
+
+    @property
+    def address(self) -> str:
+        """Where the first one's control plane serves; "" while it has not begun to."""
+        return self.centres[0].address
 
 
 class StateFolder:
@@ -159,9 +177,7 @@ class StateFolder:
             return Record(
                 supervisor=ProcessId(**document["supervisor"]),
                 daemons={name: ProcessId(**process) for name, process in document["daemons"].items()},
-                address=document["address"],
-                node_address=document["node_address"],
-                emulate=document["emulate"],
+                centres=tuple(CentreRecord(**centre) for centre in self._centres_in(document)),
             )
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -173,6 +189,13 @@ class StateFolder:
                 "end them by hand (`pgrep -af 'controlplane|nodedaemon'`) and remove the file",
                 file=str(self._record),
             ) from error
+
+    def _centres_in(self, document: dict[str, Any]) -> list[dict[str, str]]:
+        if centres := document.get("centres"):
+            return list(centres)
+        # A `puhui up` of before there could be several: its one centre.
+        keys = ("address", "node_address", "emulate")
+        return [{"name": "local", "state": str(self.path), **{key: document[key] for key in keys}}]
 
     def write(self, record: Record) -> None:
         """Keeps a record."""

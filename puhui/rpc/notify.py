@@ -64,8 +64,22 @@ class ReadySocket:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Listens no more. The daemon need not know."""
         self._socket.close()
         self._folder.cleanup()
+
+    def fileno(self) -> int:
+        """Returns a descriptor that becomes readable when there is something to `receive`."""
+        return self._socket.fileno()
+
+    def receive(self) -> str | None:
+        """Waits for one word of the daemon: the address at which it serves, or None when it says something else."""
+        lines = self._socket.recv(4096).decode().splitlines()
+        fields = dict(line.split("=", 1) for line in lines if "=" in line)
+        return fields.get(_ADDRESS, "") if fields.get("READY") == "1" else None
 
     def wait(self, pid: int, timeout_s: float) -> str:
         """Waits until the daemon says that it is ready, and returns the address at which it serves.
@@ -84,11 +98,9 @@ class ReadySocket:
             while (left := deadline - time.monotonic()) > 0:
                 readable, _, _ = select.select([self._socket.fileno(), child], [], [], left)
                 if self._socket.fileno() in readable:
-                    fields = dict(
-                        line.split("=", 1) for line in self._socket.recv(4096).decode().splitlines() if "=" in line
-                    )
-                    if fields.get("READY") == "1":
-                        return fields.get(_ADDRESS, "")
+                    address = self.receive()
+                    if address is not None:
+                        return address
                 elif child in readable:
                     raise ChildProcessError(f"process {pid} ended before it was ready")
         finally:

@@ -47,6 +47,15 @@ class Foreground:
             self.address = ready.wait(self.process.pid, 60)
         del user.environment["NOTIFY_SOCKET"]
         user.environment["PUHUI_SERVER"] = self.address
+        self.heard = ""
+
+    def said(self, words: str, times: int = 1) -> None:
+        """Reads what it says until it has said this so many times."""
+        assert self.process.stderr is not None
+        while self.heard.count(words) < times:
+            line = self.process.stderr.readline().decode()
+            assert line, f"it ended and had not said {words!r}: {self.heard}"
+            self.heard += line
 
 
 def test_a_centre_comes_up_runs_code_and_goes_down(user: Puhui, tmp_path: Path) -> None:
@@ -108,16 +117,78 @@ def test_the_foreground_says_what_it_is_and_stops_at_a_signal(user: Puhui, numbe
     assert user("down", "--json").json["stopped"] is False
 
 
-@pytest.mark.parametrize("name", ["controlplane", "nodedaemon"])
-def test_a_daemon_that_dies_takes_the_rest_with_it_and_is_named(user: Puhui, name: str) -> None:
+@pytest.mark.parametrize("dying", [["controlplane"], ["nodedaemon"], ["controlplane", "nodedaemon"]])
+def test_a_daemon_that_dies_is_started_again_and_the_job_runs_on(user: Puhui, tmp_path: Path, dying: list[str]) -> None:
+    centre = Foreground(user)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/wait.py").write_text(
+        "import os, sys\n"
+        "print('on', flush=True)\n"
+        "print(open(sys.argv[1]).read())\n"
+        "open(os.environ['PUHUI_OUTPUTS'] + '/result', 'w').write('42')\n"
+        "sys.exit(5)\n"
+    )
+    job_id = user("submit", "--memory", "8GB", tmp_path / "code/wait.py", str(gate)).out.strip()
+    logs = user.start("logs", "-f", job_id)
+    assert logs.stdout is not None
+    assert logs.stdout.read(3) == b"on\n"
+    before = {name: process["pid"] for name, process in record(user)["daemons"].items()}
+    [here] = record(user)["centres"]
+    before_at = {"controlplane": here["address"], "nodedaemon": here["node_address"]}
+    for name in dying:
+        os.kill(before[name], signal.SIGKILL)
+    for name in dying:
+        centre.said(f"the {name} serves again at {before_at[name]}\n")
+    after = {name: process["pid"] for name, process in record(user)["daemons"].items()}
+    assert {name for name in before if before[name] != after[name]} == set(dying)
+    assert record(user)["centres"] == [here]
+    assert all(alive(pid) for pid in after.values())
+    assert all(f"the {name} was killed by signal 9; it is started again in 0.2 s" in centre.heard for name in dying)
+    noted = Path(user.environment["PUHUI_LOCAL_STATE"], "logs/supervisor.log").read_text()
+    assert [noted.count(f"the {name} was killed by signal 9") for name in dying] == [1] * len(dying)
+
+    gate.write_text("through")
+    assert logs.communicate(timeout=60)[0] == b"through\n"
+    assert user("wait", job_id).code == 5
+    assert user("pull", job_id, "-o", "out").code == 0
+    assert (user.folder / "out/result").read_text() == "42"
+    assert len(user("get", job_id, "--json").json["attempts"]) == 1
+    centre.process.send_signal(signal.SIGINT)
+    centre.process.communicate(timeout=60)
+    assert centre.process.returncode == 0
+    assert [pid for pid in after.values() if alive(pid)] == []
+
+
+@pytest.mark.timeout(120)
+def test_a_daemon_that_cannot_be_had_again_is_given_up_and_named(user: Puhui) -> None:
     centre = Foreground(user)
     daemons = {key: process["pid"] for key, process in record(user)["daemons"].items()}
-    os.kill(daemons[name], signal.SIGKILL)
-    _, err = centre.process.communicate(timeout=60)
+    state = Path(user.environment["PUHUI_LOCAL_STATE"])
+    (state / "nodedaemon").rename(state / "elsewhere")
+    (state / "nodedaemon").touch()
+    os.kill(daemons["nodedaemon"], signal.SIGKILL)
+    _, err = centre.process.communicate(timeout=90)
     assert centre.process.returncode == 1
-    assert f"error: the {name} was killed by signal 9" in err.decode()
-    assert "(DAEMON_FAILED)" in err.decode()
+    last = err.decode().splitlines()[-1]
+    assert last.startswith("error: the nodedaemon ended with code 1 before it was ready, 5 times in a row: ")
+    assert "(DAEMON_FAILED)" in last
     assert [pid for pid in daemons.values() if alive(pid)] == []
+
+
+def test_down_ends_a_centre_whose_daemon_is_being_started_again(user: Puhui) -> None:
+    centre = Foreground(user)
+    daemons = {key: process["pid"] for key, process in record(user)["daemons"].items()}
+    for times in (1, 2, 3):  # the pause grows, so that `down` comes within one
+        os.kill(record(user)["daemons"]["nodedaemon"]["pid"], signal.SIGKILL)
+        centre.said("the nodedaemon was killed by signal 9", times)
+        if times < 3:
+            centre.said("the nodedaemon serves again at", times)
+    assert user("down", "--json").json["stopped"] is True
+    centre.process.communicate(timeout=60)
+    assert [pid for pid in daemons.values() if alive(pid)] == []
+    assert user("down", "--json").json["stopped"] is False
 
 
 def test_daemons_of_a_killed_up_are_stopped_by_the_next(user: Puhui) -> None:
@@ -188,7 +259,7 @@ def test_down_says_which_jobs_run_on(user: Puhui, tmp_path: Path) -> None:
     assert started.code == 0, started.err
     state = user.environment["PUHUI_LOCAL_STATE"]
     assert f"stop        puhui down --state {state}\n" in started.out
-    user.environment["PUHUI_SERVER"] = record(user)["address"]
+    user.environment["PUHUI_SERVER"] = record(user)["centres"][0]["address"]
     (tmp_path / "code").mkdir()
     (tmp_path / "code/stay.py").write_text("import sys\nprint('on')\nwhile True:\n    __import__('time').sleep(60)\n")
     job_id = user("submit", "--memory", "8GB", tmp_path / "code/stay.py").out.strip()

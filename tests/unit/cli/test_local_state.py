@@ -1,13 +1,15 @@
 """Which processes are ours, and which only look so."""
 
+import json
 import os
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from puhui.cli.daemon_log import exit_words, reason_in
-from puhui.cli.local_state import ProcessId, Record, StateFolder, default_state, local_command
+from puhui.cli.local_state import CentreRecord, ProcessId, Record, StateFolder, default_state, local_command
 from puhui.cli.settings import server_address
 from puhui.cli.terminal import Mistake
 from puhui.rpc.errors import Refusal
@@ -16,7 +18,9 @@ from puhui.rpc.errors import Refusal
 def record(*processes: ProcessId) -> Record:
     first, *rest = processes
     return Record(
-        first, {f"d{n}": process for n, process in enumerate(rest)}, "127.0.0.1:1", "127.0.0.1:2", "A30-24GB:1"
+        first,
+        {f"d{n}": process for n, process in enumerate(rest)},
+        (CentreRecord("local", "127.0.0.1:1", "127.0.0.1:2", "A30-24GB:1", "/x"),),
     )
 
 
@@ -62,6 +66,17 @@ def test_a_record_is_kept_and_taken_away(tmp_path: Path) -> None:
     folder.clear()
     assert folder.read() is None
     assert folder.stop() is None
+
+
+def test_the_record_of_an_older_up_is_understood(tmp_path: Path) -> None:
+    mine = ProcessId.of(os.getpid())
+    document = {"supervisor": asdict(mine), "daemons": {"controlplane": asdict(mine)}}
+    document |= {"address": "127.0.0.1:1", "node_address": "127.0.0.1:2", "emulate": "A30-24GB:1"}
+    (tmp_path / "up.json").write_text(json.dumps(document))
+    read = StateFolder(tmp_path).read()
+    assert read is not None
+    assert read.address == "127.0.0.1:1"
+    assert read.centres == (CentreRecord("local", "127.0.0.1:1", "127.0.0.1:2", "A30-24GB:1", str(tmp_path)),)
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
