@@ -70,7 +70,7 @@ def test_a_record_is_kept_and_taken_away(tmp_path: Path) -> None:
 
 def test_the_record_of_an_older_up_is_understood(tmp_path: Path) -> None:
     mine = ProcessId.of(os.getpid())
-    document = {"supervisor": asdict(mine), "daemons": {"controlplane": asdict(mine)}}
+    document: dict[str, object] = {"supervisor": asdict(mine), "daemons": {"controlplane": asdict(mine)}}
     document |= {"address": "127.0.0.1:1", "node_address": "127.0.0.1:2", "emulate": "A30-24GB:1"}
     (tmp_path / "up.json").write_text(json.dumps(document))
     read = StateFolder(tmp_path).read()
