@@ -10,8 +10,8 @@
             print(event.reason, event.message)
         centre.pull(job.id, Path("outputs"))
 
-`centre` what can be asked of jobs, `fleet_calls` of nodes, `connection` what both go through, `run` a command in a
-session, `patience` which failures are waited out, `archives` how files travel.
+`centre` what can be asked of jobs, `fleet_calls` of nodes, `peer_calls` of peers, `connection` what all go through,
+`run` a command in a session, `patience` which failures are waited out, `archives` how files travel.
 Everything that goes wrong is raised as `Refusal`.
 """
 

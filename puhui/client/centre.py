@@ -14,6 +14,7 @@ from puhui.client.archives import ArtifactArchive, Code, Progress, Pulled, packe
 from puhui.client.connection import CALL_S
 from puhui.client.fleet_calls import FleetCalls
 from puhui.client.patience import Patience, Trouble
+from puhui.client.peer_calls import PeerCalls
 from puhui.client.run import RunCall
 from puhui.rpc.errors import Refusal
 from puhui.v1 import job_pb2, job_service_pb2
@@ -34,7 +35,7 @@ _SUSPEND_S = 600.0
 _PAUSE_S = 0.2
 
 
-class Centre(FleetCalls):
+class Centre(FleetCalls, PeerCalls):
     """A connection to a centre's control plane. Calls block; several threads may share it.
 
     Every mutation carries a request_id of its own and is tried again while the centre cannot be reached; what
