@@ -18,6 +18,9 @@ from puhui.rpc.quantities import parse_duration, parse_percent, parse_size, to_m
 
 __all__ = ["app", "main"]
 
+_SHORTEST_LEASE_S = 3.0
+_LONGEST_LEASE_S = 86400.0
+
 app = typer.Typer(
     name="puhui-controlplane",
     help="The control plane of one Puhui centre.",
@@ -116,6 +119,37 @@ def serve(
             envvar=_variable("TENANTS"), help="TOML file with defaults by tenant, a table [tenants.NAME] each."
         ),
     ] = None,
+    federation_listen: Annotated[
+        str,
+        typer.Option(
+            envvar=_variable("FEDERATION_LISTEN"),
+            help="Address at which peers are served, host:port, with mutual TLS; without it this centre only sends.",
+        ),
+    ] = "",
+    federation_address: Annotated[
+        str,
+        typer.Option(
+            envvar=_variable("FEDERATION_ADDRESS"), help="Where peers reach that; where it listens if not given."
+        ),
+    ] = "",
+    lease: Annotated[
+        str,
+        typer.Option(
+            envvar=_variable("LEASE"),
+            help="A peer ends a forwarded job that has not been renewed for so long; so does this centre with theirs.",
+        ),
+    ] = "15m",
+    lease_margin: Annotated[
+        str,
+        typer.Option(
+            envvar=_variable("LEASE_MARGIN"),
+            help="After the lease a job starts elsewhere only when so much more time has passed.",
+        ),
+    ] = "30s",
+    keep_guests: Annotated[
+        str,
+        typer.Option(envvar=_variable("KEEP_GUESTS"), help="Results of what peers had run here are kept for so long."),
+    ] = "7d",
     log_level: Annotated[
         str, typer.Option(envvar=_variable("LOG_LEVEL"), help="debug, info, warning or error.")
     ] = "info",
@@ -147,6 +181,11 @@ def serve(
         session_memory_mib=to_mib(int(_parsed("--session-memory", parse_size, session_memory)))
         if session_memory
         else 0,
+        federation_listen=federation_listen,
+        federation_address=federation_address,
+        lease_s=_parsed("--lease", _lease, lease),
+        lease_margin_s=_parsed("--lease-margin", parse_duration, lease_margin),
+        keep_guests_s=_parsed("--keep-guests", parse_duration, keep_guests),
     )
     try:
         asyncio.run(_serve(settings))
@@ -173,6 +212,13 @@ def _idle_after(text: str) -> float:
     length_s = parse_duration(text)
     if length_s < SHORTEST_IDLE_AFTER_S:
         raise ValueError(f"{text} is shorter than three samples; {SHORTEST_IDLE_AFTER_S:g}s is the shortest")
+    return length_s
+
+
+def _lease(text: str) -> float:
+    length_s = parse_duration(text)
+    if not _SHORTEST_LEASE_S <= length_s <= _LONGEST_LEASE_S:
+        raise ValueError(f"{text}: a lease is from {_SHORTEST_LEASE_S:g}s to 24h; 15m is good for most networks")
     return length_s
 
 

@@ -10,6 +10,7 @@ import structlog
 from controlplane.attempt_driver import AttemptDriver
 from controlplane.faults import retry_delay_s
 from controlplane.jobs import PLACED_STATES
+from controlplane.peer_driver import PeerDriver
 from controlplane.records import JobRecord
 from controlplane.surroundings import Surroundings
 
@@ -24,7 +25,7 @@ class Attempts:
     def __init__(self, around: Surroundings, done: Callable[[JobRecord], None]) -> None:
         self._around = around
         self._done = done
-        self._drivers: dict[tuple[str, int], AttemptDriver] = {}
+        self._drivers: dict[tuple[str, int], AttemptDriver | PeerDriver] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     def drive(self, record: JobRecord, number: int = 0, *, adopt: bool = False) -> None:
@@ -37,11 +38,19 @@ class Attempts:
         """
         number = number or len(record.job.attempts)
         key = (record.id, number)
-        driver = AttemptDriver(self._around, record, number)
-        self._drivers[key] = driver
+        if key in self._tasks and not self._tasks[key].done():
+            return
+        driver = self._drivers[key] = self._driver(record, number)
         self._tasks[key] = asyncio.create_task(self._run(key, driver, adopt), name=f"attempt {record.id}/{number}")
 
-    async def _run(self, key: tuple[str, int], driver: AttemptDriver, adopt: bool) -> None:
+    def _driver(self, record: JobRecord, number: int) -> AttemptDriver | PeerDriver:
+        if not record.job.attempts[number - 1].peer:
+            return AttemptDriver(self._around, record, number)
+        if self._around.reach is None:
+            raise RuntimeError(f"attempt {record.id}/{number} is at a peer, and this centre works with none")
+        return PeerDriver(self._around, self._around.reach, record, number)
+
+    async def _run(self, key: tuple[str, int], driver: AttemptDriver | PeerDriver, adopt: bool) -> None:
         tries = 0
         try:
             while True:
@@ -60,12 +69,12 @@ class Attempts:
         if record.state not in PLACED_STATES:
             self._done(record)
 
-    async def _driver_again(self, key: tuple[str, int]) -> AttemptDriver:
+    async def _driver_again(self, key: tuple[str, int]) -> AttemptDriver | PeerDriver:
         """Returns a driver that goes on from what the store holds, as after a crash."""
         record = await self._around.store.job(key[0])
         if record is None:
             raise RuntimeError(f"job {key[0]} is driven, but not in the store")
-        return AttemptDriver(self._around, record, key[1])
+        return self._driver(record, key[1])
 
     def cancel(self, job_id: str) -> None:
         """A job's end was asked for, and that is stored."""

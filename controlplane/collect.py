@@ -1,18 +1,19 @@
-"""Fetches what an attempt left on its node into this centre's results."""
+"""Fetches what an attempt left where it ran, at a node or at a peer, into this centre's results."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 
-from controlplane.node_client import NodeClient
 from controlplane.results import Results
 from puhui.rpc.errors import Refusal
-from puhui.v1 import card_pb2, job_pb2, stream_pb2
+from puhui.v1 import card_pb2, job_pb2, node_service_pb2, stream_pb2
 
-__all__ = ["Collected", "collect"]
+__all__ = ["Collected", "Left", "collect"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,21 @@ class Collected:
     """Why it is not."""
 
 
-async def collect(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> Collected:
+class Left(Protocol):
+    """Where an attempt left its results."""
+
+    def read_logs(
+        self, owner: card_pb2.AttemptRef, offset: int, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        """Yields its output."""
+
+    def read_artifacts(
+        self, owner: card_pb2.AttemptRef, offset: int
+    ) -> AsyncGenerator[node_service_pb2.NodeServiceGetArtifactsResponse, None]:
+        """Yields the manifest of its artifacts, then the archive in chunks."""
+
+
+async def collect(client: Left, owner: card_pb2.AttemptRef, results: Results) -> Collected:
     """Fetches log and artifacts of an attempt whose command has ended, as much of them as can be had now.
 
     It may be called again at any time, and begins anew.
@@ -54,7 +69,7 @@ async def collect(client: NodeClient, owner: card_pb2.AttemptRef, results: Resul
     )
 
 
-async def _log(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> int:
+async def _log(client: Left, owner: card_pb2.AttemptRef, results: Results) -> int:
     with results.write_log(owner.job_id, owner.attempt) as log:
         try:
             async for chunk in client.read_logs(owner, 0, 0, True):
@@ -66,7 +81,7 @@ async def _log(client: NodeClient, owner: card_pb2.AttemptRef, results: Results)
         return log.size_bytes
 
 
-async def _artifacts(client: NodeClient, owner: card_pb2.AttemptRef, results: Results) -> job_pb2.JobArtifacts:
+async def _artifacts(client: Left, owner: card_pb2.AttemptRef, results: Results) -> job_pb2.JobArtifacts:
     manifest = stream_pb2.ArtifactManifest()
     with results.write_artifacts(owner.job_id, owner.attempt) as archive:
         try:
@@ -83,7 +98,7 @@ async def _artifacts(client: NodeClient, owner: card_pb2.AttemptRef, results: Re
             raise Refusal(
                 grpc.StatusCode.DATA_LOSS,
                 "ARTIFACTS_DIGEST",
-                "the artifacts that arrived from the node do not have the digest that it announced",
+                "the artifacts that arrived do not have the digest that was announced",
             )
         if not manifest.files:
             return job_pb2.JobArtifacts()

@@ -16,12 +16,23 @@ from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1 import stream_pb2
 from puhui.v1.federation_service_pb2_grpc import FederationServiceStub
 
-__all__ = ["GrpcPeerClient", "PeerClient"]
+__all__ = ["GrpcPeerClient", "PeerClient", "is_away"]
 
 _OFFER_S = 5.0
 _ASK_S = 10.0
 _CANCEL_S = 60.0
 _UPLOAD_S = 600.0
+
+
+_AWAY = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
+)
+_BUSY = frozenset({"PEER_RATE", "PEER_STREAMS", "PEER_BYTES"})
+
+
+def is_away(refusal: Refusal) -> bool:
+    """Returns whether the peer gave no answer to what it was asked, or asks for patience: it may be asked again."""
+    return refusal.code in _AWAY or refusal.reason in _BUSY
 
 
 class PeerClient(Protocol):

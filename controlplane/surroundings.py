@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from controlplane.bundles import Bundles
 from controlplane.nodes import Nodes
+from controlplane.reach import Reach
 from controlplane.records import JobRecord
 from controlplane.reservations import Reservations
 from controlplane.results import Results
@@ -39,3 +40,5 @@ class Surroundings:
     """A job whose share is not confirmed to be released within this time ends all the same."""
     collect_patience_s: float
     """Results that a node in contact has refused for this long, and several times, are given up."""
+    reach: Reach | None = None
+    """How peers are worked with; None when this centre has none."""

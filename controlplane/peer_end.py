@@ -1,0 +1,157 @@
+"""The end of an attempt at a peer: what it left comes here, at once or late."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import structlog
+
+from controlplane import happenings
+from controlplane.away import ending_there
+from controlplane.draft import IllegalTransition
+from controlplane.endings import Ending
+from controlplane.forwards import ForwardStage
+from controlplane.happenings import Happening
+from controlplane.jobs import FINAL_STATES
+from controlplane.peer_client import is_away
+from controlplane.peer_results import collect_from_peer
+from controlplane.results import Results
+from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import now
+from puhui.v1 import federation_service_pb2 as wire
+from puhui.v1 import job_pb2
+from puhui.v1.job_pb2 import JOB_STATE_QUEUED
+
+if TYPE_CHECKING:
+    from controlplane.peer_driver import PeerDriver
+
+__all__ = ["PeerEnd"]
+
+_log = structlog.get_logger(__name__)
+
+_MOST_REFUSALS = 4
+_TELL_AFTER_TRIES = 2
+
+
+class PeerEnd:
+    """Ends one attempt at a peer.
+
+    Args:
+        driver: the attempt.
+        results: where what it left is kept.
+        withdraw: a job waits for a share no longer.
+    """
+
+    def __init__(self, driver: PeerDriver, results: Results, withdraw: Callable[[str], None]) -> None:
+        self._driver = driver
+        self._results = results
+        self._withdraw = withdraw
+
+    async def look_late(self) -> None:
+        """Asks a peer that is back whether it had ended there after all."""
+        tries = 0
+        while now() < self._driver.forward.keep_until:
+            request = wire.CancelForwardedJobRequest(origin=self._driver.origin, message="its lease was over")
+            try:
+                answer = await self._driver.peer().client.cancel(request)
+            except Refusal as refusal:
+                if not is_away(refusal):
+                    break
+                tries += 1
+                await self._driver.until_contact(tries)
+                continue
+            ending = ending_there(False, "", answer.job) if answer.HasField("job") else None
+            if ending is None:
+                break
+            await self._take_late(answer.job, ending)
+            return
+        await self._driver.change(stage=ForwardStage.SETTLED)
+
+    async def _take_late(self, job: job_pb2.Job, ending: Ending) -> None:
+        got = await self._fetched(job)
+        if got is None:
+            await self._driver.change(stage=ForwardStage.SETTLED)
+            return
+        log_bytes, artifacts, _ = got
+        stored = await self._driver.store.job(self._driver.record.id)
+        waits = stored is not None and stored.state == JOB_STATE_QUEUED and self._driver.is_newest(stored)
+        if waits:
+            with contextlib.suppress(IllegalTransition):
+                late = happenings.CameLate(self._driver.forward.attempt, job, ending)
+                results = happenings.ResultsCollected(log_bytes, artifacts)
+                await self._driver.change(late, results, happenings.Ended(), stage=ForwardStage.SETTLED)
+                self._withdraw(self._driver.record.id)
+                return
+        kept = happenings.KeptLate(self._driver.forward.attempt, job, log_bytes, artifacts)
+        await self._driver.change(kept, stage=ForwardStage.SETTLED)
+
+    async def collect(self, known: job_pb2.Job | None) -> None:
+        """Brings log and artifacts here; the job has ended then.
+
+        Args:
+            known: the job as the peer knows it; None after a restart.
+        """
+        there = known or await self._asked()
+        got = await self._fetched(there) if there is not None else None
+        if got is None:
+            why = f"what it left at peer {self._driver.forward.peer} could not be had for as long as the peer keeps it"
+            told: list[Happening] = [happenings.ResultsLost(why, 0, job_pb2.JobArtifacts())]
+        elif got[2]:
+            told = [happenings.ResultsLost(got[2], got[0], got[1])]
+        else:
+            told = [happenings.ResultsCollected(got[0], got[1])]
+        if self._driver.record.state not in FINAL_STATES:
+            told.append(happenings.Ended())
+        await self._driver.change(*told, over=True, stage=ForwardStage.SETTLED)
+
+    async def _asked(self) -> job_pb2.Job | None:
+        """Returns the job as the peer knows it, after a restart; None when the peer no longer does."""
+        tries = 0
+        while now() < self._driver.forward.keep_until:
+            try:
+                # What has ended is not changed by this.
+                answer = await self._driver.peer().client.cancel(
+                    wire.CancelForwardedJobRequest(origin=self._driver.origin)
+                )
+                return answer.job if answer.HasField("job") else None
+            except Refusal as refusal:
+                if not is_away(refusal):
+                    return None
+                tries += 1
+            await self._bear(tries)
+        return None
+
+    async def _fetched(self, job: job_pb2.Job) -> tuple[int, job_pb2.JobArtifacts, str] | None:
+        """Returns size of the log, artifacts, and what of both is lost ("" for nothing); None when nothing came."""
+        tries, refusals = 0, 0
+        while now() < self._driver.forward.keep_until:
+            got = await collect_from_peer(
+                lambda: self._driver.peer().client, self._driver.origin, job, self._results, self._bear
+            )
+            if got.error is None:
+                return got.log_bytes, got.artifacts, ""
+            _log.warning("results at a peer cannot be collected yet", job=self._driver.record.id, why=str(got.error))
+            tries += 1
+            if isinstance(got.error, Refusal) and not is_away(got.error):
+                refusals += 1
+                if refusals >= _MOST_REFUSALS:
+                    why = (
+                        f"its {got.missing} could not be had from peer {self._driver.forward.peer}: {got.error.message}"
+                    )
+                    return got.log_bytes, got.artifacts, why
+            await self._bear(tries)
+        return None
+
+    async def _bear(self, tries: int) -> None:
+        """Waits after results could not be had. Whoever asked for the job's end does not wait for them."""
+        driver, name = self._driver, self._driver.forward.peer
+        if driver.record.state not in FINAL_STATES and driver.forward.stage is ForwardStage.ENDED:
+            if driver.is_cancelled:
+                held = f"its results are at peer {name}, which is out of contact, and come when it is back"
+                await driver.change(happenings.Ended(held))
+            elif tries == _TELL_AFTER_TRIES:
+                what = f"peer {name} is out of contact; its results are collected when it is back"
+                await driver.change(happenings.ResultsDelayed(what))
+        await driver.until_contact(tries)
