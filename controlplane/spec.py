@@ -12,7 +12,7 @@ from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import seconds
 from puhui.v1 import job_pb2
 
-__all__ = ["require_offered", "require_valid"]
+__all__ = ["require_known_peers", "require_offered", "require_valid", "require_valid_command"]
 
 _NAME = re.compile(r"[a-z0-9._-]{0,63}")
 _TENANT = re.compile(r"[a-z0-9._-]{0,63}")
@@ -24,6 +24,7 @@ _OWN_ENV = ("PUHUI_", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 _MOST_COMMAND_BYTES = 128 * 2**10
 _MOST_ENV_BYTES = 128 * 2**10
 _MOST_LABELS = 64
+_MOST_PREFERRED = 16
 _MOST_INPUTS = 256
 _MOST_DURATION_S = 366 * 86400.0
 _MOST_GRACE_S = 3600.0
@@ -35,8 +36,7 @@ def require_valid(spec: job_pb2.JobSpec) -> None:
     """Refuses a spec with a field that no job can have.
 
     Raises:
-        Refusal: INVALID_ARGUMENT with SPEC_INVALID, its metadata naming the field; UNIMPLEMENTED for
-            what this version does not serve yet.
+        Refusal: INVALID_ARGUMENT with SPEC_INVALID, its metadata naming the field.
     """
     _identity(spec)
     if spec.command or spec.kind != job_pb2.JOB_KIND_SESSION:
@@ -44,7 +44,7 @@ def require_valid(spec: job_pb2.JobSpec) -> None:
     _resources(spec.resources)
     _times(spec)
     _texts(spec)
-    _not_yet(spec)
+    _peers(spec.peers)
 
 
 def _identity(spec: job_pb2.JobSpec) -> None:
@@ -118,17 +118,27 @@ def _texts(spec: job_pb2.JobSpec) -> None:
         _require(data.size_bytes <= 2**60, f"inputs[{number}].size_bytes", "is a size in bytes")
 
 
-def _not_yet(spec: job_pb2.JobSpec) -> None:
-    if spec.HasField("peers"):
-        raise _unserved("PEER_POLICY_NOT_IMPLEMENTED", "peer policies", "leave `peers` out: every job runs here")
-
-
-def _unserved(reason: str, what: str, instead: str) -> Refusal:
-    return Refusal(
-        grpc.StatusCode.UNIMPLEMENTED,
-        reason,
-        f"{what} are part of the contract, but this version does not serve them yet; {instead}",
-    )
+def _peers(policy: job_pb2.PeerPolicy) -> None:
+    preferred = list(policy.preferred_peers)
+    _require(len(preferred) <= _MOST_PREFERRED, "peers.preferred_peers", f"are at most {_MOST_PREFERRED}")
+    for number, name in enumerate(preferred):
+        field = f"peers.preferred_peers[{number}]"
+        _require(name and _NAME.fullmatch(name), field, "is the name of a peer, as `puhui peers` shows it")
+        _require(preferred.index(name) == number, field, "is there twice")
+    _require(not (policy.here_only and preferred), "peers.preferred_peers", "are none when the job is to run here only")
+    if policy.HasField("max_wait"):
+        _require(0 <= seconds(policy.max_wait) <= _MOST_DURATION_S, "peers.max_wait", "is from 0 to a year")
+    for field, labels in (
+        ("peers.required_labels", policy.required_labels),
+        ("peers.forbidden_labels", policy.forbidden_labels),
+    ):
+        _require(len(labels) <= _MOST_LABELS, field, "are at most 64")
+        for key, value in labels.items():
+            _require(_LABEL.fullmatch(key), f"{field}.{key[:64]}", "has a key that is no label")
+            _require(len(value) <= 256, f"{field}.{key[:64]}", "is at most 256 characters")
+    for key, value in policy.forbidden_labels.items():
+        both = policy.required_labels.get(key) == value and key in policy.required_labels
+        _require(not both, f"peers.forbidden_labels.{key[:64]}", "is required and forbidden at once")
 
 
 def _require(holds: object, field: str, what: str) -> None:
@@ -156,3 +166,23 @@ def require_offered(resources: job_pb2.Resources, geometries: Collection[Geometr
         profile=resources.profile,
         available=names,
     )
+
+
+def require_known_peers(policy: job_pb2.PeerPolicy, known: Collection[str]) -> None:
+    """Refuses a preference for a peer that this centre does not have.
+
+    Raises:
+        Refusal: FAILED_PRECONDITION with PEER_NOT_FOUND.
+    """
+    for name in policy.preferred_peers:
+        if name in known:
+            continue
+        names = ", ".join(sorted(known))
+        there = f"its peers are {names}" if names else "it has none"
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "PEER_NOT_FOUND",
+            f"this centre has no peer {name}; {there}; or leave the preference out, and the nearest are asked",
+            peer=name,
+            available=names,
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from controlplane.parsing import Parsing
 from controlplane.prediction import Code, Prediction
 from controlplane.records import BundleRecord, JobRecord, Request
 from controlplane.sizing import size, size_of_session
-from controlplane.spec import require_offered, require_valid
+from controlplane.spec import require_known_peers, require_offered, require_valid
 from controlplane.store import RequestReused, Store
 from puhui.rpc.bundle import pack_files
 from puhui.rpc.errors import Refusal
@@ -62,6 +62,8 @@ class Submission:
         lasting: carries through what was begun for a client that has gone.
         policy: when unused shares are taken back.
         accepted: told of every new job once it is stored.
+        session_memory_mib: memory of the share of a session that asks for none; 0 is the smallest slice there is.
+        peers: names of the peers there are now.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Submission:
         policy: CentrePolicy,
         accepted: Callable[[JobRecord], None],
         session_memory_mib: int = 0,
+        peers: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._centre = centre
         self._store = store
@@ -85,6 +88,7 @@ class Submission:
         self._policy = policy
         self._accepted = accepted
         self._session_memory_mib = session_memory_mib
+        self._peers = peers
         self._parsing = Parsing(lasting)
 
     async def submit(self, request: job_service_pb2.SubmitJobRequest) -> JobRecord:
@@ -146,6 +150,7 @@ class Submission:
         request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest,
     ) -> AsyncIterator[Need]:
         require_valid(spec)
+        require_known_peers(spec.peers, self._peers())
         policy = resolve(spec, self._policy)
         geometries = self._nodes.geometries()
         require_offered(spec.resources, geometries)

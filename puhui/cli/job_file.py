@@ -118,7 +118,21 @@ class PeersPart(_Part):
 
     here_only: bool = Field(default=False, description="Never forward it.")
     preferred: list[str] = Field(default_factory=list, description="Peers to ask first.")
-    max_wait: Duration | None = Field(default=None, description="Forward when the wait here would be longer.")
+    max_wait: Duration | None = Field(default=None, description="Ask peers only when the wait here would be longer.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Only peers with these labels may run it.")
+    not_labels: dict[str, str] = Field(default_factory=dict, description="No peer with one of these may run it.")
+
+    def policy(self) -> job_pb2.PeerPolicy:
+        """Returns what a centre is asked for."""
+        policy = job_pb2.PeerPolicy(
+            here_only=self.here_only,
+            preferred_peers=self.preferred,
+            required_labels=self.labels,
+            forbidden_labels=self.not_labels,
+        )
+        if self.max_wait is not None:
+            policy.max_wait.CopyFrom(duration(self.max_wait))
+        return policy
 
 
 class JobFile(_Part):
@@ -171,10 +185,7 @@ class JobFile(_Part):
         if self.idle is not None:
             spec.idle.CopyFrom(self.idle.policy())
         if self.peers is not None:
-            spec.peers.here_only = self.peers.here_only
-            spec.peers.preferred_peers.extend(self.peers.preferred)
-            if self.peers.max_wait is not None:
-                spec.peers.max_wait.CopyFrom(duration(self.peers.max_wait))
+            spec.peers.CopyFrom(self.peers.policy())
         return spec
 
 

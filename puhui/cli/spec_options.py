@@ -1,4 +1,4 @@
-"""The options that jobs and sessions share: what they need, and when an unused share may be taken back."""
+"""The options that jobs and sessions share: what they need, when an unused share may be taken back, where they run."""
 
 from __future__ import annotations
 
@@ -93,6 +93,24 @@ class SpecOptions:
     on_reclaim_limit: Annotated[
         str | None, typer.Option(metavar="TIME", help="Longest that it may take; default: 10s.")
     ] = None
+    here_only: Annotated[
+        bool | None, typer.Option("--here-only/--no-here-only", help="Never let a peer run it; default: no.")
+    ] = None
+    prefer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PEER", help="Ask this peer first when it would have to wait; may be repeated."),
+    ] = None
+    max_wait: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Ask peers only when it would wait longer than this here.")
+    ] = None
+    peer_label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Only peers with this label may run it; may be repeated."),
+    ] = None
+    not_peer_label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="No peer with this label may run it; may be repeated."),
+    ] = None
 
     def apply(self, spec: job_pb2.JobSpec) -> None:
         """Writes what was said into a spec, over what is there.
@@ -126,6 +144,7 @@ class SpecOptions:
             key, value = pair("--input", text)
             spec.inputs.add(name=key, size_bytes=_parsed("--input", parse_size, value))
         self._apply_idle(spec)
+        self._apply_peers(spec)
 
     def _apply_idle(self, spec: job_pb2.JobSpec) -> None:
         # Touched only when something of it was said: what is not said is up to tenant and centre.
@@ -144,6 +163,21 @@ class SpecOptions:
             words = _parsed("--on-reclaim", _words, self.on_reclaim)
             del spec.idle.on_reclaim[:]
             spec.idle.on_reclaim.extend(words)
+
+    def _apply_peers(self, spec: job_pb2.JobSpec) -> None:
+        if self.here_only is not None:
+            spec.peers.here_only = self.here_only
+        if self.prefer:
+            del spec.peers.preferred_peers[:]
+            spec.peers.preferred_peers.extend(self.prefer)
+        if self.max_wait is not None:
+            spec.peers.max_wait.CopyFrom(duration(_parsed("--max-wait", parse_duration, self.max_wait)))
+        for text in self.peer_label or ():
+            key, value = pair("--peer-label", text)
+            spec.peers.required_labels[key] = value
+        for text in self.not_peer_label or ():
+            key, value = pair("--not-peer-label", text)
+            spec.peers.forbidden_labels[key] = value
 
 
 def takes_options(kind: type[SpecOptions], command: Callable[..., None]) -> Callable[..., None]:

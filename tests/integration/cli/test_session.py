@@ -68,6 +68,20 @@ def test_an_idle_policy_is_asked_for(puhui: Puhui, running: RunningCentre) -> No
     }
 
 
+def test_where_it_may_run_is_asked_for(puhui: Puhui, running: RunningCentre) -> None:
+    options = "--no-here-only --max-wait=10m --peer-label region=eu --not-peer-label region=us"
+    document = puhui("session", "start", "--json", *options.split()).json
+    assert document["spec"]["peers"] == {
+        "here_only": False,
+        "preferred_peers": [],
+        "max_wait": "600s",
+        "required_labels": {"region": "eu"},
+        "forbidden_labels": {"region": "us"},
+    }
+    refused = puhui("session", "start", "--prefer", "east")
+    assert "PEER_NOT_FOUND" in refused.err
+
+
 def test_exec_is_the_command_and_nothing_else(puhui: Puhui, session: str) -> None:
     for word in (session, session[:9], "den"):
         ended = puhui("exec", word, "--", "echo", "普", "-v")

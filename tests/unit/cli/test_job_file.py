@@ -147,6 +147,22 @@ def test_the_schema_forbids_what_the_reader_forbids() -> None:
     assert schema["required"] == ["command"]
 
 
+def test_where_it_may_run(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "command: python3 train.py\n"
+        "peers:\n  preferred: [east, west]\n  max_wait: 0s\n  labels: {region: eu}\n  not_labels: {tier: 2}\n"
+    )
+    assert read_job_file(path).spec().peers == job_pb2.PeerPolicy(
+        preferred_peers=["east", "west"],
+        max_wait=Duration(),
+        required_labels={"region": "eu"},
+        forbidden_labels={"tier": "2"},
+    )
+    path.write_text("command: python3 train.py\npeers: {}\n")
+    assert read_job_file(path).spec().peers == job_pb2.PeerPolicy()
+
+
 def test_when_a_share_may_be_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(

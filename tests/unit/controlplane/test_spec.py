@@ -7,7 +7,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from controlplane.spec import require_offered, require_valid
+from controlplane.spec import require_known_peers, require_offered, require_valid
 from puhui.rpc.errors import Refusal
 from puhui.v1 import job_pb2
 from tests.unit.controlplane.samples import GEOMETRY
@@ -15,6 +15,10 @@ from tests.unit.controlplane.samples import GEOMETRY
 
 def spec(**fields: Any) -> job_pb2.JobSpec:
     return job_pb2.JobSpec(**{"command": ["python", "x.py"], **fields})
+
+
+def peers(**fields: Any) -> job_pb2.PeerPolicy:
+    return job_pb2.PeerPolicy(**fields)
 
 
 def test_a_full_spec_is_taken() -> None:
@@ -30,8 +34,15 @@ def test_a_full_spec_is_taken() -> None:
             inputs=[job_pb2.DataInput(name="data", size_bytes=2**40)],
             max_duration=Duration(seconds=60),
             stop_grace=Duration(),
+            peers=peers(
+                preferred_peers=["east", "west"],
+                max_wait=Duration(),
+                required_labels={"region": "eu"},
+                forbidden_labels={"region": "us", "owner": ""},
+            ),
         )
     )
+    require_valid(spec(peers=peers(here_only=True)))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +78,17 @@ def test_a_full_spec_is_taken() -> None:
         ({"max_duration": Duration(seconds=-1)}, "max_duration"),
         ({"max_duration": Duration(seconds=10**9)}, "max_duration"),
         ({"stop_grace": Duration(seconds=4000)}, "stop_grace"),
+        ({"peers": peers(preferred_peers=["a b"])}, "peers.preferred_peers[0]"),
+        ({"peers": peers(preferred_peers=["a", ""])}, "peers.preferred_peers[1]"),
+        ({"peers": peers(preferred_peers=["a", "a"])}, "peers.preferred_peers[1]"),
+        ({"peers": peers(preferred_peers=[f"p{n}" for n in range(17)])}, "peers.preferred_peers"),
+        ({"peers": peers(preferred_peers=["a"], here_only=True)}, "peers.preferred_peers"),
+        ({"peers": peers(max_wait=Duration(seconds=-1))}, "peers.max_wait"),
+        ({"peers": peers(max_wait=Duration(seconds=10**9))}, "peers.max_wait"),
+        ({"peers": peers(required_labels={"a b": ""})}, "peers.required_labels.a b"),
+        ({"peers": peers(required_labels={str(n): "" for n in range(65)})}, "peers.required_labels"),
+        ({"peers": peers(forbidden_labels={"a": "y" * 257})}, "peers.forbidden_labels.a"),
+        ({"peers": peers(required_labels={"a": "b"}, forbidden_labels={"a": "b"})}, "peers.forbidden_labels.a"),
         ({"inputs": [job_pb2.DataInput(name="x" * 300)]}, "inputs[0].name"),
         ({"inputs": [job_pb2.DataInput(size_bytes=2**62)]}, "inputs[0].size_bytes"),
     ],
@@ -78,11 +100,14 @@ def test_a_bad_field_is_refused_by_name(fields: dict[str, Any], field: str) -> N
     assert refused.value.metadata == {"field": field}
 
 
-def test_what_is_not_served_yet_says_so() -> None:
+def test_a_job_may_prefer_only_peers_that_there_are() -> None:
+    require_known_peers(job_pb2.PeerPolicy(preferred_peers=["east"]), {"east", "west"})
     with pytest.raises(Refusal) as refused:
-        require_valid(spec(peers=job_pb2.PeerPolicy(here_only=True)))
-    assert refused.value.code == grpc.StatusCode.UNIMPLEMENTED
-    assert refused.value.reason == "PEER_POLICY_NOT_IMPLEMENTED"
+        require_known_peers(job_pb2.PeerPolicy(preferred_peers=["east", "north"]), {"west", "east"})
+    assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PEER_NOT_FOUND")
+    assert refused.value.metadata == {"peer": "north", "available": "east, west"}
+    with pytest.raises(Refusal, match="it has none"):
+        require_known_peers(job_pb2.PeerPolicy(preferred_peers=["north"]), ())
 
 
 def test_a_session_needs_no_command() -> None:
