@@ -49,7 +49,7 @@ server_option = typer.Option(
     "--server",
     metavar="HOST:PORT",
     show_default=False,
-    help="Control plane; else $PUHUI_SERVER, else the settings, else 127.0.0.1:7070.",
+    help="Control plane, or a name of `puhui centres`; else $PUHUI_SERVER, else the settings, else 127.0.0.1:7070.",
 )
 
 

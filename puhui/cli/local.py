@@ -1,40 +1,39 @@
-"""`puhui up` and `puhui down`: a whole centre on this machine, with emulated cards."""
+"""`puhui up`, `puhui down` and `puhui centres`: whole centres on this machine, with emulated cards."""
 
 from __future__ import annotations
 
+import contextlib
 import json as json_text
 import os
 import re
 import subprocess
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import grpc
 import typer
 
-import puhui
-from puhui.cli.fleet import cards_of, runtime_of
 from puhui.cli.interrupts import Interrupts
 from puhui.cli.job_options import json_flag
-from puhui.cli.local_centre import LocalOptions
+from puhui.cli.local_centre import MOST_CENTRES, LocalOptions
 from puhui.cli.local_centres import LocalCentres
-from puhui.cli.local_state import StateFolder, default_state, local_command
-from puhui.cli.message_json import json_of
-from puhui.cli.terminal import Mistake, terminal
+from puhui.cli.local_facts import announce
+from puhui.cli.local_state import Record, StateFolder, default_state, local_command
+from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import count
-from puhui.client import DEFAULT_ADDRESS, Centre, Refusal
+from puhui.client import Centre, Refusal
 from puhui.rpc.notify import ReadySocket, notify_ready, notify_stopping
-from puhui.v1 import fleet_service_pb2, job_pb2
+from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
 
 __all__ = ["add_commands"]
 
+_DEFAULT_CARDS = "H100-80GB-SXM5:2,A100-80GB:1"
 _RUNTIMES = ("auto", "podman", "process")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _CARDS = re.compile(r"\s*[\w.-]+(\s*:\s*\d+)?(\s*,\s*[\w.-]+(\s*:\s*\d+)?)*\s*", re.ASCII)
-_JOIN_S = 20.0
 _DETACH_S = 130.0
 
 State = Annotated[
@@ -48,17 +47,32 @@ State = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds `up` and `down`."""
+    """Adds `up`, `down` and `centres`."""
     app.command("up")(_up)
     app.command("down")(_down)
+    app.command("centres")(_centres)
 
 
 def _up(
     emulate: Annotated[
-        str, typer.Option(metavar="MODEL:COUNT,...", help="Cards to emulate.")
-    ] = "H100-80GB-SXM5:2,A100-80GB:1",
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL:COUNT,...",
+            show_default=False,
+            help=f"Cards to emulate in each centre, or repeated, once per centre; default: {_DEFAULT_CARDS}.",
+        ),
+    ] = None,
+    centers: Annotated[
+        int,
+        typer.Option("--centers", "--centres", min=1, max=MOST_CENTRES, help="Number of centres, peers of each other."),
+    ] = 1,
     state: State = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 is any free one.")] = 7070,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Port on 127.0.0.1, others take the next free ones; 0 is any free one for each."
+        ),
+    ] = 7070,
     runtime: Annotated[str, typer.Option(help="auto, podman, or process (no isolation).")] = "auto",
     image: Annotated[str, typer.Option(help="Image of jobs that name none; default: the node daemon's.")] = "",
     podman_user: Annotated[str, typer.Option(help="As root: user that owns the containers.")] = "",
@@ -66,24 +80,37 @@ def _up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Serve in the background.")] = False,
     json: Annotated[bool, json_flag] = False,
 ) -> None:
-    """Start a centre on this machine, with emulated cards: a control plane and a node daemon.
+    """Start a centre on this machine, with emulated cards: a control plane and a node daemon. Or several of them.
 
     Nothing on this machine's own GPUs is touched. A daemon that dies is started again; jobs run on meanwhile.
-    Ctrl-C, or `puhui down`, stops it.
+    Ctrl-C, or `puhui down`, stops all of it.
     """
     if runtime not in _RUNTIMES:
         raise Mistake("USAGE", f"--runtime {runtime}: there are " + ", ".join(_RUNTIMES))
     if log_level not in _LOG_LEVELS:
         raise Mistake("USAGE", f"--log-level {log_level}: there are " + ", ".join(_LOG_LEVELS))
-    if not _CARDS.fullmatch(emulate):
-        raise Mistake("USAGE", f"--emulate {emulate!r}: write MODEL:COUNT,..., such as H100-80GB-SXM5:2,A100-80GB:1")
+    options = LocalOptions(_cards(emulate, centers), port, runtime, image, podman_user, log_level)
     folder = StateFolder((state or default_state()).absolute())
     folder.prepare()
-    options = LocalOptions((emulate,), port, runtime, image, podman_user, log_level)
     if detach:
         _start_in_background(folder, options)
     else:
         _serve(folder, options)
+
+
+def _cards(emulate: list[str] | None, centers: int) -> tuple[str, ...]:
+    """Returns the cards of each centre."""
+    given = emulate if emulate is not None else [_DEFAULT_CARDS]
+    for cards in given:
+        if not _CARDS.fullmatch(cards):
+            raise Mistake("USAGE", f"--emulate {cards!r}: write MODEL:COUNT,..., such as {_DEFAULT_CARDS}")
+    if len(given) not in (1, centers):
+        raise Mistake(
+            "USAGE",
+            f"--emulate is given {count(len(given), 'time')} for {count(centers, 'centre')}: "
+            "give it once for all of them, or once for each",
+        )
+    return tuple(given) * (centers // len(given))
 
 
 def _serve(folder: StateFolder, options: LocalOptions) -> None:
@@ -91,17 +118,21 @@ def _serve(folder: StateFolder, options: LocalOptions) -> None:
     with folder.locked():
         for name in folder.stop_leftovers():
             terminal().note(f"stopped a {name} whose `puhui up` had been killed")
-        centre = LocalCentres(folder, options, terminal().note, interrupts.held)
+        here = LocalCentres(folder, options, terminal().note, interrupts.held)
+        for name in here.left_out():
+            terminal().note(f"{name} has state here and is not started; `--centers` says how many are")
         try:
-            centre.start()
-            _announce(folder, centre.address, detached=False)
-            notify_ready(centre.address)
-            centre.watch()
+            here.start()
+            for sentence in here.pair():
+                terminal().note(sentence)
+            announce(folder, here.record(), detached=False)
+            notify_ready(here.address)
+            here.watch()
         except KeyboardInterrupt:
             notify_stopping()
-            _note_running(_running_jobs(centre.address), folder)
+            _note_running(_running_jobs(here.record()), folder)
         finally:
-            centre.stop()
+            here.stop()
         terminal().note("stopped")
 
 
@@ -125,7 +156,7 @@ def _start_in_background(folder: StateFolder, options: LocalOptions) -> None:
                 start_new_session=True,
             )
         try:
-            address = ready.wait(process.pid, _DETACH_S)
+            ready.wait(process.pid, _DETACH_S)
         except (ChildProcessError, TimeoutError, KeyboardInterrupt) as error:
             process.terminate()
             process.wait()
@@ -134,7 +165,10 @@ def _start_in_background(folder: StateFolder, options: LocalOptions) -> None:
             raise _failed_to_start(log, begin) from error
     # It outlives this process, which must not complain about a child that it has not waited for.
     process.returncode = 0
-    _announce(folder, address, detached=True)
+    record = folder.read()
+    if record is None:  # it has been stopped already
+        raise _failed_to_start(log, begin)
+    announce(folder, record, detached=True)
 
 
 def _failed_to_start(log: Path, begin: int) -> Refusal:
@@ -152,50 +186,6 @@ def _failed_to_start(log: Path, begin: int) -> Refusal:
     )
 
 
-def _announce(folder: StateFolder, address: str, *, detached: bool) -> None:
-    """Says where the centre serves, what is emulated, and what to do next."""
-    node = _joined(address)
-    screen = terminal()
-    if screen.as_json:
-        document = {
-            "address": address,
-            "state": str(folder.path),
-            "logs": str(folder.logs),
-            "emulated": True,
-            "node": json_of(node) if node is not None else None,
-        }
-        screen.json(document)
-        return
-    cards = ", ".join(cards_of(node.inventory)) if node is not None else "none: the node daemon has not joined"
-    runtime = runtime_of(node.inventory.runtime) if node is not None else "unknown"
-    server = "" if address == DEFAULT_ADDRESS else f"export PUHUI_SERVER={address}\n            "
-    for label, text in (
-        ("puhui", f"{puhui.__version__}, a local centre. EMULATED CARDS: no GPU computes, code runs on the CPU."),
-        ("serves at", address),
-        ("cards", cards),
-        ("containers", runtime),
-        ("state", str(folder.path)),
-        ("logs", str(folder.logs)),
-        ("try", f"{server}puhui run train.py"),
-        ("stop", local_command("down", folder.path) if detached else "Ctrl-C"),
-    ):
-        screen.text(f"{label:<11} {text}\n")
-    for notice in node.inventory.runtime.notices if node is not None else ():
-        screen.note(notice, "note")
-
-
-def _joined(address: str) -> fleet_service_pb2.Node | None:
-    """Waits until the node has joined, and returns it; None when it takes too long."""
-    deadline = time.monotonic() + _JOIN_S
-    with Centre(address) as centre:
-        while time.monotonic() < deadline:
-            for node in centre.nodes():
-                if node.state == fleet_service_pb2.NODE_STATE_READY and node.inventory.gpus:
-                    return node
-            time.sleep(0.05)
-    return None
-
-
 # An idle job's container runs, too.
 _LIVING = (
     job_pb2.JOB_STATE_STARTING,
@@ -205,16 +195,16 @@ _LIVING = (
 )
 
 
-def _running_jobs(address: str) -> list[str]:
-    """Returns the ids of the jobs that run; none when the centre does not answer."""
-    if not address:
-        return []
+def _running_jobs(record: Record) -> list[str]:
+    """Returns the ids of the jobs that run; of a centre that does not answer, none."""
     active = JobFilter(states=_LIVING)
-    try:
-        with Centre(address) as centre:
-            return [job.id for job in centre.jobs(active)]
-    except Refusal:
-        return []  # it is stopping for a reason of its own
+    found = []
+    for here in record.centres:
+        with contextlib.suppress(Refusal):  # it is stopping for a reason of its own
+            if here.address:
+                with Centre(here.address) as centre:
+                    found += [job.id for job in centre.jobs(active)]
+    return found
 
 
 def _note_running(running: list[str], folder: StateFolder) -> None:
@@ -229,7 +219,7 @@ def _down(
     state: State = None,
     json: Annotated[bool, json_flag] = False,
 ) -> None:
-    """Stop the centre that `puhui up` started."""
+    """Stop what `puhui up` started."""
     folder = StateFolder((state or default_state()).absolute())
     if state is not None and not folder.path.is_dir():
         raise Refusal(
@@ -239,7 +229,7 @@ def _down(
             state=str(folder.path),
         )
     before = folder.read()
-    running = _running_jobs(before.address) if before is not None and before.supervisor.runs() else []
+    running = _running_jobs(before) if before is not None and before.supervisor.runs() else []
     record = folder.stop()
     if terminal().as_json:
         stopped = {"stopped": record is not None, "address": record.address if record else None}
@@ -247,5 +237,26 @@ def _down(
     elif record is None:
         terminal().note(f"no local centre runs with its state in {folder.path}")
     else:
-        terminal().note(f"the centre at {record.address} has stopped; its state stays in {folder.path}")
+        one = f"the centre at {record.address} has stopped; its state stays"
+        several = f"{len(record.centres)} centres have stopped; their state stays"
+        terminal().note(f"{one if len(record.centres) == 1 else several} in {folder.path}")
         _note_running(running, folder)
+
+
+def _centres(
+    state: State = None,
+    json: Annotated[bool, json_flag] = False,
+) -> None:
+    """List the centres that `puhui up` runs on this machine. `--server NAME` talks to one of them."""
+    record = StateFolder((state or default_state()).absolute()).read()
+    running = record.centres if record is not None and record.supervisor.runs() else ()
+    if terminal().as_json:
+        terminal().json({"centres": [{**asdict(centre), "emulated": True} for centre in running]})
+        return
+    if not running:
+        terminal().note("no local centre runs; start one with `puhui up`")
+        return
+    listed = table("NAME", "SERVER", "CARDS (EMULATED)", "PEERS REACH IT AT")
+    for centre in running:
+        listed.add_row(centre.name, centre.address, centre.emulate, centre.federation_address)
+    terminal().show(listed)

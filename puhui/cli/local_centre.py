@@ -8,13 +8,16 @@ from pathlib import Path
 
 from puhui.cli.local_daemon import LocalDaemon
 from puhui.cli.local_state import CentreRecord
+from puhui.cli.ports import free_port, is_free
 
-__all__ = ["FIRST", "LocalCentre", "LocalOptions", "centre_name"]
+__all__ = ["FIRST", "MOST_CENTRES", "LocalCentre", "LocalOptions", "centre_name"]
 
 _Arguments = Callable[[str], Sequence[str]]
 
 FIRST = "local"
 """Name of the first centre of a machine."""
+MOST_CENTRES = 8
+"""So many centres are run on one machine at most."""
 
 
 def centre_name(number: int) -> str:
@@ -42,7 +45,7 @@ class LocalOptions:
     def arguments(self) -> list[str]:
         """Returns them as arguments of `puhui up`."""
         return [
-            *("--port", str(self.port), "--runtime", self.runtime),
+            *("--centers", str(len(self.emulate)), "--port", str(self.port), "--runtime", self.runtime),
             *(word for cards in self.emulate for word in ("--emulate", cards)),
             *("--image", self.image, "--podman-user", self.podman_user, "--log-level", self.log_level),
         ]
@@ -65,6 +68,7 @@ class LocalCentre:
         self.cards = options.emulate[number - 1]
         self._options = options
         self._port = port
+        self._federation_port = 0
         self.controlplane = self._daemon("controlplane", self._controlplane_arguments)
         self.node = self._daemon("nodedaemon", self._node_arguments)
 
@@ -73,8 +77,13 @@ class LocalCentre:
         """Where its control plane serves; "" before it first did."""
         return self.controlplane.address
 
+    @property
+    def federation_address(self) -> str:
+        """Where its control plane serves its peers."""
+        return f"127.0.0.1:{self._federation_port}"
+
     def prepare(self) -> None:
-        """Makes its folders.
+        """Makes its folders, and chooses where it serves its peers.
 
         Raises:
             OSError: they cannot be made.
@@ -82,10 +91,18 @@ class LocalCentre:
         # The user that owns the containers passes through; what is secret has modes of its own.
         self.path.mkdir(parents=True, exist_ok=True, mode=0o755)
         self.logs.mkdir(exist_ok=True)
+        # Peers keep the address at which they reach it, so the port stays for as long as the state does.
+        kept = self.path / "federation-port"
+        said = kept.read_text() if kept.exists() else ""
+        port = int(said) if said.isdecimal() else 0
+        self._federation_port = port if port and is_free(port) else free_port()
+        kept.write_text(str(self._federation_port))
 
     def record(self) -> CentreRecord:
         """Returns what others want to know of it."""
-        return CentreRecord(self.name, self.address, self.node.address, self.cards, str(self.path))
+        return CentreRecord(
+            self.name, self.address, self.node.address, self.federation_address, self.cards, str(self.path)
+        )
 
     def _daemon(self, module: str, arguments: _Arguments) -> LocalDaemon:
         first = self.name == FIRST
@@ -100,6 +117,7 @@ class LocalCentre:
     def _controlplane_arguments(self, address: str) -> list[str]:
         return [
             *("--listen", address or f"127.0.0.1:{self._port}", "--centre", self.name),
+            *("--federation-listen", self.federation_address),
             *("--join-token-file", str(self._token), *self._common("controlplane")),
         ]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import NoReturn
 
-from puhui.cli.local_centre import LocalCentre, LocalOptions, centre_name
+from puhui.cli.local_centre import MOST_CENTRES, LocalCentre, LocalOptions, centre_name
+from puhui.cli.local_peers import pair
 from puhui.cli.local_state import ProcessId, Record, StateFolder
+from puhui.cli.ports import next_free_port
 from puhui.cli.supervisor import Supervisor
+from puhui.rpc.errors import Refusal
 
 __all__ = ["LocalCentres"]
 
@@ -60,6 +62,16 @@ class LocalCentres:
         self._supervisor.bring_up([centre.controlplane for centre in self.centres])
         self._supervisor.bring_up([centre.node for centre in self.centres])
 
+    def pair(self) -> list[str]:
+        """Makes them peers of each other, and returns what of that did not succeed, a sentence each."""
+        if len(self.centres) == 1:
+            return []
+        try:
+            return pair([centre.record() for centre in self.centres])
+        except Refusal as refusal:
+            # They serve their own users all the same.
+            return [f"the centres are not all peers of each other: {refusal.message} ({refusal.reason})"]
+
     def watch(self) -> NoReturn:
         """Starts every daemon again that ends, until one cannot be had.
 
@@ -78,30 +90,26 @@ class LocalCentres:
             log.write(f"{datetime.now(UTC).isoformat(timespec='milliseconds')} {line}\n")
         self._tell(line)
 
-    def _keep(self) -> None:
+    def left_out(self) -> list[str]:
+        """Returns the names of centres that have state in the folder and are none of these."""
+        numbers = range(len(self.centres) + 1, MOST_CENTRES + 1)
+        return [centre_name(number) for number in numbers if (self._folder.path / centre_name(number)).is_dir()]
+
+    def record(self) -> Record:
+        """Returns what runs."""
         daemons = {}
         for name, pid in self._supervisor.pids.items():
             with contextlib.suppress(OSError):  # it has ended, and is about to be started again
                 daemons[name] = ProcessId.of(pid)
-        record = Record(ProcessId.of(os.getpid()), daemons, tuple(centre.record() for centre in self.centres))
-        self._folder.write(record)
+        return Record(ProcessId.of(os.getpid()), daemons, tuple(centre.record() for centre in self.centres))
+
+    def _keep(self) -> None:
+        self._folder.write(self.record())
 
 
 def _ports(first: int, how_many: int) -> list[int]:
     """Returns the port of each centre's control plane: the one asked for, and the next free ones after it."""
     ports = [first]
     while len(ports) < how_many:
-        ports.append(_free_port(ports) if first else 0)
+        ports.append(next_free_port(ports[-1]) if first else 0)
     return ports
-
-
-def _free_port(taken: Collection[int]) -> int:
-    for port in range(max(taken) + 1, 2**16):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue  # somebody serves there
-            return port
-    raise OSError(f"no port after {max(taken)} is free; name a lower one with --port, or 0 for any free ones")

@@ -19,7 +19,7 @@ import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["CentreRecord", "ProcessId", "Record", "StateFolder", "default_state", "local_command"]
+__all__ = ["CentreRecord", "ProcessId", "Record", "StateFolder", "default_state", "local_addresses", "local_command"]
 
 
 def default_state(environment: Mapping[str, str] = os.environ) -> Path:
@@ -28,6 +28,19 @@ def default_state(environment: Mapping[str, str] = os.environ) -> Path:
         return Path("/var/lib/puhui/local")
     base = environment.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
     return Path(base, "puhui", "local")
+
+
+def local_addresses(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns where each centre serves that `puhui up` runs for this user, by its name.
+
+    Raises:
+        Refusal: FAILED_PRECONDITION with STATE_UNREADABLE.
+    """
+    folder = StateFolder(Path(environment.get("PUHUI_LOCAL_STATE") or default_state(environment)))
+    record = folder.read()
+    if record is None or not record.supervisor.runs():
+        return {}
+    return {centre.name: centre.address for centre in record.centres if centre.address}
 
 
 def local_command(verb: str, folder: Path) -> str:
@@ -100,6 +113,8 @@ class CentreRecord:
     """Where its control plane serves; "" while it has not begun to."""
     node_address: str
     """Where its node daemon serves; "" while it has not begun to."""
+    federation_address: str
+    """Where its control plane serves its peers; "" when it does not."""
     emulate: str
     """Its emulated cards."""
     state: str
@@ -195,7 +210,8 @@ class StateFolder:
             return list(centres)
         # A `puhui up` of before there could be several: its one centre.
         keys = ("address", "node_address", "emulate")
-        return [{"name": "local", "state": str(self.path), **{key: document[key] for key in keys}}]
+        rest = {"name": "local", "federation_address": "", "state": str(self.path)}
+        return [{**rest, **{key: document[key] for key in keys}}]
 
     def write(self, record: Record) -> None:
         """Keeps a record."""

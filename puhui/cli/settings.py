@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from puhui.cli.local_state import local_addresses
 from puhui.cli.terminal import Mistake
 from puhui.client import DEFAULT_ADDRESS
 
@@ -24,7 +25,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     server: str | None = None
-    """Address of the control plane, "host:port"."""
+    """Address of the control plane, "host:port", or the name of a local centre."""
 
 
 def config_path(environment: Mapping[str, str] = os.environ) -> Path:
@@ -41,9 +42,9 @@ def server_address(flag: str | None, environment: Mapping[str, str] = os.environ
     """
     for source, address in (("--server", flag), ("PUHUI_SERVER", environment.get("PUHUI_SERVER"))):
         if address:
-            return _checked(address, source)
+            return _checked(address, source, environment)
     path = config_path(environment)
-    return _checked(_read(path).server or DEFAULT_ADDRESS, str(path))
+    return _checked(_read(path).server or DEFAULT_ADDRESS, str(path), environment)
 
 
 def _read(path: Path) -> Settings:
@@ -66,11 +67,16 @@ def _read(path: Path) -> Settings:
         ) from error
 
 
-def _checked(address: str, source: str) -> str:
-    if not _ADDRESS.fullmatch(address):
+def _checked(server: str, source: str, environment: Mapping[str, str]) -> str:
+    if _ADDRESS.fullmatch(server):
+        return server
+    local = local_addresses(environment)
+    if server not in local:
+        names = f", or the name of a local centre that runs: {', '.join(local)}" if local else ""
         raise Mistake(
             "ADDRESS_INVALID",
-            f"{address!r} (from {source}) is no address; write HOST:PORT, such as {DEFAULT_ADDRESS}, or unix:/PATH",
-            address=address,
+            f"{server!r} (from {source}) is no address; "
+            f"write HOST:PORT, such as {DEFAULT_ADDRESS}, or unix:/PATH{names}",
+            address=server,
         )
-    return address
+    return local[server]

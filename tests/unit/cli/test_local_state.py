@@ -20,7 +20,7 @@ def record(*processes: ProcessId) -> Record:
     return Record(
         first,
         {f"d{n}": process for n, process in enumerate(rest)},
-        (CentreRecord("local", "127.0.0.1:1", "127.0.0.1:2", "A30-24GB:1", "/x"),),
+        (CentreRecord("local", "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", "A30-24GB:1", "/x"),),
     )
 
 
@@ -76,7 +76,7 @@ def test_the_record_of_an_older_up_is_understood(tmp_path: Path) -> None:
     read = StateFolder(tmp_path).read()
     assert read is not None
     assert read.address == "127.0.0.1:1"
-    assert read.centres == (CentreRecord("local", "127.0.0.1:1", "127.0.0.1:2", "A30-24GB:1", str(tmp_path)),)
+    assert read.centres == (CentreRecord("local", "127.0.0.1:1", "127.0.0.1:2", "", "A30-24GB:1", str(tmp_path)),)
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
