@@ -78,8 +78,8 @@ def test_where_it_may_run_is_asked_for(puhui: Puhui, running: RunningCentre) -> 
         "required_labels": {"region": "eu"},
         "forbidden_labels": {"region": "us"},
     }
-    refused = puhui("session", "start", "--prefer", "east")
-    assert "PEER_NOT_FOUND" in refused.err
+    document = puhui("session", "start", "--json", "--prefer", "east", "--prefer", "west").json
+    assert document["spec"]["peers"]["preferred_peers"] == ["east", "west"]
 
 
 def test_exec_is_the_command_and_nothing_else(puhui: Puhui, session: str) -> None:
