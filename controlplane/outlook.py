@@ -12,7 +12,7 @@ from controlplane.fleet import Geometry, GpuView
 from controlplane.queue_model import Expectation, expect
 from controlplane.queued_job import QueuedJob
 from puhui.rpc.moment import duration, now
-from puhui.v1 import federation_service_pb2
+from puhui.v1 import federation_service_pb2, job_pb2
 
 __all__ = ["LAST", "Fleet", "Outlook", "Queue"]
 
@@ -85,6 +85,10 @@ class Outlook:
     def geometries(self) -> list[Geometry]:
         """What the GPUs on which something may be placed now can be cut into."""
         return list(dict.fromkeys(gpu.geometry for gpu in self._fleet.gpus() if gpu.usable))
+
+    def duration_s(self, spec: job_pb2.JobSpec) -> float | None:
+        """Returns how long a job like this takes, in seconds; None when that is not known."""
+        return self._durations.of_spec(spec).seconds
 
     def expect(
         self, promised: Sequence[QueuedJob], durations_s: Mapping[str, float], wondering: Iterable[QueuedJob]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -55,6 +55,8 @@ class Scheduler:
         self._promised: Mapping[str, Promise] = {}
         self._waiting: dict[str, str] = {}
         self._wake = asyncio.Event()
+        self.on_planned: Callable[[], None] = lambda: None
+        """Called when it is known which jobs cannot be placed now."""
 
     def add(self, record: JobRecord) -> None:
         """A job waits: for its first share, or, with a container that lives, for another."""
@@ -185,6 +187,7 @@ class Scheduler:
             *(self._reserve(job, decision, choices, attempts) for job, decision, choices in plan.placed),
             self._tell(plan),
         )
+        self.on_planned()
         return plan.wake_at
 
     def _evict(self, key: AttemptKey, for_job: str) -> None:
