@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 
-__all__ = ["require_private_address"]
+__all__ = ["require_address", "require_private_address"]
 
 _HIGHEST_PORT = 65535
+
+
+def require_address(address: str) -> tuple[str, int]:
+    """Returns host and port of "host:port"; an IPv6 host without its brackets.
+
+    Raises:
+        ValueError: it is no such address; the text is a sentence.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > _HIGHEST_PORT:
+        raise ValueError(
+            f"{address!r} is no address; write HOST:PORT, such as 127.0.0.1:7071, with a port up to {_HIGHEST_PORT}, "
+            "or unix:/PATH"
+        )
+    return host, int(port)
 
 
 def require_private_address(address: str) -> None:
@@ -22,13 +38,7 @@ def require_private_address(address: str) -> None:
         if not address.removeprefix("unix:").startswith("/"):
             raise ValueError(f"{address}: the path of a unix socket must be absolute; write unix:/PATH")
         return
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    if not host or not (port.isascii() and port.isdecimal()) or int(port) > _HIGHEST_PORT:
-        raise ValueError(
-            f"{address!r} is no address; write HOST:PORT, such as 127.0.0.1:7071, with a port up to {_HIGHEST_PORT}, "
-            "or unix:/PATH"
-        )
+    host, _ = require_address(address)
     try:
         private = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -8,8 +8,9 @@ import grpc
 
 from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal
+from puhui.rpc.tls import Pinned
 
-__all__ = ["MAX_MESSAGE_BYTES", "open_blocking_channel", "open_channel"]
+__all__ = ["MAX_MESSAGE_BYTES", "open_blocking_channel", "open_channel", "open_pinned_channel"]
 
 MAX_MESSAGE_BYTES = 8 * 2**20
 """Largest message either end accepts. Chunks are 1 MiB at most, so only lists come near it."""
@@ -63,6 +64,17 @@ def open_channel(address: str) -> grpc.aio.Channel:
     """
     _require_private(address)
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
+
+
+def open_pinned_channel(address: str, pinned: Pinned) -> grpc.aio.Channel:
+    """Opens an asyncio channel to a peer, over mutual TLS.
+
+    Args:
+        address: "host:port".
+        pinned: who we are, and whom alone it is opened to.
+    """
+    options = [*_OPTIONS, ("grpc.ssl_target_name_override", pinned.server_name), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.secure_channel(address, pinned.credentials(), options=options)
 
 
 def open_blocking_channel(address: str) -> grpc.Channel:

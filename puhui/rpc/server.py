@@ -14,9 +14,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from puhui.rpc.address import require_private_address
+from puhui.rpc.address import require_address, require_private_address
 from puhui.rpc.channel import MAX_MESSAGE_BYTES
 from puhui.rpc.errors import Refusal
+from puhui.rpc.tls import MutualTls
 
 __all__ = ["RpcServer"]
 
@@ -34,6 +35,16 @@ _OPTIONS = [
     # Two daemons on one port would share its calls at random; the second must fail instead.
     ("grpc.so_reuseport", 0),
 ]
+# Who calls from another centre may be hostile, or broken.
+_TO_STRANGERS = [
+    ("grpc.max_concurrent_streams", 512),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # A peer that is gone without a word is noticed, whoever of the two speaks.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 5),
+]
 
 
 class RpcServer:
@@ -48,10 +59,24 @@ class RpcServer:
         await server.stop(grace_s=5)
     """
 
-    def __init__(self, address: str) -> None:
-        require_private_address(address)
+    def __init__(self, address: str, tls: MutualTls | None = None) -> None:
+        """Makes a server.
+
+        Args:
+            address: "host:port" or "unix:/path"; on loopback, where plaintext is spoken.
+            tls: who it is, and whom it lets in; None speaks plaintext.
+
+        Raises:
+            ValueError: it is no address, or none that may be spoken plaintext at.
+        """
+        if tls is None:
+            require_private_address(address)
+        else:
+            require_address(address)
         self._address = address
-        self._server = grpc.aio.server(interceptors=[_Refusals()], options=_OPTIONS)
+        self._tls = tls
+        options = _OPTIONS if tls is None else [*_OPTIONS, *_TO_STRANGERS]
+        self._server = grpc.aio.server(interceptors=[_Refusals()], options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names: list[str] = []
 
@@ -67,6 +92,22 @@ class RpcServer:
             OSError: the address is taken or not ours.
         """
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        # What a server can do is told to whoever may see all of it.
+        if self._tls is None:
+            self._reflect()
+        try:
+            if self._tls is None:
+                port = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, self._tls.credentials())
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._address}: is another daemon running there?") from error
+        await self._server.start()
+        for name in ["", *self._names]:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return 0 if self._address.startswith("unix:") else port
+
+    def _reflect(self) -> None:
         reflection.enable_server_reflection(
             [
                 *self._names,
@@ -75,14 +116,6 @@ class RpcServer:
             ],
             self._server,
         )
-        try:
-            port = self._server.add_insecure_port(self._address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {self._address}: is another daemon running there?") from error
-        await self._server.start()
-        for name in ["", *self._names]:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return 0 if self._address.startswith("unix:") else port
 
     async def stop(self, grace_s: float) -> None:
         """Tells health watchers, takes no more calls, and gives running ones `grace_s` seconds."""

@@ -1,0 +1,196 @@
+"""Who this centre is to its peers: one key, and one certificate that it has signed itself (decision 0013)."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+__all__ = [
+    "CentreIdentity",
+    "InvalidCertificateError",
+    "certificate_of_key",
+    "fingerprint",
+    "key_from_secret",
+    "name_of",
+    "new_secret",
+    "pem_of",
+    "public_key_of",
+    "sign",
+    "verify",
+]
+
+_VALID = datetime.timedelta(days=20 * 365)
+_SKEW = datetime.timedelta(days=2)
+_CURVE = ec.SECP256R1()
+_MOST_BYTES = 8192
+
+
+class InvalidCertificateError(ValueError):
+    """Bytes that are no certificate which a centre could have; the text is a sentence."""
+
+
+@dataclass(frozen=True)
+class CentreIdentity:
+    """A key and the certificate that belongs to it."""
+
+    key_pem: bytes
+    certificate: bytes
+    """DER."""
+
+    @property
+    def certificate_pem(self) -> bytes:
+        """The certificate as TLS libraries read it."""
+        return pem_of(self.certificate)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate, in hexadecimal."""
+        return fingerprint(self.certificate)
+
+    @classmethod
+    def open(cls, folder: Path, centre_id: str) -> CentreIdentity:
+        """Returns the identity in a folder; makes it the first time.
+
+        Args:
+            folder: made if it is not there.
+            centre_id: `Store.centre_id`.
+
+        Raises:
+            OSError: it cannot be read or made.
+            ValueError: what is there is no key, or no certificate.
+        """
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / "identity.pem"
+        if not path.exists():
+            # Key and certificate in one file: there is never one without the other.
+            made = cls.of_key(ec.generate_private_key(_CURVE), centre_id)
+            _write(path, made.key_pem + made.certificate_pem)
+        text = path.read_bytes()
+        key = serialization.load_pem_private_key(text, None)
+        certificate = x509.load_pem_x509_certificate(text)
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
+            raise ValueError(f"{path}: its key and its certificate do not belong together; restore it from a backup")
+        return cls(_key_pem(key), certificate.public_bytes(serialization.Encoding.DER))
+
+    @classmethod
+    def of_key(cls, key: ec.EllipticCurvePrivateKey, centre_id: str) -> CentreIdentity:
+        """Returns the identity of a key."""
+        return cls(_key_pem(key), certificate_of_key(key, name_of(centre_id)))
+
+
+def name_of(centre_id: str) -> str:
+    """Returns the DNS name in a centre's certificate."""
+    return f"{centre_id}.puhui"
+
+
+def certificate_of_key(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    """Returns a certificate for a key, signed with it: DER."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    at = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(at - _SKEW)
+        .not_valid_after(at + _VALID)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        # It signs no others: a peer cannot let anybody else in.
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(serialization.Encoding.DER)
+
+
+def new_secret() -> bytes:
+    """Returns a new private key as a number of 32 bytes."""
+    key = ec.generate_private_key(_CURVE)
+    return key.private_numbers().private_value.to_bytes(32, "big")
+
+
+def key_from_secret(secret: bytes) -> ec.EllipticCurvePrivateKey:
+    """Returns the key that a number stands for.
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    if len(secret) != 32:
+        raise ValueError("a key is a number of 32 bytes")
+    return ec.derive_private_key(int.from_bytes(secret, "big"), _CURVE)
+
+
+def public_key_of(certificate: bytes) -> str:
+    """Returns the public key in a certificate (DER): its uncompressed point, in hexadecimal.
+
+    Raises:
+        InvalidCertificateError: it is no certificate of a centre.
+    """
+    key = _load(certificate).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != _CURVE.name:
+        raise InvalidCertificateError("the certificate's key is not on the curve P-256")
+    point = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
+    return point.hex()
+
+
+def pem_of(certificate: bytes) -> bytes:
+    """Returns a certificate (DER) as PEM.
+
+    Raises:
+        InvalidCertificateError: it is none.
+    """
+    return _load(certificate).public_bytes(serialization.Encoding.PEM)
+
+
+def fingerprint(certificate: bytes) -> str:
+    """Returns the SHA-256 of a certificate (DER), in hexadecimal."""
+    return hashlib.sha256(certificate).hexdigest()
+
+
+def sign(secret: bytes, data: bytes) -> bytes:
+    """Returns the signature of some bytes with the key that a number stands for."""
+    return key_from_secret(secret).sign(data, ec.ECDSA(hashes.SHA256()))
+
+
+def verify(public_key: str, signature: bytes, data: bytes) -> bool:
+    """Returns whether a signature was made with the key of which this is the public one."""
+    try:
+        point = ec.EllipticCurvePublicKey.from_encoded_point(_CURVE, bytes.fromhex(public_key))
+        point.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except (ValueError, InvalidSignature):
+        return False
+    return True
+
+
+def _load(certificate: bytes) -> x509.Certificate:
+    if len(certificate) > _MOST_BYTES:
+        raise InvalidCertificateError("the certificate is larger than any certificate of a centre")
+    try:
+        return x509.load_der_x509_certificate(certificate)
+    except ValueError as error:
+        raise InvalidCertificateError(f"the certificate cannot be read: {error}") from error
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_suffix(".new")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,49 @@
+"""Mutual TLS between two that have pinned each other's certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+__all__ = ["MutualTls", "Pinned"]
+
+
+@dataclass(frozen=True)
+class MutualTls:
+    """Who a server is, and whom it lets in."""
+
+    key: bytes
+    """PEM."""
+    certificate: bytes
+    """PEM."""
+    pins: Callable[[], Sequence[bytes]]
+    """Returns the certificates (PEM) of those who may come in now. Asked at every handshake, from any thread."""
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Returns them for a gRPC server. Who is not pinned does not get past the handshake."""
+        return grpc.dynamic_ssl_server_credentials(self._now(), self._now, require_client_authentication=True)
+
+    def _now(self) -> grpc.ServerCertificateConfiguration:
+        # Nobody is let in where nobody is pinned: an empty list of roots would be the system's own.
+        roots = b"".join(self.pins()) or self.certificate
+        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], roots)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Who a client is, and whom alone it talks to."""
+
+    key: bytes
+    """PEM."""
+    certificate: bytes
+    """PEM."""
+    server_certificate: bytes
+    """PEM."""
+    server_name: str
+    """DNS name in the server's certificate."""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Returns them for a gRPC channel."""
+        return grpc.ssl_channel_credentials(self.server_certificate, self.key, self.certificate)
