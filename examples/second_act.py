@@ -25,6 +25,7 @@ from puhui.v1.job_pb2 import (
     Job,
     JobEvent,
     JobSpec,
+    PeerPolicy,
     Resources,
 )
 from puhui.v1.node_pb2 import Container
@@ -81,6 +82,7 @@ class SecondAct:
             command=[self.python, "shell.py"],
             resources=Resources(profile=PROFILE),
             idle=policy,
+            peers=PeerPolicy(here_only=True),
         )
         self.session = self.centre.submit(spec, CODE)
         heard = self._follow("session", self.session.id)
@@ -89,7 +91,12 @@ class SecondAct:
         self._look()
         heard("RECLAIMED")
         self._look()
-        job = JobSpec(name="other", command=[self.python, "compute.py", "3"], resources=Resources(profile=PROFILE))
+        job = JobSpec(
+            name="other",
+            command=[self.python, "compute.py", "3"],
+            resources=Resources(profile=PROFILE),
+            peers=PeerPolicy(here_only=True),
+        )
         self.other = self.centre.submit(job, CODE)
         self._follow("other", self.other.id)("CONTAINER_STARTED")
         self._run("compute.py", "0.3")
