@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from puhui.rpc.errors import Refusal
 from puhui.rpc.transfer import read_chunks
@@ -76,6 +77,9 @@ class PeerClient(Protocol):
     ) -> AsyncGenerator[wire.ExchangeCapacityResponse, None]:
         """Tells it this centre's capacity, and yields its own."""
 
+    async def ping(self) -> None:
+        """Asks for nothing, to see how long that takes."""
+
     async def pair(self, request: wire.PairRequest) -> wire.PairResponse:
         """Becomes its peer."""
 
@@ -92,6 +96,7 @@ class GrpcPeerClient:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
         self._stub = FederationServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
         self._closed = False
 
     async def close(self) -> None:
@@ -180,6 +185,11 @@ class GrpcPeerClient:
         async with contextlib.aclosing(self._stream(self._stub.ExchangeCapacity(summaries))) as responses:
             async for response in responses:
                 yield response
+
+    async def ping(self) -> None:
+        """Asks for nothing, to see how long that takes."""
+        with self._refusals():
+            await self._health.Check(health_pb2.HealthCheckRequest(), timeout=_ASK_S)
 
     async def pair(self, request: wire.PairRequest) -> wire.PairResponse:
         """Becomes its peer."""

@@ -225,6 +225,9 @@ class FakePeer:
     ) -> AsyncGenerator[wire.ExchangeCapacityResponse, None]:
         raise NotImplementedError
 
+    async def ping(self) -> None:
+        self._arrive("ping")
+
     async def pair(self, request: wire.PairRequest) -> wire.PairResponse:
         raise NotImplementedError
 
