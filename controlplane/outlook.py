@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import structlog
+
 from controlplane.capacity import profile_capacity
-from controlplane.durations import Durations
+from controlplane.durations import Estimate
 from controlplane.fleet import Geometry, GpuView
 from controlplane.queue_model import Expectation, expect
 from controlplane.queued_job import QueuedJob
+from controlplane.reservations import AttemptKey
 from puhui.rpc.moment import duration, now
 from puhui.v1 import federation_service_pb2, job_pb2
 
-__all__ = ["LAST", "Fleet", "Outlook", "Queue"]
+__all__ = ["LAST", "Fleet", "Guesses", "Outlook", "Queue"]
+
+_log = structlog.get_logger(__name__)
 
 LAST = 2**62
 """`sequence` of one that comes after all that wait."""
@@ -23,6 +29,7 @@ _AT_LEAST_S = 0.5
 _COST_TO_AGE = 20.0
 """What the loop spends on this stays below a twentieth of its time."""
 _MOST_WAITING = 2000
+_REFRESH_S = 1.0
 
 
 class Fleet(Protocol):
@@ -38,6 +45,22 @@ class Queue(Protocol):
     @property
     def queue(self) -> Sequence[QueuedJob]:
         """Every job that waits, in the order of the queue."""
+
+
+class Guesses(Protocol):
+    """How long jobs take; `Durations` is one."""
+
+    async def refresh(self, held: Collection[AttemptKey], queued: Iterable[str]) -> None:
+        """Reads what is not known yet."""
+
+    def of_share(self, key: AttemptKey, at: float) -> Estimate:
+        """Returns for how long an attempt still holds its share."""
+
+    def of_job(self, job_id: str) -> Estimate:
+        """Returns how long a waiting job is going to take once it has begun."""
+
+    def of_spec(self, spec: job_pb2.JobSpec) -> Estimate:
+        """Returns how long a job like this takes."""
 
 
 class Outlook:
@@ -56,7 +79,7 @@ class Outlook:
         self,
         fleet: Fleet,
         queue: Queue,
-        durations: Durations,
+        durations: Guesses,
         patience_s: float,
         clock: Callable[[], float] = now,
         meter: Callable[[], float] = time.monotonic,
@@ -75,6 +98,15 @@ class Outlook:
         """Reads how long jobs take, as far as that is not known yet."""
         held = {use.key for gpu in self._fleet.gpus() for use in gpu.uses if use.key is not None and not use.warm}
         await self._durations.refresh(held, [job.id for job in self._queue.queue[:_MOST_WAITING]])
+
+    async def run(self) -> None:
+        """Keeps up with how long jobs take, for ever."""
+        while True:
+            try:
+                await self.refresh()
+            except Exception as error:  # noqa: BLE001 - it only guesses worse meanwhile
+                _log.error("how long jobs take could not be read", exc_info=error)
+            await asyncio.sleep(_REFRESH_S)
 
     @property
     def gpus(self) -> list[GpuView]:

@@ -26,7 +26,7 @@ from controlplane.reservations import AttemptKey
 from controlplane.sizing import choices_for
 from puhui.v1.prediction_pb2 import ProfileChoice
 
-__all__ = ["IDLE_LEAVES_S", "MOST_PLACED", "WARM_LEAVES_S", "Expectation", "Wait", "expect"]
+__all__ = ["IDLE_LEAVES_S", "MOST_PLACED", "WARM_LEAVES_S", "Expectation", "Play", "Wait", "expect"]
 
 IDLE_LEAVES_S = 5.0
 """An idle share is taken as gone after this long, once somebody waits for it."""
@@ -93,7 +93,7 @@ def expect(
         wondering: jobs that do not wait, but ask how long they would; they take nothing.
         most: placements that are played.
     """
-    return _Play([gpu for gpu in gpus if gpu.usable], at, patience_s, remaining_s, duration_s).run(
+    return Play([gpu for gpu in gpus if gpu.usable], at, patience_s, remaining_s, duration_s).run(
         queue, wondering, most
     )
 
@@ -136,7 +136,19 @@ class _Card:
         return ((found.free_after, -found.kept), shape, found.start) if found is not None else None
 
 
-class _Play:
+class Play:
+    """A centre while time passes: `run` plays what is known to the end, `arrive` and `advance` step by step.
+
+    Args:
+        gpus: the GPUs on which something may be placed.
+        at: when it begins, in seconds since the epoch; all other times are from then on.
+        patience_s: how long a job lets itself be overtaken, in seconds.
+        remaining_s: for how long an attempt still holds its share, in seconds; None when that is not known.
+        duration_s: how long a waiting job takes once it has begun, in seconds; None when that is not known.
+        most_kept: placements that are kept for jobs whose patience is over, one after the other.
+        most_looked_at: GPUs among which such a placement is looked for.
+    """
+
     def __init__(
         self,
         gpus: Sequence[GpuView],
@@ -144,6 +156,9 @@ class _Play:
         patience_s: float,
         remaining_s: Callable[[AttemptKey], float | None],
         duration_s: Callable[[QueuedJob], float | None],
+        *,
+        most_kept: float = _MOST_KEPT,
+        most_looked_at: int = _MOST_LOOKED_AT,
     ) -> None:
         self._at = at
         self._patience_s = patience_s
@@ -161,7 +176,8 @@ class _Play:
         self._lines: dict[Hashable, _Line] = {}
         self._kept: dict[_Line, tuple[int, Shape, int]] = {}
         """For whose first job a placement is kept: GPU, shape, first slice."""
-        self._keeps = _MOST_KEPT
+        self._keeps = most_kept
+        self._most_looked_at = most_looked_at
         self._touched: dict[int, None] = {}
         """GPUs on which room has become free, and nobody has looked."""
         self._now_s = 0.0
@@ -181,23 +197,59 @@ class _Play:
     # -- playing
 
     def run(self, queue: Iterable[QueuedJob], wondering: Iterable[QueuedJob], most: int) -> Expectation:
+        """Plays until everybody has a place, nothing ends any more, or `most` were placed."""
         for job in sorted((job for job in queue if not job.rest), key=lambda job: job.rank):
             self._join(job, asks=False)
         for job in wondering:
             self._join(job, asks=True)
-        self._everywhere()
+        self._everywhere(self._lines.values())
         while self._ends and any(line.jobs for line in self._lines.values()) and self._found.placed < most:
+            self.advance(self._ends[0][0])
+        self._tell_the_rest(stopped=bool(self._ends))
+        return self._found
+
+    @property
+    def next_end_s(self) -> float:
+        """When the next share ends."""
+        return self._ends[0][0] if self._ends else math.inf
+
+    def advance(self, to_s: float) -> None:
+        """Lets time pass, and places what fits whenever a share has ended."""
+        while self._ends and self._ends[0][0] <= to_s:
             self._now_s = self._ends[0][0]
             while self._ends and self._ends[0][0] <= self._now_s:
                 _, number, mask, profile = heapq.heappop(self._ends)
                 self._free(number, mask, profile)
                 self._touched[number] = None
-            while self._touched:
-                self._on(self._touched.popitem()[0])
-        self._tell_the_rest(stopped=bool(self._ends))
-        return self._found
+            self._look()
+        self._now_s = max(self._now_s, to_s)
 
-    def _join(self, job: QueuedJob, *, asks: bool) -> None:
+    def arrive(self, job: QueuedJob) -> None:
+        """One more job waits, and is placed if it fits now."""
+        self._everywhere([self._join(job, asks=False)])
+        self._look()
+
+    def leave(self, job: QueuedJob) -> None:
+        """A job waits no longer."""
+        for line in self._lines.values():
+            if job in line.jobs:
+                line.jobs.remove(job)
+                own = self._kept.pop(line, None) if not line.jobs else None
+                if own is not None:
+                    self._touched[own[0]] = None
+        self._look()
+
+    def placed(self, job: QueuedJob, number: int, shape: Shape, start: int) -> None:
+        """A job has begun on a GPU; for whoever wants to know."""
+
+    def ended(self, number: int, mask: int) -> None:
+        """A share of a GPU has ended; likewise."""
+
+    def _look(self) -> None:
+        while self._touched:
+            self._on(self._touched.popitem()[0])
+
+    def _join(self, job: QueuedJob, *, asks: bool) -> _Line:
         key = (job.need, job.nodes, job.priority if asks else None, job.id if asks else None)
         line = self._lines.get(key)
         if line is None:
@@ -205,10 +257,11 @@ class _Play:
             choices = [one for one in choices if job.gpu_model in {"", one.gpu_model}]
             line = self._lines[key] = _Line(choices, job.nodes, asks, len(self._lines))
         line.jobs.append(job)
+        return line
 
-    def _everywhere(self) -> None:
+    def _everywhere(self, lines: Iterable[_Line]) -> None:
         """Places what fits now, anywhere."""
-        turn = self._turn(line for line in self._lines.values() if line.choices)
+        turn = self._turn(line for line in lines if line.choices)
         while turn:
             *_, line = heapq.heappop(turn)
             found = self._anywhere(line)
@@ -286,6 +339,7 @@ class _Play:
             return
         self._found.placed += 1
         self._take(number, shape, start, self._duration_s(job))
+        self.placed(job, number, shape, start)
         if own is not None and own[0] != number:
             self._touched[own[0]] = None  # what was kept there is no longer
 
@@ -304,6 +358,7 @@ class _Play:
         at = next(index for index, (end_s, held) in enumerate(card.ends) if held == mask and end_s <= self._now_s)
         del card.ends[at]
         card.counts[profile] -= 1
+        self.ended(number, mask)
         held = 0
         for _, other in card.ends:  # what a node reports and what is reserved may overlap
             held |= other
@@ -333,7 +388,7 @@ class _Play:
         best: tuple[float, int, Shape, int] | None = None
         node = line.nodes[-1]
         numbers = self._of_node.get(node, []) if node else range(len(self._cards))
-        for number in numbers[:_MOST_LOOKED_AT]:
+        for number in numbers[: self._most_looked_at]:
             card = self._cards[number]
             kept = self._kept_on(number, line)
             for choice in line.choices:
