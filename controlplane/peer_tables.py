@@ -151,7 +151,11 @@ def delete_peer(db: Database, name: str) -> None:
 def write_invitation(db: Database, invitation: InvitationRecord, at: float) -> None:
     """Writes an invitation, and forgets those that hold no longer at a time (seconds since the epoch)."""
     db.execute("delete from invitations where expires < ?", [at])
-    kept = {"name": invitation.name, "terms": json_format.MessageToDict(invitation.terms)}
+    kept = {
+        "name": invitation.name,
+        "terms": json_format.MessageToDict(invitation.terms),
+        "certificate": invitation.secret_certificate.hex(),
+    }
     db.execute(
         "insert into invitations values (?, ?, ?)", [invitation.public_key, invitation.expires, json.dumps(kept)]
     )
@@ -160,15 +164,12 @@ def write_invitation(db: Database, invitation: InvitationRecord, at: float) -> N
 def read_invitations(db: Database) -> list[InvitationRecord]:
     """Returns the invitations that were not taken."""
     rows: Sequence[tuple[str, float, str]] = list(db.execute("select public_key, expires, body from invitations"))
-    return [
-        InvitationRecord(
-            public_key,
-            expires,
-            json.loads(body)["name"],
-            json_format.ParseDict(json.loads(body)["terms"], peer_service_pb2.PeerTerms(), ignore_unknown_fields=True),
-        )
-        for public_key, expires, body in rows
-    ]
+    return [_invitation(public_key, expires, json.loads(body)) for public_key, expires, body in rows]
+
+
+def _invitation(public_key: str, expires: float, kept: dict[str, Any]) -> InvitationRecord:
+    terms = json_format.ParseDict(kept["terms"], peer_service_pb2.PeerTerms(), ignore_unknown_fields=True)
+    return InvitationRecord(public_key, expires, kept["name"], terms, bytes.fromhex(kept["certificate"]))
 
 
 def take_invitation(db: Database, public_key: str, peer: PeerRecord) -> bool:

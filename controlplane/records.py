@@ -264,3 +264,5 @@ class InvitationRecord:
     name: str
     """Name that the new peer gets; "" is its own."""
     terms: peer_service_pb2.PeerTerms
+    secret_certificate: bytes
+    """Certificate of the invitation's key, with which whoever was invited comes in: DER."""
