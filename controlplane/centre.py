@@ -14,6 +14,7 @@ import structlog
 
 from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
+from controlplane.cancelling import Cancelling
 from controlplane.federation_service import FederationService
 from controlplane.fleet_service import FleetService
 from controlplane.idempotency import KEPT_S
@@ -169,6 +170,7 @@ class Centre:
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()
         logs = LogReader(settings.centre, store, feed, nodes, results)
+        cancelling = Cancelling(store, scheduler, centre._attempts)
         job_service = JobService(
             store,
             feed,
@@ -176,7 +178,7 @@ class Centre:
             results,
             nodes,
             scheduler,
-            centre._attempts,
+            cancelling,
             submission,
             logs,
             pages,

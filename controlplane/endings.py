@@ -62,6 +62,6 @@ def not_started(refusal: Refusal) -> Ending:
     return Ending(JOB_STATE_FAILED, refusal.reason, f"it cannot start: {refusal.message}")
 
 
-def cancelled(message: str) -> Ending:
+def cancelled(message: str, reason: str = "CANCELLED") -> Ending:
     """Returns how a job ends whose end was asked for, with what was said about it."""
-    return Ending(JOB_STATE_CANCELLED, "CANCELLED", "cancelled by request" + (f": {message}" if message else ""))
+    return Ending(JOB_STATE_CANCELLED, reason, "cancelled by request" + (f": {message}" if message else ""))

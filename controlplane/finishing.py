@@ -42,7 +42,7 @@ def not_started(draft: Draft, it: h.NotStarted) -> None:
 
 def stopped(draft: Draft, it: h.Stopped) -> None:
     """The command was ended by request."""
-    draft.record = replace(draft.record, ending=cancelled(draft.record.cancel_message))
+    draft.record = replace(draft.record, ending=cancelled(draft.record.cancel_message, draft.record.cancel_reason))
     draft.job.state = JOB_STATE_STOPPING
     if it.container is None:
         draft.tell("COMMAND_ENDED", "it is being ended by request")

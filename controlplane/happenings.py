@@ -124,6 +124,8 @@ class CancelRequested(Happening):
     """Somebody wants it to end."""
 
     message: str = ""
+    reason: str = "CANCELLED"
+    """Why, UPPER_SNAKE."""
 
 
 @dataclass(frozen=True)

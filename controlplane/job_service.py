@@ -10,16 +10,16 @@ from typing import Any
 
 import grpc
 
-from controlplane import happenings
-from controlplane.attempts import Attempts
+from controlplane.artifact_reader import read_artifacts
 from controlplane.bundles import Bundles
+from controlplane.cancelling import Cancelling
 from controlplane.idempotency import earlier_answer, request_of, reused
-from controlplane.jobs import FINAL_STATES, PLACED_STATES, transition
+from controlplane.jobs import FINAL_STATES, PLACED_STATES
 from controlplane.lasting import Lasting
-from controlplane.log_reader import LogReader, attempt_number, require_job, require_not_lost
+from controlplane.log_reader import LogReader, require_job
 from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
-from controlplane.records import BundleRecord, Change, JobQuery, JobRecord, Request
+from controlplane.records import BundleRecord, JobQuery, JobRecord
 from controlplane.results import Results
 from controlplane.resumption import Resumption
 from controlplane.room import Room
@@ -29,8 +29,7 @@ from controlplane.store import RequestReused, Store
 from controlplane.submission import Submission
 from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
-from puhui.rpc.moment import moment, now
-from puhui.rpc.transfer import read_chunks
+from puhui.rpc.moment import moment
 from puhui.v1 import idle_pb2, job_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
 from puhui.v1.job_service_pb2_grpc import JobServiceServicer
@@ -55,7 +54,7 @@ class JobService(JobServiceServicer):
         results: Results,
         nodes: Nodes,
         scheduler: Scheduler,
-        attempts: Attempts,
+        cancelling: Cancelling,
         submission: Submission,
         logs: LogReader,
         pages: Pages,
@@ -69,7 +68,7 @@ class JobService(JobServiceServicer):
         self._results = results
         self._nodes = nodes
         self._scheduler = scheduler
-        self._attempts = attempts
+        self._cancelling = cancelling
         self._submission = submission
         self._logs = logs
         self._pages = pages
@@ -169,18 +168,10 @@ class JobService(JobServiceServicer):
         await earlier_answer(self._store, noted)
         await require_job(self._store, request.job_id)
         try:
-            record = await self._lasting.do(self._cancel(request.job_id, request.message[:1000], noted))
+            record = await self._lasting.do(self._cancelling.end(request.job_id, request.message, noted=noted))
         except RequestReused as error:
             raise reused(request.request_id) from error
         return wire.CancelJobResponse(job=self._shown(record))
-
-    async def _cancel(self, job_id: str, message: str, noted: Request | None) -> JobRecord:
-        record = await self._store.change_job(job_id, lambda record, _: _cancelled(record, message, noted))
-        if record.state in FINAL_STATES:
-            self._scheduler.remove(record.id)
-        else:
-            self._attempts.cancel(record.id)
-        return record
 
     async def ReadLogs(  # noqa: N802
         self, request: wire.ReadLogsRequest, context: _Context
@@ -194,29 +185,8 @@ class JobService(JobServiceServicer):
     ) -> AsyncIterator[wire.GetArtifactsResponse]:
         """Yields artifacts of a job that has ended."""
         record = await require_job(self._store, request.job_id)
-        number = attempt_number(record, request.attempt)
-        if number == len(record.job.attempts) and record.state not in FINAL_STATES:
-            raise Refusal(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "NOT_FINISHED",
-                f"job {record.id} has not ended; its artifacts can be had once it has (`puhui wait {record.id}`)",
-                job_id=record.id,
-            )
-        manifest = self._results.manifest(record.id, number)
-        if manifest is None:
-            require_not_lost(record, number)
-            manifest = stream_pb2.ArtifactManifest()
-        if request.offset > manifest.size_bytes:
-            raise Refusal(
-                grpc.StatusCode.OUT_OF_RANGE,
-                "OFFSET_OUT_OF_RANGE",
-                f"the archive has {manifest.size_bytes} bytes; begin again at 0",
-                size_bytes=str(manifest.size_bytes),
-            )
-        yield wire.GetArtifactsResponse(manifest=manifest)
-        if manifest.size_bytes:
-            for chunk in read_chunks(self._results.archive(record.id, number), request.offset):
-                yield wire.GetArtifactsResponse(chunk=chunk)
+        for response in read_artifacts(record, self._results, request.attempt, request.offset):
+            yield response
 
     async def RunJob(  # noqa: N802
         self, request_iterator: AsyncIterator[wire.RunJobRequest], context: _Context
@@ -296,13 +266,6 @@ class JobService(JobServiceServicer):
         link = self._nodes.link(record.attempt.node_id)
         container = link.containers.get((record.id, len(record.job.attempts))) if link is not None else None
         return container.idleness if container is not None and container.HasField("idleness") else None
-
-
-def _cancelled(record: JobRecord, message: str, noted: Request | None) -> Change | None:
-    if record.state in FINAL_STATES or record.cancel_requested:
-        return Change(record, request=noted) if noted is not None else None
-    after, event = transition(record, happenings.CancelRequested(message), now())
-    return Change(after, (event,), request=noted)
 
 
 def _bundle(record: BundleRecord) -> stream_pb2.Bundle:

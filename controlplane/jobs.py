@@ -316,12 +316,12 @@ def _requeued(draft: Draft, it: h.Requeued) -> None:
 
 
 def _cancel_requested(draft: Draft, it: h.CancelRequested) -> None:
-    draft.record = replace(draft.record, cancel_requested=True, cancel_message=it.message)
+    draft.record = replace(draft.record, cancel_requested=True, cancel_message=it.message, cancel_reason=it.reason)
     said = f": {it.message}" if it.message else ""
     if draft.job.state == JOB_STATE_QUEUED:
         draft.job.state = JOB_STATE_CANCELLED
         draft.job.end_time.CopyFrom(timestamp(draft.at))
-        draft.tell("CANCELLED", f"cancelled before it started{said}")
+        draft.tell(it.reason, f"cancelled before it started{said}")
         return
     draft.tell("CANCEL_REQUESTED", f"its end was asked for{said}")
 

@@ -52,6 +52,8 @@ class JobRecord:
     """Order of submission in this centre, from 1; 0 until it is stored."""
     cancel_requested: bool = False
     cancel_message: str = ""
+    cancel_reason: str = "CANCELLED"
+    """Why its end was asked for, UPPER_SNAKE."""
     ending: Ending | None = None
     results_collected: bool = False
     """Log and artifacts of the newest attempt are in this centre's results, or given up."""
