@@ -63,6 +63,7 @@ class Site:
     """A centre and its node, as this program reaches them."""
 
     name: str
+    node_id: str
     centre: Centre
     node: NodeServiceStub
 
@@ -218,7 +219,10 @@ class ThirdAct:
                 "required_mib": self.job.prediction.required_mib,
                 "profile": profile,
                 "free": free,
-                "busy": {name: sum(one.busy for one in capacity.profiles) for name, capacity in self.capacity.items()},
+                "held": {
+                    name: sum(one.busy + one.idle for one in capacity.profiles)
+                    for name, capacity in self.capacity.items()
+                },
             },
             "S10": {
                 "ok": peer == self.there.name
@@ -242,6 +246,8 @@ class ThirdAct:
                 "ok": self.job.state == JOB_STATE_SUCCEEDED
                 and [one.uuid for one in self.slices] == [slice_uuid]
                 and [one.id for one in self.containers] == [container_id]
+                and at_peer is not None
+                and at_peer.node_id == self.there.node_id
                 and 0 < self.live_log_bytes <= self.log_bytes == self.job.log_size_bytes == self.guest.log_size_bytes
                 and self.job.artifacts.digest == self.guest.artifacts.digest != ""
                 and len(self.files) == self.job.artifacts.file_count

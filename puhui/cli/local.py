@@ -115,10 +115,11 @@ def _cards(emulate: list[str] | None, centers: int) -> tuple[str, ...]:
 
 def _serve(folder: StateFolder, options: LocalOptions) -> None:
     interrupts = Interrupts()
+    interrupts.catch()
     with folder.locked():
         for name in folder.stop_leftovers():
             terminal().note(f"stopped a {name} whose `puhui up` had been killed")
-        here = LocalCentres(folder, options, terminal().note, interrupts.held)
+        here = LocalCentres(folder, options, terminal().note, interrupts)
         for name in here.left_out():
             terminal().note(f"{name} has state here and is not started; `--centers` says how many are")
         try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import NoReturn
 
+from puhui.cli.interrupts import Interrupts
 from puhui.cli.local_centre import MOST_CENTRES, LocalCentre, LocalOptions, centre_name
 from puhui.cli.local_peers import pair
 from puhui.cli.local_state import ProcessId, Record, StateFolder
@@ -26,7 +26,7 @@ class LocalCentres:
         folder: where their state is.
         options: what they are to be like.
         tell: is told, in a line, of a daemon that ended and is started again.
-        whole: holds back what would interrupt this process.
+        interrupts: what may interrupt this process.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class LocalCentres:
         folder: StateFolder,
         options: LocalOptions,
         tell: Callable[[str], None],
-        whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        interrupts: Interrupts,
     ) -> None:
         self._folder = folder
         self._tell = tell
-        self._supervisor = Supervisor(self._keep, self._told, whole)
+        self._supervisor = Supervisor(self._keep, self._told, interrupts)
         ports = _ports(options.port, len(options.emulate))
         self.centres = [
             LocalCentre(number, folder.path if number == 1 else folder.path / centre_name(number), options, port)

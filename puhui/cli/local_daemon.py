@@ -97,8 +97,8 @@ class LocalDaemon:
             return ""
         before = " before it was ready" if self._ready is not None else ""
         words = exit_words(self._process.wait()) + before
-        os.close(self._descriptor)
         self._process = None
+        os.close(self._descriptor)
         self._awaited_no_more()
         return words
 
@@ -114,12 +114,12 @@ class LocalDaemon:
             self._process.terminate()
 
     def wait_or_kill(self, patience_s: float) -> None:
-        """Waits until the process has ended, and kills it when it does not, or when Ctrl-C is pressed again."""
+        """Waits until the process has ended, and kills it when it does not."""
         if self._process is None:
             return
         try:
             self._process.wait(patience_s)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        except subprocess.TimeoutExpired:
             self.kill()
         self.reap()
 

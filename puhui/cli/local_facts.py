@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -104,16 +105,16 @@ def _try(folder: StateFolder, seen: list[_Seen]) -> list[str]:
 
 def _look(centre: CentreRecord, *, several: bool) -> _Seen:
     """Waits until a centre's node has joined, or that takes too long, and looks at the centre then."""
-    node = None
+    node: fleet_service_pb2.Node | None = None
+    peers: dict[str, bool] = {}
     deadline = time.monotonic() + _JOIN_S
-    with Centre(centre.address) as client:
+    # A control plane that has died already is started again in a moment, and is seen as it was until then.
+    with Centre(centre.address) as client, contextlib.suppress(Refusal):
         while node is None and time.monotonic() < deadline:
             found = (one for one in client.nodes() if one.state == fleet_service_pb2.NODE_STATE_READY)
             node = next((one for one in found if one.inventory.gpus), None)
             if node is None:
                 time.sleep(_LOOK_S)
-        try:
-            peers = {peer.name: peer.in_contact for peer in client.peers().peers} if several else {}
-        except Refusal:
-            peers = {}  # `puhui up` has said why they could not be made peers
+        if several:
+            peers = {peer.name: peer.in_contact for peer in client.peers().peers}
     return _Seen(centre, node, peers)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import select
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import NoReturn
 
+from puhui.cli.interrupts import Interrupts
 from puhui.cli.local_daemon import LocalDaemon
 from puhui.cli.restarts import MOST_FAILURES, Restarts
 from puhui.cli.words import count
@@ -25,7 +24,7 @@ class Supervisor:
     Args:
         keep: is called whenever a process was started or has ended, so that a successor knows of it.
         tell: is told, in a line, what ended and what is done about it.
-        whole: holds back what would interrupt this process.
+        interrupts: what may interrupt this process, and must not between a start and its being kept.
         start_s: a daemon that is not ready after so many seconds is killed, and counts as ended.
     """
 
@@ -33,12 +32,12 @@ class Supervisor:
         self,
         keep: Callable[[], None],
         tell: Callable[[str], None],
-        whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        interrupts: Interrupts,
         start_s: float = _START_S,
     ) -> None:
         self._keep = keep
         self._tell = tell
-        self._whole = whole
+        self._interrupts = interrupts
         self._start_s = start_s
         self._restarts: dict[LocalDaemon, Restarts] = {}
         self._deadlines: dict[LocalDaemon, float] = {}
@@ -56,10 +55,11 @@ class Supervisor:
 
         Raises:
             Refusal: UNAVAILABLE with DAEMON_FAILED, with the reason that its log gives.
+            KeyboardInterrupt: this process was asked to stop.
         """
         for daemon in daemons:
             self._restarts[daemon] = Restarts()
-            with self._whole():
+            with self._interrupts.held():
                 self._launch(daemon)
         while not self._well(daemons):
             self._step()
@@ -69,20 +69,28 @@ class Supervisor:
 
         Raises:
             Refusal: UNAVAILABLE with DAEMON_FAILED: it was started again and again, and did not become ready.
+            KeyboardInterrupt: this process was asked to stop.
         """
         while True:
             self._step()
 
     def stop(self) -> None:
-        """Stops all daemons, those first that were started first: they give the orders."""
-        daemons = list(self._restarts)
-        for module in dict.fromkeys(daemon.module for daemon in daemons):
-            alike = [daemon for daemon in daemons if daemon.module == module]
+        """Stops all daemons, those first that give the orders. A further Ctrl-C kills what has not ended yet."""
+        patience_s = _STOP_S
+        while self.pids:
+            try:
+                self._stop(patience_s)
+            except KeyboardInterrupt:
+                patience_s = 0.0
+        self._restarts, self._deadlines, self._launches = {}, {}, {}
+
+    def _stop(self, patience_s: float) -> None:
+        for module in dict.fromkeys(daemon.module for daemon in self._restarts):
+            alike = [daemon for daemon in self._restarts if daemon.module == module]
             for daemon in alike:
                 daemon.terminate()
             for daemon in alike:
-                daemon.wait_or_kill(_STOP_S)
-        self._restarts, self._deadlines, self._launches = {}, {}, {}
+                daemon.wait_or_kill(patience_s)
 
     def _well(self, daemons: Iterable[LocalDaemon]) -> bool:
         return not any(daemon in self._deadlines or daemon in self._launches for daemon in daemons)
@@ -93,8 +101,8 @@ class Supervisor:
         ended = {fd: daemon for daemon in self._restarts if (fd := daemon.ended_fd) is not None}
         next_at = min((*self._deadlines.values(), *self._launches.values()), default=None)
         left_s = None if next_at is None else max(next_at - time.monotonic(), 0)
-        readable = select.select([*ready, *ended], [], [], left_s)[0]
-        with self._whole():
+        readable = select.select([self._interrupts.fileno(), *ready, *ended], [], [], left_s)[0]
+        with self._interrupts.held():
             # One that said that it is ready and ended then was ready: this order counts it so.
             for fd in readable:
                 if fd in ready and ready[fd].became_ready():

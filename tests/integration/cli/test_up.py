@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -174,6 +175,20 @@ def test_a_daemon_that_cannot_be_had_again_is_given_up_and_named(user: Puhui) ->
     last = err.decode().splitlines()[-1]
     assert last.startswith("error: the nodedaemon ended with code 1 before it was ready, 5 times in a row: ")
     assert "(DAEMON_FAILED)" in last
+    assert [pid for pid in daemons.values() if alive(pid)] == []
+
+
+def test_a_second_ctrl_c_kills_what_does_not_end(user: Puhui) -> None:
+    centre = Foreground(user)
+    daemons = {key: process["pid"] for key, process in record(user)["daemons"].items()}
+    controlplane = os.pidfd_open(daemons["controlplane"])
+    os.kill(daemons["nodedaemon"], signal.SIGSTOP)
+    centre.process.send_signal(signal.SIGINT)
+    assert select.select([controlplane], [], [], 30)[0]  # so it is the node daemon's turn
+    os.close(controlplane)
+    centre.process.send_signal(signal.SIGINT)
+    centre.process.communicate(timeout=10)
+    assert centre.process.returncode == 0
     assert [pid for pid in daemons.values() if alive(pid)] == []
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from puhui.cli.interrupts import Interrupts
 from puhui.cli.local_daemon import LocalDaemon
 from puhui.cli.supervisor import Supervisor
 from puhui.rpc.errors import Refusal
@@ -41,7 +42,7 @@ class Stage:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
         self.said: list[str] = []
         self.kept = 0
-        self.supervisor = Supervisor(self._keep, self._tell, start_s=30)
+        self.supervisor = Supervisor(self._keep, self._tell, Interrupts(), start_s=30)
         self.daemon = LocalDaemon(
             "d", "little one", "smalldaemon", lambda at: [str(folder), at or "-", str(last_good)], folder / "d.log"
         )
@@ -111,7 +112,7 @@ def test_what_cannot_start_is_not_tried_again(tmp_path: Path, monkeypatch: pytes
 def test_what_is_never_ready_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     (tmp_path / "smalldaemon.py").write_text("import signal\nsignal.pause()\n")
-    supervisor = Supervisor(lambda: None, lambda line: None, start_s=0.5)
+    supervisor = Supervisor(lambda: None, lambda line: None, Interrupts(), start_s=0.5)
     with pytest.raises(Refusal, match=r"little one was not ready within 0\.5 s"):
         supervisor.bring_up([stage.daemon])
     assert stage.daemon.pid is None
