@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from puhui.cli.local_state import CentreRecord
-from puhui.client import Centre
+from puhui.client import Centre, Refusal
 from puhui.v1.peer_service_pb2 import ListPeersResponse, Peer
 
 __all__ = ["Outdated", "Pairing", "pair", "pairings"]
@@ -74,10 +74,18 @@ def pair(centres: Sequence[CentreRecord]) -> list[str]:
         known = {name: client.peers() for name, client in clients.items()}
         for pairing in pairings(known):
             for entry in pairing.outdated:
-                clients[entry.at].remove_peer(entry.peer, force=entry.gone)
+                _remove(clients[entry.at], entry)
             invitation = clients[pairing.inviting].invite_peer(name=pairing.invited)
             clients[pairing.invited].add_peer(invitation.token, name=pairing.inviting)
         return _out_of_contact(clients)
+
+
+def _remove(centre: Centre, entry: Outdated) -> None:
+    try:
+        centre.remove_peer(entry.peer, force=entry.gone)
+    except Refusal as refusal:
+        if refusal.reason != "PEER_NOT_FOUND":  # the other one, when it was removed there, has said so here
+            raise
 
 
 def _out_of_contact(clients: Mapping[str, Centre]) -> list[str]:
