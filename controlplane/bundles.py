@@ -50,8 +50,12 @@ class Bundles:
         for stale in folder.glob("upload-*"):
             stale.unlink(missing_ok=True)
 
-    async def receive(self, parts: AsyncIterator[UploadPart]) -> tuple[BundleRecord, bool]:
+    async def receive(self, parts: AsyncIterator[UploadPart], *, prove: bool = False) -> tuple[BundleRecord, bool]:
         """Receives an upload. Returns the bundle, and whether it was there already.
+
+        Args:
+            parts: the upload.
+            prove: whoever uploads must have all of it, also when it is here: to know its name is not to have it.
 
         Raises:
             Refusal: the upload is malformed, or the bundle is not harmless.
@@ -59,9 +63,11 @@ class Bundles:
         """
         async with receive(parts, self._folder, self.limits.archive_bytes) as upload:
             known = await self.find(upload.bundle_id)
-            if known is not None:
+            if known is not None and not prove:
                 return known, True
             await upload.finish()
+            if known is not None:
+                return known, True
             record = await self._checked(upload.bundle_id, upload.path)
             await self._lasting.do(self._keep(record, upload.path))
             return record, False

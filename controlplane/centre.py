@@ -15,7 +15,7 @@ import structlog
 from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.cancelling import Cancelling
-from controlplane.federation_service import FederationService
+from controlplane.federation import Federation, Inside
 from controlplane.fleet_service import FleetService
 from controlplane.idempotency import KEPT_S
 from controlplane.idle_policy import CentrePolicy
@@ -41,7 +41,6 @@ from controlplane.warm import WarmShares
 from controlplane.watch import Feed
 from puhui.rpc.moment import now
 from puhui.rpc.server import RpcServer
-from puhui.v1.federation_service_pb2_grpc import add_FederationServiceServicer_to_server
 from puhui.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
 from puhui.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
 
@@ -136,6 +135,7 @@ class Centre:
         )
         centre._warm = warm = WarmShares(settings.centre, store, nodes, reservations)
         centre._scheduler = scheduler = Scheduler(store, nodes, reservations, warm, feed, settings.patience_s)
+        centre._federation = federation = await Federation.open(settings, store, nodes, scheduler)
         wants = Wants(feed)
         around = Surroundings(
             settings.centre,
@@ -151,6 +151,7 @@ class Centre:
             settings.idle.warm_for,
             settings.release_patience_s,
             settings.collect_patience_s,
+            federation.reach,
         )
         centre._attempts = Attempts(around, scheduler.put_back)
         centre._reservations = reservations
@@ -166,6 +167,7 @@ class Centre:
             settings.idle,
             scheduler.add,
             settings.session_memory_mib,
+            lambda: federation.names,
         )
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()
@@ -193,7 +195,8 @@ class Centre:
             add_FleetServiceServicer_to_server,
             FleetService(settings.centre, store, nodes, scheduler, pages),
         )
-        server.add("puhui.v1.FederationService", add_FederationServiceServicer_to_server, FederationService())
+        inside = Inside(feed, bundles, results, logs, centre._attempts, cancelling, centre._lasting, job_service)
+        await federation.join(inside, server)
         port = await server.start()
         centre.address = settings.listen if not port else f"{settings.listen.rpartition(':')[0]}:{port}"
         centre._tasks.append(asyncio.create_task(scheduler.run(centre._attempts), name="scheduler"))
@@ -215,6 +218,7 @@ class Centre:
     _attempts: Attempts
     _reservations: Reservations
     _server: RpcServer
+    _federation: Federation
 
     async def _take_up(self) -> None:
         """Goes on where the last control plane was when it ended."""
@@ -223,6 +227,8 @@ class Centre:
         await self._nodes.start()
         driven: set[tuple[str, int]] = set()
         for record in await self._store.unfinished_jobs():
+            if record.state in PLACED_STATES and record.attempt.peer:
+                continue  # see below
             if record.state in PLACED_STATES:
                 driven.add((record.id, len(record.job.attempts)))
                 self._attempts.drive(record, adopt=True)
@@ -231,6 +237,8 @@ class Centre:
         for reservation in held:
             if reservation.key not in driven and not reservation.is_warm:
                 self._attempts.drive(await self._require(reservation.job_id), reservation.attempt, adopt=True)
+        for forward in await self._store.forwards():
+            self._attempts.drive(await self._require(forward.job_id), forward.attempt, adopt=True)
         if driven or held:
             _log.info("taking up attempts", running=len(driven), held=len(held), queued=self._scheduler.queued)
 
@@ -255,6 +263,7 @@ class Centre:
     async def stop(self) -> None:
         """Stops serving. Containers run on; the next start goes on where this one was."""
         await self._server.stop(_STOP_GRACE_S)
+        await self._federation.leave()
         await self._lasting.finish()
         for task in self._tasks:
             task.cancel()

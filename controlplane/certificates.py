@@ -86,6 +86,15 @@ class CentreIdentity:
         """Returns the identity of a key."""
         return cls(_key_pem(key), certificate_of_key(key, name_of(centre_id)))
 
+    @classmethod
+    def of_secret(cls, secret: bytes, certificate: bytes) -> CentreIdentity:
+        """Returns the identity of a key that a number stands for, with its certificate (DER).
+
+        Raises:
+            ValueError: the number stands for none.
+        """
+        return cls(_key_pem(key_from_secret(secret)), certificate)
+
 
 def name_of(centre_id: str) -> str:
     """Returns the DNS name in a centre's certificate."""

@@ -194,7 +194,7 @@ class OfferDesk:
             longest_lease=duration(self._longest_lease_s),
             profile=wait.profile,
             gpu_model=wait.gpu_model,
-            bundle_present=self._has_sent(peer.name, request.bundle_id),
+            bundle_present=self.has_sent(peer.name, request.bundle_id),
         )
 
     def _queued(self, request: wire.GetOfferRequest, peer: PeerRecord) -> QueuedJob:
@@ -318,7 +318,8 @@ class OfferDesk:
         while len(sent) > _MOST_BUNDLES:
             sent.popitem(last=False)
 
-    def _has_sent(self, peer: str, bundle_id: str) -> bool:
+    def has_sent(self, peer: str, bundle_id: str) -> bool:
+        """Returns whether a peer has sent a bundle that is here still."""
         # Never for a bundle that another peer sent: that would tell who has what.
         return bool(bundle_id) and bundle_id in self._bundles.get(peer, ()) and self._bundle_there(bundle_id)
 

@@ -135,6 +135,7 @@ class Pairing:
             certificate=self._identity.certificate,
             key=secret,
             expire_time=timestamp(expires),
+            key_certificate=certificate,
         )
         return TOKEN_PREFIX + base64.urlsafe_b64encode(said.SerializeToString()).decode().rstrip("="), expires
 
@@ -210,9 +211,8 @@ class Pairing:
         return await self._peers.add(record)
 
     async def _ask(self, said: peer_service_pb2.PeerInvitation, reached: str) -> None:
-        key = key_from_secret(said.key)
-        guest = CentreIdentity.of_key(key, said.centre_id)
-        client = self._connect(guest, said.address, said.certificate, said.centre_id)
+        invited = CentreIdentity.of_secret(said.key, said.key_certificate)
+        client = self._connect(invited, said.address, said.certificate, said.centre_id)
         request = wire.PairRequest(
             centre=self._centre,
             centre_id=self._centre_id,
@@ -290,7 +290,7 @@ def _read_token(token: str) -> peer_service_pb2.PeerInvitation:
     try:
         said = peer_service_pb2.PeerInvitation.FromString(base64.b64decode(body + "=" * (-len(body) % 4), b"-_", True))
         key_from_secret(said.key)
-        pem_of(said.certificate)
+        pem_of(said.certificate), pem_of(said.key_certificate)
         require_address(said.address)
     except (binascii.Error, DecodeError, ValueError) as error:
         raise _invalid(

@@ -12,8 +12,10 @@ A file has its final name only when all of it is on disk.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +85,15 @@ class Results:
     def has_log(self, job_id: str, attempt: int) -> bool:
         """Returns whether the whole log of an attempt is here."""
         return (self.folder(job_id, attempt) / "log").exists()
+
+    def remove(self, job_id: str, attempt: int) -> None:
+        """Removes what an attempt left.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder(job_id, attempt))
 
     def settle(self, job_id: str, attempt: int) -> None:
         """Makes what was kept of an attempt survive a power cut.

@@ -363,6 +363,7 @@ class PeerInvitation(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    KEY_CERTIFICATE_FIELD_NUMBER: _builtins.int
     centre: _builtins.str
     """Name of the inviting centre."""
     centre_id: _builtins.str
@@ -373,6 +374,8 @@ class PeerInvitation(_message.Message):
     """Its certificate: DER."""
     key: _builtins.bytes
     """Private key that proves the invitation, as a number of 32 bytes on the curve P-256."""
+    key_certificate: _builtins.bytes
+    """Certificate of that key, which opens the door once: DER."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """It holds until then."""
@@ -386,10 +389,11 @@ class PeerInvitation(_message.Message):
         certificate: _builtins.bytes = ...,
         key: _builtins.bytes = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        key_certificate: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "centre", b"centre", "centre_id", b"centre_id", "certificate", b"certificate", "expire_time", b"expire_time", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "centre", b"centre", "centre_id", b"centre_id", "certificate", b"certificate", "expire_time", b"expire_time", "key", b"key", "key_certificate", b"key_certificate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -255,7 +255,7 @@ def test_what_was_taken_stays_promised_while_it_is_uploaded_and_until_it_is_sett
     assert not here.desk.open
 
 
-def test_a_bundle_is_present_only_for_who_has_sent_it() -> None:
+def test_a_bundle_is_present_only_for_whohas_sent_it() -> None:
     here = Here([view(f"GPU-{n}", node=f"n-{n}") for n in range(5)], bundles={"sha256:1"})
     here.desk.note_bundle("b", "sha256:1")
     here.desk.note_bundle("b", "sha256:2")

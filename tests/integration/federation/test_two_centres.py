@@ -1,0 +1,33 @@
+"""A job's way to a peer and home, over real mutual TLS and real stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from puhui.v1 import job_pb2
+from puhui.v1 import job_service_pb2 as wire
+from tests.integration.federation.neighbourhood import neighbour, pair
+
+
+async def test_what_does_not_fit_here_runs_there_and_comes_home(tmp_path: Path) -> None:
+    async with neighbour("a", tmp_path) as here, neighbour("b", tmp_path) as there:
+        await pair(here, there)
+        await here.fill()
+        job_id = await here.submit(name="guest", tenant="astro")
+        guest = await there.guest("guest")
+        assert (guest.guest.peer, guest.guest.job_id, guest.spec.tenant) == ("a", job_id, "a.astro")
+        await there.until(guest.id, job_pb2.JOB_STATE_RUNNING)
+        job = await here.until(job_id, job_pb2.JOB_STATE_RUNNING)
+        assert (job.executing_centre, job.attempts[0].peer, job.attempts[0].peer_job_id) == ("b", "b", guest.id)
+        await there.node.write(guest.id, b"hello from there\n")
+        there.node.artifacts[guest.id, 1] = b"archive"
+        await there.node.exit(guest.id, 0)
+        job = await here.ended(job_id)
+        assert (job.state, job.exit_code, job.log_size_bytes) == (job_pb2.JOB_STATE_SUCCEEDED, 0, 17)
+        assert await here.log(job_id) == b"hello from there\n"
+        parts = here.jobs.GetArtifacts(wire.GetArtifactsRequest(job_id=job_id))
+        assert b"".join([part.chunk async for part in parts]) == b"archive"
+        assert there.node.empty
+        reasons = await here.reasons(job_id)
+        for reason in ("FORWARDING", "FORWARDED", "SLICE_CREATED", "CONTAINER_STARTED", "PEER_ENDED", "SUCCEEDED"):
+            assert reason in reasons
