@@ -362,6 +362,7 @@ class Container(_message.Message):
     RUNTIME_FIELD_NUMBER: _builtins.int
     IDLENESS_FIELD_NUMBER: _builtins.int
     CHECKPOINTED_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id in the runtime."""
     state: Global___ContainerState.ValueType
@@ -380,6 +381,8 @@ class Container(_message.Message):
     """Runtime that runs it."""
     checkpointed: _builtins.bool
     """True while processes of it are checkpointed: they hold no card, and what they ask of one blocks."""
+    lease_expired: _builtins.bool
+    """True when it was killed because its lease had run out (RenewContainerLease)."""
     @_builtins.property
     def owner(self) -> _card_pb2.AttemptRef:
         """Whose it is."""
@@ -422,10 +425,11 @@ class Container(_message.Message):
         runtime: Global___RuntimeKind.ValueType = ...,
         idleness: _idle_pb2.Idleness | None = ...,
         checkpointed: _builtins.bool = ...,
+        lease_expired: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "idleness", b"idleness", "owner", b"owner", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "checkpointed", b"checkpointed", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "id", b"id", "idleness", b"idleness", "image", b"image", "oom_killed", b"oom_killed", "owner", b"owner", "pid", b"pid", "runtime", b"runtime", "slice_uuids", b"slice_uuids", "start_time", b"start_time", "state", b"state", "timed_out", b"timed_out"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "checkpointed", b"checkpointed", "create_time", b"create_time", "end_time", b"end_time", "exit_code", b"exit_code", "id", b"id", "idleness", b"idleness", "image", b"image", "lease_expired", b"lease_expired", "oom_killed", b"oom_killed", "owner", b"owner", "pid", b"pid", "runtime", b"runtime", "slice_uuids", b"slice_uuids", "start_time", b"start_time", "state", b"state", "timed_out", b"timed_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
