@@ -27,7 +27,7 @@ _Z90 = 1.2815515655446004
 _DAY_S = 86400.0
 _SIZES = (("1g.10gb", 1, 0.4), ("2g.20gb", 2, 0.25), ("3g.40gb", 4, 0.2), ("7g.80gb", 8, 0.15))
 """Profile, memory slices, share of the jobs."""
-_LOAD = 0.75
+_LOAD = 0.9
 """Of all centres together, as a share of what they could do."""
 _MOST_NEIGHBOURS = 8
 

@@ -3,8 +3,8 @@
 Whom to ask, what is promised and what is taken is decided by the control plane's own code: `spill`, `forwarding`,
 `forward_budget`, `offers`, `offer_desk`, `outlook` and `queue_model`; placement is that of the queue model, for all
 three alike. A message takes half a round trip, a forward besides the transfer of its bundle. Coarser than the real
-thing is: nothing fails, no share is idle, a peer's capacity is told every ten seconds if it has changed, and a centre
-looks at its queue again when something has happened, when its search says so, or after half a minute.
+thing is, nothing fails, no share is idle, capacity is told one second after it has changed, and a centre looks at its
+queue again when something has happened, when its search says so, or after half a minute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from bench.federation_load import HORIZON_S, Work, neighbours, work_of
 from bench.federation_site import BANDWIDTH, FederatedSite, Link, Site, Waiting, link
 from bench.idle_fleet import geometry
 from bench.report import Aim, Figure
-from controlplane.forwarding import Candidate
+from controlplane.capacity import profile_capacity
+from controlplane.forwarding import Candidate, Rules
 from controlplane.offers import Offer
 from controlplane.spill import Ask
 from puhui.rpc.moment import moment, seconds
@@ -34,10 +35,13 @@ GPUS = 4
 BUNDLE_BYTES = 10_000_000
 HOPS = 2
 _LOOK_AGAIN_S = 30.0
-_EXCHANGE_S = 10.0
+_EXCHANGE_S = 1.0
+_TOLD_AGAIN_S = 20.0
+"""Capacity that does not change is told again this often; that is counted, and not played."""
 _RENEW_S = 300.0
 """A third of the default lease."""
 _ANY_POLICY = job_pb2.PeerPolicy()
+_RULES = Rules()
 
 
 @dataclass
@@ -136,13 +140,15 @@ class _Centres:
 class _Peers(_Centres):
     """Centres that are peers of their neighbours."""
 
-    def __init__(self, centres: int, gpus: int, seed: int) -> None:
+    def __init__(self, centres: int, gpus: int, seed: int, rules: Rules) -> None:
         self._seed = seed
+        self._rules = rules
         super().__init__(centres, gpus)
-        for site in self.federated:
-            self.clock.at(random.Random(seed).uniform(0, _EXCHANGE_S), lambda site=site: self._tell(site))  # type: ignore[misc]
-        self._word: dict[str, tuple[bytes, ...]] = {}
+        self._word: dict[str, tuple[tuple[str, int], ...]] = {}
         self._promised: dict[str, tuple[Link, float, float]] = {}
+        self._telling: set[str] = set()
+        links = sum(len(site.links) for site in self.federated)
+        self.outcome.messages["summaries"] += int(links * HORIZON_S / _TOLD_AGAIN_S)
 
     def make(self, centres: int, gpus: int) -> Sequence[Site]:
         kind = geometry(CARD)
@@ -156,6 +162,7 @@ class _Peers(_Centres):
                 self.began,
                 {str(other): link(other, round_trip_s) for other, round_trip_s in known[number].items()},
                 random.Random(self._seed * 1000 + number),
+                self._rules,
             )
             for number in range(centres)
         ]
@@ -176,8 +183,12 @@ class _Peers(_Centres):
 
     def changed(self, site: Site) -> None:
         super().changed(site)
+        federated = self.federated[int(site.name)]
         if site.waiting:
-            self.look_at(self.federated[int(site.name)], self.clock.at_s)
+            self.look_at(federated, self.clock.at_s)
+        if site.name not in self._telling:
+            self._telling.add(site.name)
+            self.clock.at(self.clock.at_s + _EXCHANGE_S, lambda: self._tell(federated))
 
     def look_at(self, site: FederatedSite, at_s: float) -> None:
         """Has a centre look at its queue at a time, or sooner."""
@@ -284,21 +295,20 @@ class _Peers(_Centres):
 
     def _tell(self, site: FederatedSite) -> None:
         """Tells the neighbours what there is, when that has changed."""
-        if self.clock.at_s >= HORIZON_S and not any(one.waiting for one in self.federated):
-            return
+        self._telling.discard(site.name)
         site.advance(self.clock.at_s)
+        word = tuple((one.profile, one.free) for one in profile_capacity(site.gpus()))
+        if word == self._word.get(site.name):
+            return
+        self._word[site.name] = word
         summaries = site.outlook.summaries()
-        word = tuple(f"{one.profile} {one.free} {one.idle}".encode() for one in summaries)
-        if word != self._word.get(site.name):
-            self._word[site.name] = word
-            for name in site.links:
-                there = self.federated[int(name)]
-                there.links[site.name].profiles = summaries
-                there.spill.news(self.clock.at_s, site.name)
-                self.count("summaries")
-                if there.waiting:
-                    self.look_at(there, self.clock.at_s + there.links[site.name].round_trip_s / 2)
-        self.clock.at(self.clock.at_s + _EXCHANGE_S, lambda: self._tell(site))
+        for name in site.links:
+            there = self.federated[int(name)]
+            there.links[site.name].profiles = summaries
+            there.spill.news(self.clock.at_s, site.name)
+            self.count("summaries")
+            if there.waiting:
+                self.look_at(there, self.clock.at_s + there.links[site.name].round_trip_s / 2)
 
 
 def alone(works: Sequence[Work], centres: int, gpus: int = GPUS) -> Outcome:
@@ -306,9 +316,9 @@ def alone(works: Sequence[Work], centres: int, gpus: int = GPUS) -> Outcome:
     return _Centres(centres, gpus).run(works)
 
 
-def as_peers(works: Sequence[Work], centres: int, gpus: int = GPUS, seed: int = 1) -> Outcome:
+def as_peers(works: Sequence[Work], centres: int, gpus: int = GPUS, seed: int = 1, rules: Rules = _RULES) -> Outcome:
     """Returns what becomes of jobs at centres that are peers of at most eight others each."""
-    return _Peers(centres, gpus, seed).run(works)
+    return _Peers(centres, gpus, seed, rules).run(works)
 
 
 def as_pool(works: Sequence[Work], centres: int, gpus: int = GPUS) -> Outcome:

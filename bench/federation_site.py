@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from bench.federation_load import Work
 from controlplane.durations import Basis, Estimate, remaining
 from controlplane.fleet import Geometry, GpuView, Shape, Use
+from controlplane.forwarding import Rules
 from controlplane.offer_desk import OfferDesk
 from controlplane.outlook import Outlook
 from controlplane.queue_model import Play
@@ -25,6 +26,8 @@ from puhui.v1 import federation_service_pb2, job_pb2, peer_service_pb2
 
 __all__ = ["BANDWIDTH", "PATIENCE_S", "FederatedSite", "Link", "Site", "Waiting", "link"]
 
+_SLOWER = 20.0
+"""The waits at a centre are worked out again after ten seconds, where a real one does that after half a second."""
 PATIENCE_S = 60.0
 """As the control plane's own default."""
 BANDWIDTH = 12.5e6
@@ -186,10 +189,11 @@ class FederatedSite(Site):
         began: Callable[[Waiting, int], None],
         links: dict[str, Link],
         chance: random.Random,
+        rules: Rules,
     ) -> None:
         super().__init__(number, kind, gpus, clock, began)
         self.links = links
-        self.outlook = Outlook(self, self, self, PATIENCE_S, clock, clock)
+        self.outlook = Outlook(self, self, self, PATIENCE_S, clock, lambda: clock() / _SLOWER)
         self.desk = OfferDesk(
             self.name,
             self.outlook,
@@ -202,7 +206,7 @@ class FederatedSite(Site):
             meter=clock,
             chance=chance,
         )
-        self.spill = Spill(chance=chance)
+        self.spill = Spill(rules, chance)
         self.next_look_s = float("inf")
 
     def now(self) -> float:

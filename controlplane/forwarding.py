@@ -41,8 +41,9 @@ class Rules:
 
     margin_s: float = 5.0
     """A peer must promise to begin so much sooner than this centre would."""
-    margin_share: float = 0.1
-    """And sooner by this share of the wait here: promises and waits are both guesses."""
+    doubt: float = 4.0
+    """A promised wait is taken to be so many times as long: what can begin at once is certain, and where a job would
+    have to wait there too, it had better wait here, from where it can still go wherever there is room first."""
     first_round: int = 2
     """Peers that are asked at first for a job; each round after that is twice as large."""
     round_s: float = 1.0
@@ -225,4 +226,4 @@ def is_worth(job: Candidate, offer: Offer, stands: Standing, rules: Rules) -> bo
 
 def beats(job: Candidate, promised_s: float, rules: Rules) -> bool:
     """Returns whether to begin in `promised_s` elsewhere beats the wait here by the margin."""
-    return job.wait_s is None or promised_s + rules.margin_s + rules.margin_share * job.wait_s < job.wait_s
+    return job.wait_s is None or promised_s * rules.doubt + rules.margin_s < job.wait_s

@@ -13,6 +13,7 @@ further behind is told a wait by the rate at which places were had until then.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections import deque
@@ -163,7 +164,7 @@ class Play:
         self._at = at
         self._patience_s = patience_s
         self._duration_s = duration_s
-        self._geometries = list(dict.fromkeys(gpu.geometry for gpu in gpus))
+        self._geometries = tuple(dict.fromkeys(gpu.geometry for gpu in gpus))
         self._ends: list[tuple[float, int, int, str]] = []
         """(time from now, GPU, mask, profile)."""
         self._cards = [self._card(number, gpu, remaining_s) for number, gpu in enumerate(gpus)]
@@ -253,8 +254,8 @@ class Play:
         key = (job.need, job.nodes, job.priority if asks else None, job.id if asks else None)
         line = self._lines.get(key)
         if line is None:
-            choices = choices_for(job.profile, job.required_mib, self._geometries)
-            choices = [one for one in choices if job.gpu_model in {"", one.gpu_model}]
+            found = _choices(job.profile, job.required_mib, self._geometries)
+            choices = [one for one in found if job.gpu_model in {"", one.gpu_model}]
             line = self._lines[key] = _Line(choices, job.nodes, asks, len(self._lines))
         line.jobs.append(job)
         return line
@@ -427,6 +428,11 @@ class Play:
         for line in self._lines.values():
             if not line.choices:
                 self._found.waits.update({job.id: _NOT_KNOWN for job in line.jobs})
+
+
+@functools.lru_cache(maxsize=4096)
+def _choices(profile: str, required_mib: int, geometries: tuple[Geometry, ...]) -> Sequence[ProfileChoice]:
+    return choices_for(profile, required_mib, geometries)
 
 
 def _left_s(use: Use, remaining_s: Callable[[AttemptKey], float | None]) -> float:

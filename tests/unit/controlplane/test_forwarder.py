@@ -37,7 +37,7 @@ Answer = Callable[[wire.GetOfferRequest], wire.GetOfferResponse]
 
 def accepts(wait_s: float = 0.0, **fields: Any) -> Answer:
     def answer(request: wire.GetOfferRequest) -> wire.GetOfferResponse:
-        given = {
+        given: dict[str, Any] = {
             "accepted": True,
             "offer_id": f"offer for {request.origin.job_id}",
             "expected_wait": duration(wait_s),
@@ -49,7 +49,7 @@ def accepts(wait_s: float = 0.0, **fields: Any) -> Answer:
             "gpu_model": "H",
             **fields,
         }
-        return wire.GetOfferResponse(**given)  # type: ignore[arg-type]
+        return wire.GetOfferResponse(**given)
 
     return answer
 

@@ -122,12 +122,12 @@ def test_equally_near_peers_are_asked_in_a_random_order() -> None:
 
 
 def test_a_promise_must_beat_the_wait_here_by_a_margin() -> None:
-    rules, job = Rules(margin_s=5, margin_share=0.1), candidate(wait_s=100)
-    assert is_worth(job, offer(wait_s=84.9), Standing(), rules)
-    assert not is_worth(job, offer(wait_s=85), Standing(), rules)
-    assert not is_worth(job, offer(wait_s=50, transfer_s=40), Standing(), rules)
-    assert not is_worth(job, offer(wait_s=50), Standing(broken_s=40), rules)
-    assert is_worth(job, offer(wait_s=50), Standing(broken_s=-40), rules)
+    rules, job = Rules(margin_s=5, doubt=4), candidate(wait_s=105)
+    assert is_worth(job, offer(wait_s=24.9), Standing(), rules)
+    assert not is_worth(job, offer(wait_s=25), Standing(), rules)
+    assert not is_worth(job, offer(wait_s=15, transfer_s=15), Standing(), rules)
+    assert not is_worth(job, offer(wait_s=15), Standing(broken_s=15), rules)
+    assert is_worth(job, offer(wait_s=15), Standing(broken_s=-15), rules)
     assert is_worth(candidate(wait_s=None), offer(wait_s=9999), Standing(), rules)
     assert not is_worth(candidate(wait_s=5), offer(), Standing(), rules)
 
