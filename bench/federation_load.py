@@ -16,7 +16,7 @@ import math
 import random
 from dataclasses import dataclass
 
-__all__ = ["HORIZON_S", "Work", "neighbours", "work_of"]
+__all__ = ["HORIZON_S", "MOST_NEIGHBOURS", "Work", "neighbours", "work_of"]
 
 HORIZON_S = 4 * 3600.0
 """Jobs arrive for this long."""
@@ -29,7 +29,7 @@ _SIZES = (("1g.10gb", 1, 0.4), ("2g.20gb", 2, 0.25), ("3g.40gb", 4, 0.2), ("7g.8
 """Profile, memory slices, share of the jobs."""
 _LOAD = 0.9
 """Of all centres together, as a share of what they could do."""
-_MOST_NEIGHBOURS = 8
+MOST_NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def work_of(centres: int, gpus: int, seed: int, gpu_slices: int = 8) -> list[Wor
     # Evenly spread from cold to hot, so that every number of centres has the same skew.
     loads = [0.2 + 1.6 * (number + 0.5) / centres for number in range(centres)]
     chance.shuffle(loads)
-    found = []
+    found: list[Work] = []
     for centre, load in enumerate(loads):
         phase = chance.random() * 2 * math.pi
         at_s = 0.0
@@ -93,7 +93,7 @@ def neighbours(centres: int, seed: int) -> list[dict[int, float]]:
     known: list[dict[int, float]] = [{} for _ in range(centres)]
 
     def join(one: int, other: int, round_trip_s: float) -> None:
-        if one != other and len(known[one]) < _MOST_NEIGHBOURS and len(known[other]) < _MOST_NEIGHBOURS:
+        if one != other and len(known[one]) < MOST_NEIGHBOURS and len(known[other]) < MOST_NEIGHBOURS:
             known[one][other] = known[other][one] = round_trip_s
 
     for step in (1, 2):
@@ -101,7 +101,7 @@ def neighbours(centres: int, seed: int) -> list[dict[int, float]]:
             join(one, (one + step) % centres, chance.uniform(0.005, 0.03))
     for one in range(centres):
         for other in chance.sample(range(centres), min(centres, 16)):
-            if len(known[one]) >= _MOST_NEIGHBOURS:
+            if len(known[one]) >= MOST_NEIGHBOURS:
                 break
             if other not in known[one]:
                 join(one, other, chance.uniform(0.03, 0.15))

@@ -18,6 +18,7 @@ import grpc
 
 from controlplane.durations import JUST_BEGUN_S
 from controlplane.outlook import LAST, Outlook
+from controlplane.peer_terms import is_open
 from controlplane.queue_model import Wait
 from controlplane.queued_job import QueuedJob
 from controlplane.records import PeerRecord
@@ -113,7 +114,7 @@ class OfferDesk:
         longest_lease_s: float,
         received: Callable[[str], int],
         bundle_there: Callable[[str], bool],
-        is_open: Callable[[str, float], bool],
+        is_open: Callable[[str, float], bool] = is_open,
         labels: Mapping[str, str] = _NO_LABELS,
         most_bundle_bytes: int = 2**33,
         cost: float = 1.0,
