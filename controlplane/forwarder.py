@@ -45,7 +45,7 @@ _MOST_CANDIDATES = 256
 _MOST_READ = 256
 _MOST_KNOWN = 4096
 _LEAST_PAUSE_S = 0.02
-_LOOK_AGAIN_S = 5.0
+_LOOK_AGAIN_S = 2.0
 """Waits change while nothing happens: the queue is looked at this often at least, while anybody waits."""
 _LONGEST_HOLD_S = 60.0
 _LONGEST_RETRY_S = 3600.0
@@ -120,6 +120,7 @@ class Forwarder:
         chance: for everything that is spread.
         wall: seconds since the epoch.
         meter: seconds that only grow.
+        settle_s: for so long after the start, a wait that is not known sends nothing away: nodes come into contact.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class Forwarder:
         chance: random.Random | None = None,
         wall: Callable[[], float] = now,
         meter: Callable[[], float] = time.monotonic,
+        settle_s: float = 10.0,
     ) -> None:
+        self._began, self._settle_s = meter(), settle_s
         self._centre = centre
         self._store = store
         self._line = line
@@ -231,13 +234,18 @@ class Forwarder:
             self._known[job.id] = _Known(record, bundle.size_bytes if bundle is not None else 0, inputs)
 
     def _candidates(self) -> list[Candidate]:
-        waits, at = self._outlook.waits(), self._wall()
+        queue = self._line.queue
+        waits, at = self._outlook.waits([job.id for job in queue[:_MOST_CANDIDATES]]).waits, self._wall()
+        settled = self._meter() - self._began >= self._settle_s
         found: list[Candidate] = []
-        for job in self._line.queue:
-            known = self._known.get(job.id)
+        for job in queue:
+            known, wait = self._known.get(job.id), waits.get(job.id)
             if known is None or known.record.restart or known.record.carry_from or not self._may_leave(job):
                 continue
-            found.append(self._candidate(job, known, waits.of(job.id).seconds, at))
+            # A wait that was not worked out yet is not an unknown one, and what nodes have is not known at first.
+            if wait is None or (wait.seconds is None and not settled):
+                continue
+            found.append(self._candidate(job, known, wait.seconds, at))
             if len(found) >= _MOST_CANDIDATES:
                 break
         return found

@@ -92,7 +92,7 @@ class Outlook:
         self._meter = meter
         self._last: Expectation = Expectation()
         self._made_at = -float("inf")
-        self._fresh_for_s = 0.0
+        self._cost_s = 0.0
 
     async def refresh(self) -> None:
         """Reads how long jobs take, as far as that is not known yet."""
@@ -143,13 +143,20 @@ class Outlook:
             wondering=wondering,
         )
 
-    def waits(self) -> Expectation:
-        """Returns how long the waiting jobs will wait; as of a moment ago, the longer ago the more it costs."""
+    def waits(self, jobs: Iterable[str] = ()) -> Expectation:
+        """Returns how long the waiting jobs will wait; as of a moment ago, the longer ago the more it costs.
+
+        Args:
+            jobs: ids of jobs that are asked about; for one that came since, that moment is shorter.
+        """
         at = self._meter()
-        if at - self._made_at >= self._fresh_for_s:
+        age_s, known = at - self._made_at, self._last.waits
+        fresh_for_s = self._cost_s * _COST_TO_AGE
+        if all(job_id in known for job_id in jobs):
+            fresh_for_s = max(_AT_LEAST_S, fresh_for_s)
+        if age_s > fresh_for_s:
             self._last = self.expect((), {}, self._one_of_each())
-            cost_s = self._meter() - at
-            self._made_at, self._fresh_for_s = at, max(_AT_LEAST_S, cost_s * _COST_TO_AGE)
+            self._made_at, self._cost_s = at, self._meter() - at
         return self._last
 
     def _one_of_each(self) -> list[QueuedJob]:

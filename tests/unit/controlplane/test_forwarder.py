@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,6 +121,13 @@ class Here:
     clock: Clock = field(default_factory=Clock)
     views: list[GpuView] = field(default_factory=lambda: [view(uses=(Use("7g.80gb", 0, 8, False, key=("h", 1)),))])
 
+    settle_s: float = 0.0
+    ahead_s: float = 0.0
+
+    @property
+    def passed(self) -> float:
+        return time.monotonic() + self.ahead_s
+
     def __post_init__(self) -> None:
         self.forwarder = Forwarder(
             "here",
@@ -131,6 +139,8 @@ class Here:
             Reach(cast("Any", self.peers), self.clock, "c-here", 900.0, 30.0, 86400.0),
             rules=Rules(first_delay_s=(0.0, 0.0)),
             chance=random.Random(1),
+            meter=lambda: self.passed,
+            settle_s=self.settle_s,
         )
 
     def gpus(self) -> list[GpuView]:
@@ -260,6 +270,19 @@ async def test_a_job_that_was_placed_here_meanwhile_is_not_sent(store: SqliteSto
         await eventually(lambda: here.forwarder.why_here("j-1") == "")
     assert not here.driven
     assert await store.forwards() == []
+
+
+async def test_right_after_the_start_nothing_is_sent_because_no_node_is_in_contact_yet(store: SqliteStore) -> None:
+    there = peer("b", accepts())
+    here = Here(store, Peers([there]), settle_s=10.0)
+    here.views = []
+    await here.submit()
+    for _ in range(5):
+        await here.forwarder.look()
+    assert not there.asked
+    here.ahead_s = 11.0
+    async with here.running():
+        await eventually(lambda: bool(here.driven))
 
 
 async def test_what_lives_here_stays(store: SqliteStore) -> None:
