@@ -13,6 +13,7 @@ import structlog
 
 from controlplane import happenings
 from controlplane.attempt_end import AttemptEnd, Told
+from controlplane.container_lease import ContainerLease
 from controlplane.cutting import cut
 from controlplane.draft import IllegalTransition
 from controlplane.endings import CONTAINER_LOST, not_started
@@ -56,6 +57,8 @@ class AttemptDriver:
         self._share = ShareDriver(self)
         self._carrier = WorkspaceCarrier(self, around, self._cancel)
         self._end = AttemptEnd(self, around, self._cancel)
+        clock = around.reach.clock if around.reach is not None else None
+        self._lease = ContainerLease(self, around.feed, clock, self._cancel)
         if record.cancel_requested:
             self._cancel.set()
 
@@ -76,10 +79,11 @@ class AttemptDriver:
             if self._has_moved_on():
                 await self._end.release_late()
                 return self._record
-            if self._record.state == job_pb2.JOB_STATE_STARTING:
-                await self._start()
-            if self._record.state in LIVING_STATES:
-                await self._live()
+            async with self._lease.kept():
+                if self._record.state == job_pb2.JOB_STATE_STARTING:
+                    await self._start()
+                if self._record.state in LIVING_STATES:
+                    await self._live()
             if self._has_moved_on():
                 return self._record
             if self._record.state == job_pb2.JOB_STATE_STOPPING:
@@ -290,6 +294,9 @@ class AttemptDriver:
     async def _make_container(self, piece: card_pb2.Slice, workspace_of: int) -> None:
         request = container_request(self._record.job, self.owner, piece, self.request_id("create-container"))
         request.workspace_of_attempt = workspace_of
+        lease_end = await self._lease.first()
+        if lease_end is not None:
+            request.lease_expire_time.CopyFrom(lease_end)
 
         async def create() -> node_pb2.Container:
             try:

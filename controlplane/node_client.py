@@ -99,6 +99,11 @@ class NodeClient(Protocol):
     async def resume_container(self, request: node_service_pb2.ResumeContainerRequest) -> node_pb2.Container:
         """Thaws a container, and moves what was checkpointed in it to its slice."""
 
+    async def renew_container_lease(
+        self, request: node_service_pb2.RenewContainerLeaseRequest
+    ) -> node_service_pb2.RenewContainerLeaseResponse:
+        """Prolongs the lease of a container, or asks for the node's lease clock."""
+
     async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCall:
         """Runs a command in a living container, and returns once it runs. Close what is returned."""
 
@@ -240,6 +245,13 @@ class GrpcNodeClient:
         """Thaws a container, and moves what was checkpointed in it to its slice."""
         with self._refusals():
             return (await self._stub.ResumeContainer(request, timeout=_CONTAINER_S)).container
+
+    async def renew_container_lease(
+        self, request: node_service_pb2.RenewContainerLeaseRequest
+    ) -> node_service_pb2.RenewContainerLeaseResponse:
+        """Prolongs the lease of a container, or asks for the node's lease clock."""
+        with self._refusals():
+            return await self._stub.RenewContainerLease(request, timeout=_READ_S)
 
     async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCall:
         """Runs a command in a living container, and returns once it runs. Close what is returned."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import moment, timestamp
 from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2, stream_pb2
 from tests.unit.controlplane.samples import inventory
 
@@ -83,6 +84,10 @@ class FakeNode:
         self.workspaces: dict[Key, bytes] = {}
         self.reclaim_mode = job_pb2.RECLAIM_MODE_DETACH
         self.commands: list[ExecCommand] = []
+        self.clock_s = 7000.0
+        """Its lease clock, which the test moves."""
+        self.leases: dict[Key, float] = {}
+        """Until when containers may run, on that clock."""
         self._made = 0
         self._events: list[node_pb2.NodeEvent] = []
         self._news = asyncio.Condition()
@@ -230,6 +235,8 @@ class FakeNode:
                 slice_uuids=request.slice_uuids,
                 pid=1000 + len(self.started),
             )
+            if request.HasField("lease_expire_time"):
+                self.leases[key] = max(moment(request.lease_expire_time), self.leases.get(key, 0.0))
             if request.workspace_of_attempt:
                 former = (request.owner.job_id, request.workspace_of_attempt)
                 self.workspaces[key] = self.workspaces[former]
@@ -320,6 +327,16 @@ class FakeNode:
         assert container.slice_uuids or not container.checkpointed
         container.checkpointed, container.state = False, node_pb2.CONTAINER_STATE_RUNNING
         return container
+
+    async def renew_container_lease(
+        self, request: node_service_pb2.RenewContainerLeaseRequest
+    ) -> node_service_pb2.RenewContainerLeaseResponse:
+        await self._called("renew_container_lease", request.owner)
+        key = (request.owner.job_id, request.owner.attempt)
+        if request.HasField("lease_expire_time"):
+            self.leases[key] = max(moment(request.lease_expire_time), self.leases.get(key, 0.0))
+        until = timestamp(self.leases[key]) if key in self.leases else None
+        return node_service_pb2.RenewContainerLeaseResponse(time=timestamp(self.clock_s), lease_expire_time=until)
 
     async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCommand:
         start = (await anext(requests)).start
