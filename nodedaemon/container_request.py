@@ -31,11 +31,11 @@ def container_name(node_id: str, owner: Owner) -> str:
 def identity(request: CreateContainerRequest) -> str:
     """Returns the digest of what must be the same when a request is repeated.
 
-    The slices are left out: they change while a container lives.
+    The slices and the lease are left out: they change while a container lives.
     """
     same = CreateContainerRequest()
     same.CopyFrom(request)
-    for name in ("request_id", "slice_uuids"):
+    for name in ("request_id", "slice_uuids", "lease_expire_time"):
         same.ClearField(name)
     same.owner.fencing_token = 0
     return request_digest(same.SerializeToString(deterministic=True))
