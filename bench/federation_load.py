@@ -16,7 +16,7 @@ import math
 import random
 from dataclasses import dataclass
 
-__all__ = ["HORIZON_S", "MOST_NEIGHBOURS", "Work", "neighbours", "work_of"]
+__all__ = ["HORIZON_S", "LOAD", "MOST_NEIGHBOURS", "Work", "neighbours", "work_of"]
 
 HORIZON_S = 4 * 3600.0
 """Jobs arrive for this long."""
@@ -27,7 +27,7 @@ _Z90 = 1.2815515655446004
 _DAY_S = 86400.0
 _SIZES = (("1g.10gb", 1, 0.4), ("2g.20gb", 2, 0.25), ("3g.40gb", 4, 0.2), ("7g.80gb", 8, 0.15))
 """Profile, memory slices, share of the jobs."""
-_LOAD = 0.9
+LOAD = 0.9
 """Of all centres together, as a share of what they could do."""
 MOST_NEIGHBOURS = 8
 
@@ -45,13 +45,14 @@ class Work:
     length_s: float
 
 
-def work_of(centres: int, gpus: int, seed: int, gpu_slices: int = 8) -> list[Work]:
+def work_of(centres: int, gpus: int, seed: int, total: float = LOAD, gpu_slices: int = 8) -> list[Work]:
     """Returns the jobs of all centres, by time.
 
     Args:
         centres: how many there are.
         gpus: GPUs of each.
         seed: of all that is random.
+        total: load of all centres together, as a share of what they could do.
         gpu_slices: memory slices of a GPU.
     """
     chance = random.Random(seed)
@@ -66,7 +67,7 @@ def work_of(centres: int, gpus: int, seed: int, gpu_slices: int = 8) -> list[Wor
     for centre, load in enumerate(loads):
         phase = chance.random() * 2 * math.pi
         at_s = 0.0
-        most = full_rate * _LOAD * load * 1.5
+        most = full_rate * total * load * 1.5
         while True:
             at_s += chance.expovariate(most)
             if at_s >= HORIZON_S:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from bench.federation_load import HORIZON_S, MOST_NEIGHBOURS, Work, neighbours, work_of
+from bench.federation_load import HORIZON_S, LOAD, MOST_NEIGHBOURS, Work, neighbours, work_of
 from bench.federation_site import BANDWIDTH, FederatedSite, Link, Site, Waiting, link
 from bench.idle_fleet import geometry
 from bench.report import Aim, Figure
@@ -40,6 +40,7 @@ _TOLD_AGAIN_S = 20.0
 """Capacity that does not change is told again this often; that is counted, and not played."""
 _RENEW_S = 300.0
 """A third of the default lease."""
+_OVERLOAD = 1.3
 _ANY_POLICY = job_pb2.PeerPolicy()
 _RULES = Rules()
 
@@ -344,13 +345,17 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def simulate(
-    sizes: Sequence[tuple[int, int]] = ((2, 12), (8, 4), (32, 1), (200, 1)), seed: int = 1, gpus: int = GPUS
+    sizes: Sequence[tuple[int, int]] = ((2, 12), (8, 4), (32, 1), (200, 1)),
+    overloaded: tuple[int, int] = (8, 1),
+    seed: int = 1,
+    gpus: int = GPUS,
 ) -> tuple[list[Figure], list[Aim], list[str]]:
     """Simulates every number of centres.
 
     Args:
         sizes: numbers of centres, each with how many days of them are simulated: few centres have few jobs a day, and
             a few long ones among them would decide the figure.
+        overloaded: likewise, for centres that together are offered more than they can do; figures without an aim.
         seed: of all that is random; every day has its own.
         gpus: GPUs of each centre.
 
@@ -384,6 +389,17 @@ def simulate(
         ]
         for kind, count in sorted(peers.messages.items()):
             figures.append(Figure(f"{prefix}_{kind}_per_centre", count / centre_hours, "messages/h"))
+    centres, days = overloaded
+    loads = [(day, work_of(centres, gpus, day, _OVERLOAD)) for day in range(seed, seed + days)]
+    waits = [
+        _together([alone(works, centres, gpus) for _, works in loads]).mean_wait_s,
+        _together([as_peers(works, centres, gpus, day) for day, works in loads]).mean_wait_s,
+        _together([as_pool(works, centres, gpus) for _, works in loads]).mean_wait_s,
+    ]
+    prefix = f"{centres}_overloaded_centres"
+    for name, wait_s in zip(("isolated", "federated", "pool"), waits, strict=True):
+        figures.append(Figure(f"{prefix}_{name}_mean_wait", wait_s, "s"))
+    figures.append(Figure(f"{prefix}_pool_gain", gain_pct(*waits), "%"))
     figures.append(Figure("simulation_time", time.monotonic() - began, "s"))
     aims = [Aim("pool_gain_pct", min(gains), 90.0, "higher")]
     full = [centres for centres, _ in sizes if centres > MOST_NEIGHBOURS + 1]
@@ -391,7 +407,9 @@ def simulate(
         # With fewer, not everybody has eight neighbours yet.
         aims.append(Aim("control_traffic_growth", traffic[full[-1]] / traffic[full[0]], 1.25, "lower"))
     notes = [
-        f"simulated: {gpus} GPUs per centre; each centre is offered from a fifth to nearly twice of the mean load, and "
-        f"jobs arrive for {HORIZON_S / 3600:.0f} h; bench/federation_load.py says where the load comes from",
+        f"simulated: {gpus} GPUs per centre; each centre is offered from a fifth to nearly twice of the mean load, which "
+        f"is {LOAD:.0%} of what all can do together, or {_OVERLOAD:.0%} where overloaded; jobs arrive for "
+        f"{HORIZON_S / 3600:.0f} h; bench/federation_load.py says where the load comes from",
+        "where even the pool is overloaded, peers reach less of it: whoever waits can go to eight peers, not to all",
     ]
     return figures, aims, notes

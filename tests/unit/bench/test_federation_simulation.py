@@ -42,8 +42,8 @@ def test_a_gain_is_a_share_of_the_way() -> None:
 
 
 def test_what_is_reported() -> None:
-    figures, aims, notes = simulate(((2, 1), (3, 1)), gpus=1)
+    figures, aims, notes = simulate(((2, 1), (3, 1)), (2, 1), gpus=1)
     names = {figure.name for figure in figures}
-    assert {"2_centres_pool_mean_wait", "3_centres_pool_gain", "3_centres_messages_per_centre"} <= names
+    assert {"2_centres_pool_mean_wait", "3_centres_pool_gain", "2_overloaded_centres_pool_gain"} <= names
     assert [aim.name for aim in aims] == ["pool_gain_pct"]
     assert notes
