@@ -407,7 +407,7 @@ def simulate(
         # With fewer, not everybody has eight neighbours yet.
         aims.append(Aim("control_traffic_growth", traffic[full[-1]] / traffic[full[0]], 1.25, "lower"))
     notes = [
-        f"simulated: {gpus} GPUs per centre; each centre is offered from a fifth to nearly twice of the mean load, which "
+        f"simulated: {gpus} GPUs per centre; each centre is offered from a fifth to nearly twice of the mean, which "
         f"is {LOAD:.0%} of what all can do together, or {_OVERLOAD:.0%} where overloaded; jobs arrive for "
         f"{HORIZON_S / 3600:.0f} h; bench/federation_load.py says where the load comes from",
         "where even the pool is overloaded, peers reach less of it: whoever waits can go to eight peers, not to all",
