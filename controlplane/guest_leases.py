@@ -9,7 +9,7 @@ import structlog
 
 from controlplane import happenings
 from controlplane.cancelling import Cancelling
-from controlplane.guests import GuestRecord, GuestStage, expire
+from controlplane.guests import GuestRecord, GuestStage, expire, has_lease
 from controlplane.jobs import transition
 from controlplane.lasting import Lasting
 from controlplane.reach import Clock
@@ -75,9 +75,9 @@ class GuestLeases:
     async def _end_expired(self) -> None:
         guests = await self._store.guests()
         self._received = Counter(guest.peer for guest in guests)
-        at = self._clock.now()
+        at, boot = self._clock.now(), self._clock.boot
         for guest in guests:
-            if guest.stage is GuestStage.EXPIRED or guest.lease_end <= at:
+            if guest.stage is GuestStage.EXPIRED or not has_lease(guest, at, boot):
                 await self._end(guest)
 
     async def _end(self, guest: GuestRecord) -> None:
@@ -86,7 +86,7 @@ class GuestLeases:
             return  # its command has ended, and what it left is being collected
 
         def decide(known: GuestRecord | None) -> GuestRecord:
-            return expire(known, self._clock.now()) if known is not None else guest
+            return expire(known, self._clock.now(), self._clock.boot) if known is not None else guest
 
         after = await self._store.change_guest(guest.key, decide)
         if after.stage is not GuestStage.EXPIRED or record.cancel_requested:

@@ -2,7 +2,8 @@
 
 A guest is named by (peer, the peer's job id, attempt) and bound once: what comes again is answered as before. An end
 that is asked for before the binding arrives leaves a record that keeps it from ever being bound. Leases are on this
-centre's lease clock and never become shorter; one that has run out does not come back.
+centre's lease clock and never become shorter; one that has run out does not come back. A reboot ends every lease: how
+long it took is not known for certain, so by this clock a lease might still hold that is over for its origin.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["GuestKey", "GuestRecord", "GuestStage", "bind", "cancel", "expire", "renew", "require_command"]
+__all__ = ["GuestKey", "GuestRecord", "GuestStage", "bind", "cancel", "expire", "has_lease", "renew", "require_command"]
 
 GuestKey = tuple[str, str, int]
 """(name of the peer, job id there, attempt)."""
@@ -47,6 +48,8 @@ class GuestRecord:
     stage: GuestStage = GuestStage.LIVE
     lease_end: float = 0.0
     """On this centre's lease clock, in seconds."""
+    boot: str = ""
+    """`LeaseClock.boot` when the lease was given."""
     at: float = 0.0
     """Bound, or refused for ever, at, in seconds since the epoch."""
 
@@ -77,7 +80,8 @@ def bind(known: GuestRecord | None, wanted: GuestRecord, at: float, longest_s: f
 
     Args:
         known: what is known of it; None when nothing is.
-        wanted: what was asked for, with the lease that was asked for, and the job that it is to become.
+        wanted: what was asked for, with the lease that was asked for, this centre's `LeaseClock.boot` now, and the job
+            that it is to become.
         at: now, on this centre's lease clock.
         longest_s: the longest lease that is given, in seconds.
 
@@ -96,7 +100,7 @@ def bind(known: GuestRecord | None, wanted: GuestRecord, at: float, longest_s: f
             "GUEST_CANCELLED",
             f"the end of {known.origin_job}/{known.attempt} was asked for before; a retry is a new attempt",
         )
-    if known.stage is GuestStage.EXPIRED:
+    if known.stage is GuestStage.EXPIRED or known.boot != wanted.boot:
         raise _expired(known)
     if known.digest != wanted.digest:
         raise Refusal(
@@ -107,7 +111,9 @@ def bind(known: GuestRecord | None, wanted: GuestRecord, at: float, longest_s: f
     return replace(known, token=wanted.token)
 
 
-def renew(known: GuestRecord | None, token: int, until: float, at: float, longest_s: float) -> GuestRecord:
+def renew(
+    known: GuestRecord | None, token: int, until: float, at: float, longest_s: float, *, boot: str
+) -> GuestRecord:
     """Returns the guest after its origin has asked for a longer lease.
 
     Args:
@@ -116,6 +122,7 @@ def renew(known: GuestRecord | None, token: int, until: float, at: float, longes
         until: what it asked for, on this centre's lease clock.
         at: now, likewise.
         longest_s: the longest lease that is given, in seconds.
+        boot: `LeaseClock.boot` now.
 
     Raises:
         Refusal: NOT_FOUND with GUEST_NOT_FOUND; FAILED_PRECONDITION with STALE_FENCING_TOKEN or LEASE_EXPIRED.
@@ -123,7 +130,7 @@ def renew(known: GuestRecord | None, token: int, until: float, at: float, longes
     require_command(known, token)
     if known is None or not known.job_id:
         raise Refusal(grpc.StatusCode.NOT_FOUND, "GUEST_NOT_FOUND", "this attempt was never bound here")
-    if known.stage is GuestStage.EXPIRED or known.lease_end <= at:
+    if known.stage is GuestStage.EXPIRED or not has_lease(known, at, boot):
         raise _expired(known)
     return replace(known, token=token, lease_end=max(known.lease_end, min(until, at + longest_s)))
 
@@ -145,12 +152,17 @@ def cancel(known: GuestRecord | None, asked: GuestRecord) -> GuestRecord:
     return replace(known, token=asked.token, stage=stage)
 
 
-def expire(known: GuestRecord, at: float) -> GuestRecord:
+def has_lease(known: GuestRecord, at: float, boot: str) -> bool:
+    """Returns whether a guest's lease still holds at a time of this centre's lease clock, whose boot is given."""
+    return known.boot == boot and at < known.lease_end
+
+
+def expire(known: GuestRecord, at: float, boot: str) -> GuestRecord:
     """Returns the guest as it is at a time: EXPIRED when its lease has run out while it was LIVE.
 
     Only for one whose job has not ended: what has ended keeps its result, whatever becomes of the lease.
     """
-    if known.stage is GuestStage.LIVE and known.lease_end <= at:
+    if known.stage is GuestStage.LIVE and not has_lease(known, at, boot):
         return replace(known, stage=GuestStage.EXPIRED)
     return known
 

@@ -160,6 +160,7 @@ class Hosting:
             digest=digest_of_header(header),
             job_id=new_id("j"),
             lease_end=moment(header.lease_expire_time),
+            boot=self._clock.boot,
             at=now(),
         )
         if await self._store.guest(key) is not None:
@@ -274,7 +275,10 @@ class Hosting:
         key, until = self._key(peer, request.origin), moment(request.lease_expire_time)
 
         def decide(known: GuestRecord | None) -> GuestRecord:
-            return renew(known, request.origin.fencing_token, until, self._clock.now(), self._longest_lease_s)
+            clock = self._clock
+            return renew(
+                known, request.origin.fencing_token, until, clock.now(), self._longest_lease_s, boot=clock.boot
+            )
 
         guest = await self._store.change_guest(key, decide)
         # Whoever drives it tells its node.

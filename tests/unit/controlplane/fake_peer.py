@@ -134,6 +134,7 @@ class FakePeer:
             header.origin.fencing_token,
             job_id=f"there-{header.origin.attempt}",
             lease_end=moment(header.lease_expire_time),
+            boot=self.clock.boot,
         )
         new = key not in self.guests
         self.guests[key] = bind(self.guests.get(key), wanted, self.clock.now(), LONGEST_S)
@@ -174,7 +175,8 @@ class FakePeer:
         self._arrive("renew")
         key = _key(request.origin)
         until = moment(request.lease_expire_time)
-        self.guests[key] = renew(self.guests.get(key), request.origin.fencing_token, until, self.clock.now(), LONGEST_S)
+        token, clock = request.origin.fencing_token, self.clock
+        self.guests[key] = renew(self.guests.get(key), token, until, clock.now(), LONGEST_S, boot=clock.boot)
         self._answer()
         return wire.RenewLeaseResponse(
             lease_expire_time=timestamp(self.guests[key].lease_end), time=timestamp(self.clock.now())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.guests import GuestRecord, GuestStage, bind, cancel, expire, renew, require_command
+from controlplane.guests import GuestRecord, GuestStage, bind, cancel, expire, has_lease, renew, require_command
 from puhui.rpc.errors import Refusal
 
 LONGEST_S = 900.0
@@ -22,7 +22,7 @@ def guest(
     job_id: str = "j-1",
     digest: str = "d",
 ) -> GuestRecord:
-    return GuestRecord("b", "j-there", 1, token, digest, job_id, stage, lease_end, 7.0)
+    return GuestRecord("b", "j-there", 1, token, digest, job_id, stage, lease_end, "boot-1", 7.0)
 
 
 def refusal(code: grpc.StatusCode, reason: str) -> pytest.RaisesExc[Refusal]:
@@ -35,7 +35,7 @@ def test_it_is_bound_as_it_was_asked_for() -> None:
 
 def test_no_lease_is_longer_than_this_centre_gives() -> None:
     assert bind(None, guest(lease_end=1e18), 100.0, LONGEST_S).lease_end == 1000.0
-    assert renew(guest(), 1, 1e18, 100.0, LONGEST_S).lease_end == 1000.0
+    assert renew(guest(), 1, 1e18, 100.0, LONGEST_S, boot="boot-1").lease_end == 1000.0
 
 
 def test_the_same_again_is_answered_as_before_and_keeps_its_job_and_lease() -> None:
@@ -57,7 +57,7 @@ def test_who_is_out_of_date_commands_nothing() -> None:
     with refusal(*stale):
         bind(known, guest(token=4), 100.0, LONGEST_S)
     with refusal(*stale):
-        renew(known, 4, 600.0, 100.0, LONGEST_S)
+        renew(known, 4, 600.0, 100.0, LONGEST_S, boot="boot-1")
     with refusal(*stale):
         cancel(known, guest(token=4))
     require_command(known, 5)
@@ -75,35 +75,44 @@ def test_an_end_that_overtakes_the_binding_keeps_it_out() -> None:
     with refusal(grpc.StatusCode.FAILED_PRECONDITION, "GUEST_CANCELLED"):
         bind(tombstone, guest(token=3), 100.0, LONGEST_S)
     with refusal(grpc.StatusCode.NOT_FOUND, "GUEST_NOT_FOUND"):
-        renew(tombstone, 3, 600.0, 100.0, LONGEST_S)
+        renew(tombstone, 3, 600.0, 100.0, LONGEST_S, boot="boot-1")
 
 
 def test_what_was_never_bound_cannot_be_renewed() -> None:
     with refusal(grpc.StatusCode.NOT_FOUND, "GUEST_NOT_FOUND"):
-        renew(None, 1, 600.0, 100.0, LONGEST_S)
+        renew(None, 1, 600.0, 100.0, LONGEST_S, boot="boot-1")
 
 
 def test_a_renewal_never_shortens_a_lease() -> None:
-    assert renew(guest(lease_end=500.0), 1, 300.0, 100.0, LONGEST_S).lease_end == 500.0
-    assert renew(guest(lease_end=500.0), 2, 600.0, 100.0, LONGEST_S) == guest(token=2, lease_end=600.0)
+    assert renew(guest(lease_end=500.0), 1, 300.0, 100.0, LONGEST_S, boot="boot-1").lease_end == 500.0
+    assert renew(guest(lease_end=500.0), 2, 600.0, 100.0, LONGEST_S, boot="boot-1") == guest(token=2, lease_end=600.0)
 
 
 def test_a_lease_that_has_run_out_does_not_come_back() -> None:
     expired = (grpc.StatusCode.FAILED_PRECONDITION, "LEASE_EXPIRED")
     with refusal(*expired):
-        renew(guest(lease_end=500.0), 1, 900.0, 500.0, LONGEST_S)  # nobody has noted it yet
-    noted = expire(guest(lease_end=500.0), 500.0)
+        renew(guest(lease_end=500.0), 1, 900.0, 500.0, LONGEST_S, boot="boot-1")  # nobody has noted it yet
+    noted = expire(guest(lease_end=500.0), 500.0, "boot-1")
     assert noted.stage is GuestStage.EXPIRED
     with refusal(*expired):
-        renew(noted, 1, 900.0, 400.0, LONGEST_S)
+        renew(noted, 1, 900.0, 400.0, LONGEST_S, boot="boot-1")
     with refusal(*expired):
         bind(noted, guest(token=2), 400.0, LONGEST_S)
 
 
 def test_a_lease_that_runs_is_left_alone() -> None:
-    assert expire(guest(lease_end=500.0), 499.9) == guest(lease_end=500.0)
+    assert expire(guest(lease_end=500.0), 499.9, "boot-1") == guest(lease_end=500.0)
     ended = guest(stage=GuestStage.CANCELLED)
-    assert expire(ended, 1e9) == ended
+    assert expire(ended, 1e9, "boot-1") == ended
+
+
+def test_a_reboot_ends_every_lease() -> None:
+    assert not has_lease(guest(), 100.0, "boot-2")
+    assert expire(guest(), 100.0, "boot-2").stage is GuestStage.EXPIRED
+    with refusal(grpc.StatusCode.FAILED_PRECONDITION, "LEASE_EXPIRED"):
+        renew(guest(), 1, 600.0, 100.0, LONGEST_S, boot="boot-2")
+    with refusal(grpc.StatusCode.FAILED_PRECONDITION, "LEASE_EXPIRED"):
+        bind(guest(), replace(guest(), boot="boot-2"), 100.0, LONGEST_S)
 
 
 def test_an_end_that_comes_late_changes_only_the_token() -> None:
@@ -137,11 +146,11 @@ def test_whatever_comes_in_whatever_order(steps: list[tuple[str, int, float, flo
             if what == "bind":
                 known = bind(known, wanted, at, LONGEST_S)
             elif what == "renew":
-                known = renew(known, token, at + asked_s, at, LONGEST_S)
+                known = renew(known, token, at + asked_s, at, LONGEST_S, boot="boot-1")
             elif what == "cancel":
                 known = cancel(known, GuestRecord(*wanted.key, token))
             elif known is not None:
-                known = expire(known, at)
+                known = expire(known, at, "boot-1")
         except Refusal as error:
             refused.add(error.reason)
             continue
