@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import grpc
 import typer
 
-from puhui.cli import about, fleet, jobs, local, predict, results, session, shares, usage
+from puhui.cli import about, fleet, jobs, local, peers, predict, results, session, shares, usage
 from puhui.cli import exec as exec_command
 from puhui.cli import run as run_commands
 from puhui.cli.terminal import Mistake, UnreadError, terminal
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _family in (local, run_commands, session, exec_command, shares, jobs, results, predict, fleet, usage, about):
+for _family in (local, run_commands, session, exec_command, shares, jobs, results, predict, fleet, peers, usage, about):
     _family.add_commands(app)
 
 

@@ -180,8 +180,8 @@ class SpecOptions:
             spec.peers.forbidden_labels[key] = value
 
 
-def takes_options(kind: type[SpecOptions], command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, whose first parameter is of that kind, all of its options on the command line."""
+def takes_options(kind: type[Any], command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command, whose first parameter is of that kind (a dataclass), all of its options on the command line."""
     hints = get_type_hints(kind, include_extras=True)
     options = [
         inspect.Parameter(
