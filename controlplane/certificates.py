@@ -21,6 +21,7 @@ __all__ = [
     "fingerprint",
     "key_from_secret",
     "name_of",
+    "name_of_invitation",
     "new_secret",
     "pem_of",
     "public_key_of",
@@ -99,6 +100,15 @@ class CentreIdentity:
 def name_of(centre_id: str) -> str:
     """Returns the DNS name in a centre's certificate."""
     return f"{centre_id}.puhui"
+
+
+def name_of_invitation(key: ec.EllipticCurvePrivateKey) -> str:
+    """Returns the DNS name in the certificate of an invitation's key.
+
+    No two have the same: TLS looks by name for who is let in, and of several with one name it tries the first alone.
+    """
+    point = key.public_key().public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint)
+    return f"{hashlib.sha256(point).hexdigest()[:32]}.invited.puhui"
 
 
 def certificate_of_key(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:

@@ -22,7 +22,7 @@ from controlplane.certificates import (
     InvalidCertificateError,
     certificate_of_key,
     key_from_secret,
-    name_of,
+    name_of_invitation,
     new_secret,
     pem_of,
     public_key_of,
@@ -124,7 +124,8 @@ class Pairing:
         if not 0 < valid_s <= _LONGEST_VALID_S:
             raise _invalid("VALIDITY_INVALID", "an invitation holds for more than 0 s, and for 7 days at most")
         secret, expires = new_secret(), now() + valid_s
-        certificate = certificate_of_key(key_from_secret(secret), name_of(self._centre_id))
+        key = key_from_secret(secret)
+        certificate = certificate_of_key(key, name_of_invitation(key))
         public_key = public_key_of(certificate)
         await self._store.put_invitation(InvitationRecord(public_key, expires, name, terms, certificate))
         self._open_door(public_key, certificate, expires)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from puhui.cli.ports import free_port
+from puhui.client import Centre
 from tests.integration.cli.program import Puhui
 
 UP = ("up", "--port", "0", "--runtime", "process")
@@ -126,3 +128,37 @@ def test_a_mistake_starts_nothing(user: Puhui, flags: tuple[str, ...]) -> None:
     ended = user(*UP, *flags)
     assert (ended.code, ended.err.count("\n"), "USAGE" in ended.err) == (2, 1, True)
     assert not Path(user.environment["PUHUI_LOCAL_STATE"]).exists()
+
+
+def peers(started: Any) -> dict[str, dict[str, bool]]:
+    return {one["name"]: {peer["name"]: peer["in_contact"] for peer in one["peers"]} for one in started["centres"]}
+
+
+def fingerprints(started: Any) -> dict[str, str]:
+    found = {}
+    for one in started["centres"]:
+        with Centre(one["address"]) as centre:
+            found[one["name"]] = centre.peers().fingerprint
+    return found
+
+
+def test_all_centres_are_peers_of_each_other_and_stay_so(user: Puhui) -> None:
+    up = (*UP, "--emulate", "A30-24GB:1", "--detach", "--json")
+    every = {name: {other: True for other in ("local", "local-2") if other != name} for name in ("local", "local-2")}
+    started = user(*up, "--centers", "2")
+    assert started.code == 0, started.err
+    assert peers(started.json) == every
+    before = fingerprints(started.json)
+    user("down")
+    again = user(*up, "--centers", "2")
+    assert peers(again.json) == every
+    assert fingerprints(again.json) == before
+    user("down")
+    # A centre that is made anew is another one, and the third is new to both.
+    shutil.rmtree(again.json["centres"][1]["state"])
+    more = user(*up, "--centers", "3", timeout_s=120)
+    assert more.code == 0, more.err
+    names = ("local", "local-2", "local-3")
+    assert peers(more.json) == {name: {other: True for other in names if other != name} for name in names}
+    after = fingerprints(more.json)
+    assert (after["local"] == before["local"], after["local-2"] == before["local-2"]) == (True, False)
