@@ -93,9 +93,13 @@ class Outlook:
         self._last: Expectation = Expectation()
         self._made_at = -float("inf")
         self._cost_s = 0.0
+        self._read_at = -float("inf")
 
     async def refresh(self) -> None:
-        """Reads how long jobs take, as far as that is not known yet."""
+        """Reads how long jobs take, as far as that is not known yet; not again within half a second."""
+        if self._meter() - self._read_at < _REFRESH_S / 2:
+            return
+        self._read_at = self._meter()
         held = {use.key for gpu in self._fleet.gpus() for use in gpu.uses if use.key is not None and not use.warm}
         await self._durations.refresh(held, [job.id for job in self._queue.queue[:_MOST_WAITING]])
 
