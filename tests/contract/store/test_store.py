@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,30 +26,8 @@ from controlplane.sqlite_store import SqliteStore
 from controlplane.store import RequestReused, ShareTaken, Store
 from controlplane.watch import Feed
 from puhui.v1 import fleet_service_pb2, job_pb2
+from tests.contract.store.conftest import Open
 from tests.unit.controlplane.samples import first_events, inventory, queued
-
-Open = Callable[[], Awaitable[Store]]
-
-
-@pytest.fixture(params=["sqlite"])
-async def opener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
-    """Opens the same store again and again; closes what is open at the end."""
-    opened: list[Store] = []
-
-    async def open_store() -> Store:
-        while opened:
-            await opened.pop().close()
-        opened.append(await SqliteStore.open(tmp_path / "store.db", Feed()))
-        return opened[-1]
-
-    yield open_store
-    while opened:
-        await opened.pop().close()
-
-
-@pytest.fixture
-async def store(opener: Open) -> Store:
-    return await opener()
 
 
 async def add(store: Store, number: int = 0, request: Request | None = None, **spec: object) -> JobRecord:
