@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ Server = Annotated[str | None, server_option]
 Json = Annotated[bool, json_flag]
 
 _MILLISECOND = 1e-3
+_LATE_S = 1.0
 _AS_SAID = (
     *("transit", "most_sent", "most_received", "weight", "cost", "distance", "hours"),
     *("most_calls_a_second", "highest_priority"),
@@ -185,16 +187,16 @@ def _list(json: Json = False, server: Server = None) -> None:
         terminal().json(known)
         return
     if known.peers:
-        columns = ("PEER", "CONTACT", "ROUND TRIP", "BANDWIDTH", "FREE THERE", "WAIT THERE", "SENT", "RECEIVED")
-        shown = table(*columns, "OFFERS", "AGREED", right=("ROUND TRIP", "BANDWIDTH", "WAIT THERE", "SENT", "RECEIVED"))
+        numbers = ("TRIP", "RATE", "WAITING", "SENT", "HERE")
+        shown = table("PEER", "CONTACT", "TRIP", "RATE", "LARGEST FREE", "WAITING", "SENT", "HERE", right=numbers)
         for peer in known.peers:
             shown.add_row(*_row(peer, time.time()))
         terminal().show(shown)
     else:
         terminal().note("no peers; `puhui peers invite` makes an invitation for another centre's `puhui peers add`")
     for peer in known.peers:
-        if not peer.in_contact and peer.message:
-            terminal().note(f"{peer.name}: {peer.message}")
+        for line in _notes(peer):
+            terminal().note(f"{peer.name}: {line}")
     serves = f"serves its peers at {known.address}" if known.address else "serves no peers: it sends work only"
     terminal().note(f"{known.centre} {serves}; its certificate is {known.fingerprint[:16]}…")
 
@@ -207,21 +209,37 @@ def _row(peer: Peer, now_s: float) -> list[str | Text]:
         contact = Text(f"calls us, heard {heard} ago" if heard else "never heard", style="dim")
     else:
         contact = Text(f"out since {heard}" if heard else "not yet", style="yellow")
-    free = sorted(((one.free, one.idle, one.profile) for one in peer.profiles if one.free or one.idle), reverse=True)
-    there = [f"{one} x {name}" + (f" (+{idle} idle)" if idle else "") for one, idle, name in free[:3]]
-    offers = f"{peer.offers_accepted} of {peer.offers_asked}"
+    free = [one for one in peer.profiles if one.free or one.idle]
+    best = max(free, key=lambda one: _memory_of(one.profile), default=None)
     return [
         peer.name,
         contact,
         f"{seconds(peer.round_trip) / _MILLISECOND:.1f} ms" if peer.HasField("round_trip") else "-",
         f"{size(peer.bytes_per_second)}/s" if peer.bytes_per_second else "-",
-        "\n".join(there) or ("none" if peer.in_contact else "?"),
+        best.profile if best is not None else "none" if peer.in_contact else "?",
         str(peer.queued_jobs) if peer.in_contact else "?",
         str(peer.sent),
         str(peer.received),
-        offers + (f", last no: {peer.last_refusal}" if peer.last_refusal else ""),
-        "\n".join(_agreed(peer.terms)) or "-",
     ]
+
+
+def _memory_of(profile: str) -> int:
+    """Returns the memory in a profile's name, "2g.20gb"."""
+    digits = re.search(r"\.(\d+)gb", profile)
+    return int(digits[1]) if digits else 0
+
+
+def _notes(peer: Peer) -> list[str]:
+    """Returns what else there is to say of a peer."""
+    said = [peer.message] if peer.message and not peer.in_contact else []
+    if peer.offers_asked:
+        refused = f"; the last refusal was {peer.last_refusal}" if peer.last_refusal else ""
+        said.append(f"made {peer.offers_accepted} offers of {peer.offers_asked} that were asked for{refused}")
+    late_s = seconds(peer.broken_promise)
+    if late_s > _LATE_S:
+        said.append(f"its work begins {span(late_s)} later than it promises")
+    agreed = _agreed(peer.terms)
+    return [*said, "agreed: " + "; ".join(agreed)] if agreed else said
 
 
 def _agreed(terms: PeerTerms) -> list[str]:
