@@ -25,6 +25,7 @@ __all__ = [
     "new_secret",
     "pem_of",
     "public_key_of",
+    "require_pinnable",
     "sign",
     "verify",
 ]
@@ -67,7 +68,7 @@ class CentreIdentity:
 
         Raises:
             OSError: it cannot be read or made.
-            ValueError: what is there is no key, or no certificate.
+            ValueError: what is there is no key, no certificate, or those of another centre.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / "identity.pem"
@@ -76,11 +77,22 @@ class CentreIdentity:
             made = cls.of_key(ec.generate_private_key(_CURVE), centre_id)
             _write(path, made.key_pem + made.certificate_pem)
         text = path.read_bytes()
-        key = serialization.load_pem_private_key(text, None)
-        certificate = x509.load_pem_x509_certificate(text)
+        try:
+            key = serialization.load_pem_private_key(text, None)
+            certificate = x509.load_pem_x509_certificate(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; restore it from a backup ({error})") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
             raise ValueError(f"{path}: its key and its certificate do not belong together; restore it from a backup")
-        return cls(_key_pem(key), certificate.public_bytes(serialization.Encoding.DER))
+        found = cls(_key_pem(key), certificate.public_bytes(serialization.Encoding.DER))
+        try:
+            require_pinnable(found.certificate, centre_id)
+        except InvalidCertificateError as error:
+            raise ValueError(
+                f"{path} cannot stand for this centre, {centre_id}: {error}; restore the one that belongs to this "
+                "store, or move it away and pair with every peer again"
+            ) from error
+        return found
 
     @classmethod
     def of_key(cls, key: ec.EllipticCurvePrivateKey, centre_id: str) -> CentreIdentity:
@@ -161,6 +173,37 @@ def public_key_of(certificate: bytes) -> str:
     return point.hex()
 
 
+def require_pinnable(certificate: bytes, centre_id: str) -> None:
+    """Refuses a certificate that a centre could not be known by, or that others could get in with.
+
+    TLS looks for whom it trusts by the name in a certificate. Two pinned ones with one name would hide each other, so
+    each centre's has the name of its own id.
+
+    Args:
+        certificate: DER.
+        centre_id: id of the centre that says it is its own.
+
+    Raises:
+        InvalidCertificateError: it is none that `certificate_of_key` would make for that centre.
+    """
+    public_key_of(certificate)
+    found, name = _load(certificate), name_of(centre_id)
+    wanted = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    try:
+        names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        is_leaf = not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        found.verify_directly_issued_by(found)
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError, TypeError, InvalidSignature) as error:
+        raise InvalidCertificateError("the certificate is not what Puhui makes, signed with its own key") from error
+    if not is_leaf:
+        raise InvalidCertificateError("the certificate could sign others, with which anybody might come")
+    if found.subject != wanted or names.get_values_for_type(x509.DNSName) != [name]:
+        raise InvalidCertificateError(f"the certificate is not that of {name}")
+    at = datetime.datetime.now(datetime.UTC)
+    if not found.not_valid_before_utc <= at < found.not_valid_after_utc:
+        raise InvalidCertificateError("the certificate holds no longer, or not yet; compare the clocks of both centres")
+
+
 def pem_of(certificate: bytes) -> bytes:
     """Returns a certificate (DER) as PEM.
 
@@ -213,3 +256,9 @@ def _write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    # Peers pin what is made here: it must not be gone after a power cut.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
