@@ -120,8 +120,8 @@ class Mutations:
                 if one.token is not None:
                     self.require_command(one.owner, one.token)
             for one in touched:
-                if one.token is not None and one.token > self._journal.highest_token(one.owner):
-                    self._journal.raise_token(one.owner, one.token, now())
+                if one.token is not None:
+                    self.fence(one.owner, one.token)
             return await act()
 
     async def _answered(
@@ -164,6 +164,16 @@ class Mutations:
                 "commands this attempt now",
                 highest_token=str(highest),
             )
+
+    def fence(self, owner: Owner, token: int) -> None:
+        """Refuses who no longer commands an attempt, and notes who does, for what need not wait for its turn.
+
+        Raises:
+            Refusal: FAILED_PRECONDITION with STALE_FENCING_TOKEN.
+        """
+        self.require_command(owner, token)
+        if token > self._journal.highest_token(owner):
+            self._journal.raise_token(owner, token, now())
 
     async def settle(self, limit_s: float) -> None:
         """Waits until every mutation that has begun has ended, but no longer than `limit_s` seconds.

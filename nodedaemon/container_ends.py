@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import grpc
 import structlog
 
+from nodedaemon.container_leases import ContainerLeases
 from nodedaemon.descriptions import IdlenessOf, describe_container
 from nodedaemon.events import EventLog
 from nodedaemon.journal import Journal
@@ -50,6 +51,7 @@ class ContainerEnds:
         journal: where what is known of them is kept.
         events: where their ends are told.
         suspension: thaws one that is to be ended.
+        leases: knows whether its lease ran out.
         idleness: whether they use their cards.
     """
 
@@ -59,10 +61,12 @@ class ContainerEnds:
         journal: Journal,
         events: EventLog,
         suspension: Suspension,
+        leases: ContainerLeases,
         idleness: IdlenessOf,
     ) -> None:
         self._runtime = runtime
         self._suspension = suspension
+        self._leases = leases
         self._idleness = idleness
         self._journal = journal
         self._events = events
@@ -179,8 +183,12 @@ class ContainerEnds:
             exit_code=ended.exit_code,
             oom_killed=ended.oom_killed,
             timed_out=record.timed_out or (life is not None and life.timed_out),
+            lease_expired=self._leases.has_expired(record, ended.exit_code),
             end_time=ended.end_time,
         )
+        if record.lease_expired:
+            self._tell_end(record, "LEASE_EXPIRED", "the container was killed because its lease had run out")
+            return
         reason = "TIMED_OUT" if record.timed_out else "HOST_OUT_OF_MEMORY" if record.oom_killed else "COMMAND_ENDED"
         self._tell_end(record, reason, f"command ended with exit code {ended.exit_code}")
 
@@ -200,6 +208,7 @@ class ContainerEnds:
                 owner=record.owner.ref(record.token),
                 container=describe_container(record, self._kind, self._idleness(record)),
             )
+        self._leases.let_go(record)
         life = self._lives.get(record.owner)
         if life is not None:
             if life.deadline is not None:

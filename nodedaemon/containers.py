@@ -13,6 +13,7 @@ from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
 from nodedaemon.carrying import choose_workspace
 from nodedaemon.container_ends import ContainerEnds
+from nodedaemon.container_leases import ContainerLeases
 from nodedaemon.container_request import container_name, environment, identity, require_sound
 from nodedaemon.descriptions import IdlenessOf, describe_container, unwatched
 from nodedaemon.devices import CardDevices
@@ -52,6 +53,7 @@ class Containers:
         cards: where the driver keeps its device files.
         default_image: image of a container that asks for none.
         attachments: what they see of their slices.
+        leases: until when they may run.
         idleness: whether they use their cards.
     """
 
@@ -66,6 +68,7 @@ class Containers:
         cards: CardDevices,
         default_image: str,
         attachments: Attachments,
+        leases: ContainerLeases,
         idleness: IdlenessOf = unwatched,
     ) -> None:
         self._runtime = runtime
@@ -77,12 +80,14 @@ class Containers:
         self._cards = cards
         self._default_image = default_image
         self._attachments = attachments
+        self.leases = leases
+        """Until when they may run."""
         self._idleness = idleness
         self._node_id = journal.fact("node_id", "")
         self._kind = runtime.describe().kind
         self.suspension = Suspension(runtime, journal, events, idleness)
         """How they are frozen and thawed."""
-        self.ends = ContainerEnds(runtime, journal, events, self.suspension, idleness)
+        self.ends = ContainerEnds(runtime, journal, events, self.suspension, leases, idleness)
         """How they end."""
         self.execs = Execs(runtime, journal, events, attempts, self._current_environment)
         """What runs in them beside their own commands."""
@@ -95,20 +100,23 @@ class Containers:
         Raises:
             Refusal: INVALID_ARGUMENT with SPEC_INVALID, IDLE_AFTER_TOO_SHORT or COMMAND_NOT_FOUND;
                 FAILED_PRECONDITION with SLICE_NOT_FOUND, BUNDLE_NOT_FOUND, IMAGE_NOT_FOUND, NOT_FINISHED,
-                WORKSPACE_NOT_FOUND or WORKSPACE_UPLOADED; ALREADY_EXISTS with CONTAINER_EXISTS or CONTAINER_DIFFERS;
-                UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED.
+                WORKSPACE_NOT_FOUND, WORKSPACE_UPLOADED or LEASE_EXPIRED; ALREADY_EXISTS with CONTAINER_EXISTS or
+                CONTAINER_DIFFERS; UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED or LEASE_NOT_KEPT.
         """
         known = self._journal.container(owner)
         if known is not None and known.stage is not ContainerStage.CREATING:
             _require_same(known, request)
             return self.describe(known)  # made before a crash that swallowed the answer
         require_sound(request)
+        lease_end = self.leases.of_new(owner, request)
         policy = policy_of(request.idle_watch) if request.HasField("idle_watch") else None
         slices = [self._slices.book.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id) if request.bundle_id else None
         nodes = self._attachments.require_nodes(slices)
         begins_with = choose_workspace(self._journal, self._attempts, owner, request.workspace_of_attempt, known)
         with self._journal.atomic():
+            if lease_end is not None:
+                self._journal.leases.extend(owner, lease_end)
             if policy is not None:
                 self._journal.put_idle(
                     IdleRecord(owner, policy.idle_after_s, policy.idle_below_percent, policy.start_grace_s)
@@ -172,8 +180,15 @@ class Containers:
         container_id = await self._runtime.create(spec)
         # Before the start: an end that is quicker than the answer must find its container.
         record = self._journal.put_container(replace(record, container_id=container_id))
+        leased = self._journal.leases.get(record.owner) is not None
+        # Where it can be, it is held to its lease before its command begins.
+        first = await self._runtime.initialize(container_id) if leased else 0
+        if first:
+            await self.leases.hold(record, first)
         asked = now()  # Podman itself tells the start in whole seconds
         status = await self._runtime.start(container_id)
+        if leased and not first:
+            await self.leases.hold(record, status.pid)
         record = replace(record, stage=ContainerStage.RUNNING, pid=status.pid, start_time=asked)
         self._keep_started(record, "CONTAINER_STARTED", f"started container {container_id[:12]}")
         self.ends.begin(record)
@@ -218,6 +233,7 @@ class Containers:
         # By name where it may have been made without our learning its id.
         await self._runtime.remove(record.container_id or self._name(record.owner))
         self.ends.removed(record.container_id)
+        self.leases.let_go(record)
 
     # Its end and its removal ------------------------------------------------------------------------------
 

@@ -23,13 +23,13 @@ from nodedaemon.cgroups import CgroupTree, claim
 from nodedaemon.checkpoint import Checkpoints
 from nodedaemon.checkpoint_cuda import CudaCheckpoints
 from nodedaemon.checkpoint_emulated import EmulatedCheckpoints
+from nodedaemon.container_leases import ContainerLeases
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
 from nodedaemon.driver_facts import DriverError, Mig
 from nodedaemon.emulation import install, parse_cards
 from nodedaemon.events import EventLog
-from nodedaemon.execs import Execs
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import has_real_gpu
 from nodedaemon.hotplug import HotPlug, LinkPlug
@@ -57,6 +57,7 @@ from nodedaemon.workspace import Attempts
 from puhui.rpc.address import require_private_address
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
+from puhui.rpc.lease_clock import LeaseClock
 from puhui.rpc.moment import now
 from puhui.rpc.notify import notify_ready, notify_stopping
 from puhui.rpc.server import RpcServer
@@ -148,6 +149,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             idleness=idling.describe,
         )
         slices.on_vanished = attachments.let_go
+        leases = _open_leases(settings, runtime, journal)
+        stack.push_async_callback(leases.close)
         containers = Containers(
             runtime,
             journal,
@@ -158,6 +161,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             cards,
             settings.image,
             attachments,
+            leases,
             idleness=idling.describe,
         )
         idling.commands, containers.execs.on_began = containers.execs.commands, idling.began
@@ -203,7 +207,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         stack.push_async_callback(reclaim.close)
         await stack.enter_async_context(_background(containers.ends.watch(), stop))
         stack.push_async_callback(containers.execs.close)
-        await stack.enter_async_context(_background(_prune(journal, containers.execs, carrying), stop))
+        await stack.enter_async_context(_background(_prune(journal, containers, carrying), stop))
         await stack.enter_async_context(_background(slice_recovery.keep(), stop))
         await stack.enter_async_context(_background(telemetry.run(), stop))
         await stack.enter_async_context(_background(idling.run(), stop))
@@ -292,6 +296,16 @@ def _open_checkpoints(settings: Settings, user: ProcessUser, gpus: Gpus, cards: 
     return CudaCheckpoints(mig=lambda: any(gpu.mig is Mig.ENABLED for gpu in gpus.every()))
 
 
+def _open_leases(settings: Settings, runtime: ContainerRuntime, journal: Journal) -> ContainerLeases:
+    try:
+        clock = LeaseClock(settings.state / "lease_clock.json")
+        return ContainerLeases(clock, runtime, journal, settings.state / "leases")
+    except (OSError, ValueError) as error:
+        raise CannotServeError(
+            f"the lease clock in {settings.state} cannot be kept: {error}; see that it can be written to"
+        ) from error
+
+
 def _open_state(state: Path, account: PodmanAccount) -> None:
     """Lets the user that owns the containers through to its files below the state directory, and nobody else."""
     if os.geteuid() == 0:
@@ -316,11 +330,12 @@ async def _background(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> A
             await task
 
 
-async def _prune(journal: Journal, execs: Execs, carrying: Carrying) -> None:
+async def _prune(journal: Journal, containers: Containers, carrying: Carrying) -> None:
     while True:
         try:
-            execs.prune(now())
+            containers.execs.prune(now())
             journal.prune(now())
+            containers.leases.prune()
             await carrying.prune(now())
         except OSError as error:
             _log.warning("what is old is kept for longer", error=str(error))

@@ -21,6 +21,7 @@ from sqlite_utils import Database
 from sqlite_utils.migrations import Migrations
 
 from nodedaemon.driver_facts import Span
+from nodedaemon.lease_table import LeaseTable, create_lease_table
 from nodedaemon.owner import Owner
 from nodedaemon.records import (
     Answer,
@@ -113,6 +114,12 @@ def m006_checkpoints(db: Database) -> None:
     db.execute("ALTER TABLE containers ADD COLUMN checkpoint TEXT NOT NULL DEFAULT ''")
 
 
+@_migrations()  # type: ignore[untyped-decorator]
+def m007_leases(db: Database) -> None:
+    """Keeps until when containers may run."""
+    create_lease_table(db)
+
+
 class Journal:
     """The journal of one daemon.
 
@@ -137,6 +144,8 @@ class Journal:
         self._db.enable_wal()
         self._db.execute("PRAGMA synchronous=NORMAL")
         _migrations.apply(self._db)
+        self.leases = LeaseTable(self._db)
+        """Until when containers may run."""
         self.on_container: Callable[[Owner], None] = lambda _: None
         """Called after anything was written of an attempt's container, within the transaction."""
 
@@ -402,6 +411,7 @@ def _container_record(row: dict[str, Any]) -> ContainerRecord:
             "checkpoint": _checkpoint_record(row["checkpoint"]),
             "oom_killed": bool(row["oom_killed"]),
             "timed_out": bool(row["timed_out"]),
+            "lease_expired": bool(row["lease_expired"]),
         }
     )
 

@@ -176,6 +176,12 @@ class PodmanRuntime:
         env = dict(entry.split("=", 1) for entry in facts.get("Config", {}).get("Env") or [] if "=" in entry)
         return str(facts["Id"]), env.get("PATH") or SEARCH_PATH
 
+    async def initialize(self, container_id: str) -> int:  # noqa: D102
+        answer = await self._call("POST", f"/containers/{container_id}/init")
+        if answer.status_code not in (204, 304):
+            raise _refused("initialize the container", answer)
+        return (await self._place(container_id)).init
+
     async def start(self, container_id: str) -> ContainerStatus:  # noqa: D102
         answer = await self._call("POST", f"/containers/{container_id}/start")
         if answer.status_code not in (204, 304):

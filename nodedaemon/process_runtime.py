@@ -85,6 +85,9 @@ class ProcessRuntime:
         (place / "spec.json").write_text(json.dumps(facts))
         return process_id
 
+    async def initialize(self, container_id: str) -> int:  # noqa: D102
+        return 0
+
     async def start(self, container_id: str) -> ContainerStatus:  # noqa: D102
         keeper = await asyncio.to_thread(_launch, self._folder / container_id)
         assert keeper.stdout is not None  # noqa: S101 - it is a pipe

@@ -126,6 +126,8 @@ class ContainerRecord:
     """Attempt of the same job whose workspace it began with: its own for an uploaded one, 0 for an empty one."""
     checkpoint: CheckpointRecord | None = None
     """What of it is checkpointed."""
+    lease_expired: bool = False
+    """Its lease has run out: it is being killed, or was."""
 
 
 class ExecStage(StrEnum):

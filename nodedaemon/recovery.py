@@ -57,6 +57,7 @@ class Recovery:
         for record, status in plan.adopt:
             adopted = self.containers.adopt(record, status)
             self._tell(record.owner, "CONTAINER_ADOPTED", f"container {status.id[:12]} ran on without the daemon")
+            await self.containers.leases.restore(adopted)
             try:
                 await self.containers.suspension.restore(adopted)
             except Refusal as error:
@@ -65,6 +66,7 @@ class Recovery:
             self.containers.ends.note_end(self.containers.adopt(record, status), status)
         for record in plan.lost:
             self.containers.ends.note_lost(record)
+        self.containers.leases.sweep()
         for command, message in await self.containers.execs.restore():
             self._tell(command.owner, "EXEC_ADOPTED", message)
 

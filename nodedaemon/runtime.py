@@ -141,6 +141,16 @@ class ContainerRuntime(Protocol):
                 case no container is left; INTERNAL with RUNTIME_REFUSED.
         """
 
+    async def initialize(self, container_id: str) -> int:
+        """Makes a container's first process, which begins the command only at `start`.
+
+        Returns:
+            Its process id on this host; 0 where there is none before `start`.
+
+        Raises:
+            Refusal: INTERNAL with RUNTIME_REFUSED.
+        """
+
     async def start(self, container_id: str) -> ContainerStatus:
         """Starts a container's command.
 

@@ -60,6 +60,8 @@ from puhui.v1.node_service_pb2 import (
     ReclaimContainerResponse,
     RemoveContainerRequest,
     RemoveContainerResponse,
+    RenewContainerLeaseRequest,
+    RenewContainerLeaseResponse,
     ResumeContainerRequest,
     ResumeContainerResponse,
     StopContainerRequest,
@@ -227,6 +229,11 @@ class NodeService(NodeServiceServicer):
             return ResumeContainerResponse(container=self._containers.describe(record))
 
         return await self._mutations.carry_out(request, ResumeContainerResponse, act)
+
+    async def RenewContainerLease(  # noqa: D102, N802
+        self, request: RenewContainerLeaseRequest, context: Any
+    ) -> RenewContainerLeaseResponse:
+        return self._containers.leases.renew(request, self._mutations)
 
     async def Exec(  # noqa: D102, N802
         self, request_iterator: AsyncIterator[ExecRequest], context: Any

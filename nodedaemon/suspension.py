@@ -27,9 +27,16 @@ def living_container(journal: Journal, owner: Owner) -> ContainerRecord:
     """Returns the container of an attempt whose command has begun and has not ended.
 
     Raises:
-        Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with CONTAINER_NOT_RUNNING.
+        Refusal: NOT_FOUND with CONTAINER_NOT_FOUND; FAILED_PRECONDITION with CONTAINER_NOT_RUNNING, or LEASE_EXPIRED
+            while it is being killed for that.
     """
     record = known_container(journal, owner)
+    if record.stage.is_alive and record.lease_expired:
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "LEASE_EXPIRED",
+            f"the lease of {owner} has run out, and its container is being killed; a retry is a new attempt",
+        )
     if not record.stage.is_alive:
         raise Refusal(
             grpc.StatusCode.FAILED_PRECONDITION,

@@ -169,6 +169,9 @@ class MortalRuntime:
             self._running[container.id] = container
         return container.id
 
+    async def initialize(self, container_id: str) -> int:
+        return 0
+
     async def start(self, container_id: str) -> ContainerStatus:
         with steps(self._doom):
             self._running[container_id].phase = ContainerPhase.RUNNING

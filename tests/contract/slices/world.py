@@ -13,6 +13,7 @@ import pynvml
 
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
+from nodedaemon.container_leases import ContainerLeases
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
@@ -28,6 +29,7 @@ from nodedaemon.slice_recovery import SliceRecovery
 from nodedaemon.slice_transfers import SliceTransfers
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
+from puhui.rpc.lease_clock import LeaseClock
 from puhui.v1.node_pb2 import NodeEvent, NodeEventKind, NodeInventory, RuntimeKind
 from puhui.v1.node_service_pb2 import CreateContainerRequest
 from tests.contract.slices.mortal import Doom, Killed, MortalDriver, MortalJournal, MortalPlug, MortalRuntime, Running
@@ -125,7 +127,10 @@ class World:
         attachments = Attachments(journal, events, gpus, slices, attempts, cards, plug, kind, changed=lambda: None)
         slices.on_vanished = attachments.let_go
         inventory = Inventory("node", "n-1", gpus, slices, runtime, Revision())
-        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image", attachments)
+        leases = ContainerLeases(LeaseClock(self.folder / "clock.json"), runtime, journal, self.folder / "leases")
+        containers = Containers(
+            runtime, journal, events, slices, bundles, attempts, cards, "image", attachments, leases
+        )
         recovery = SliceRecovery(journal, events, gpus, slices, boot=boot, settle=attachments.settle)
         await Recovery(journal, events, containers, runtime, recovery).run()
         await attachments.restore()

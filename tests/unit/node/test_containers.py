@@ -15,6 +15,7 @@ import pytest
 from nodedaemon.answers import Mutations
 from nodedaemon.attachments import Attachments
 from nodedaemon.bundles import Bundles
+from nodedaemon.container_leases import ContainerLeases
 from nodedaemon.containers import Containers
 from nodedaemon.devices import CardDevices
 from nodedaemon.driver import Driver
@@ -37,6 +38,7 @@ from nodedaemon.workspace import Attempts
 from puhui.rpc.bundle import pack_files
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import digest_of
+from puhui.rpc.lease_clock import LeaseClock
 from puhui.rpc.moment import duration
 from puhui.v1.node_service_pb2 import (
     ContainerLimits,
@@ -135,7 +137,10 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
         attachments = Attachments(
             journal, events, gpus, slices, attempts, cards, LinkPlug(), kind, changed=lambda: None
         )
-        containers = Containers(runtime, journal, events, slices, bundles, attempts, cards, "image", attachments)
+        leases = ContainerLeases(LeaseClock(folder / "clock.json"), runtime, journal, folder / "leases")
+        containers = Containers(
+            runtime, journal, events, slices, bundles, attempts, cards, "image", attachments, leases
+        )
         if fault is not None:
             emulated.faults.inject(*fault)
         await Recovery(journal, events, containers, runtime, SliceRecovery(journal, events, gpus, slices)).run()
@@ -151,6 +156,7 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
         await bundles.put(parts(), set)
         results = Results(journal, attempts, runtime, containers.ends.ended)
         yield Bench(folder, journal, events, gpus, slices, runtime, containers, results, header.bundle_id)
+        await leases.close()
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await runtime.close()
