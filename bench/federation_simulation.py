@@ -410,6 +410,8 @@ def simulate(
         f"simulated: {gpus} GPUs per centre; each centre is offered from a fifth to nearly twice of the mean, which "
         f"is {LOAD:.0%} of what all can do together, or {_OVERLOAD:.0%} where overloaded; jobs arrive for "
         f"{HORIZON_S / 3600:.0f} h; bench/federation_load.py says where the load comes from",
-        "where even the pool is overloaded, peers reach less of it: whoever waits can go to eight peers, not to all",
+        "where even the pool is overloaded, peers reach less of it; why was not measured",
+        "of the messages per centre, most are capacity that is told again every 20 s, whatever the number of centres; "
+        "offers, forwards and renewals, which are played, are listed by themselves",
     ]
     return figures, aims, notes
