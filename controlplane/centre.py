@@ -167,7 +167,7 @@ class Centre:
             settings.idle,
             scheduler.add,
             settings.session_memory_mib,
-            lambda: federation.names,
+            federation.offered,
         )
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()
@@ -187,6 +187,7 @@ class Centre:
             centre._lasting,
             runs,
             Resumption(store, feed, centre._lasting),
+            federation.why_here,
         )
         centre._server = server = RpcServer(settings.listen)
         server.add("puhui.v1.JobService", add_JobServiceServicer_to_server, job_service)

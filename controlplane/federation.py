@@ -160,10 +160,9 @@ class Federation:
         """Returns why a waiting job was not sent to a peer, in a clause; "" when nothing is known about that."""
         return self._forwarder.why_here(job_id) if self._forwarder is not None else ""
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the peers there are now."""
-        return [peer.record.name for peer in self.peers.all()]
+    def offered(self) -> dict[str, list[str]]:
+        """Returns the peers there are now, by name, each with the profiles that it has."""
+        return {peer.record.name: [one.profile for one in peer.profiles] for peer in self.peers.all()}
 
     async def join(self, inside: Inside, server: RpcServer) -> None:
         """Connects to the peers, serves them, and sends them what waits here.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class JobService(JobServiceServicer):
         lasting: Lasting,
         runs: Runs,
         resumption: Resumption,
+        why_here: Callable[[str], str],
     ) -> None:
         self._store = store
         self._feed = feed
@@ -75,6 +76,7 @@ class JobService(JobServiceServicer):
         self._lasting = lasting
         self._runs = runs
         self._resumption = resumption
+        self._why_here = why_here
 
     async def PutBundle(  # noqa: N802 - named by the contract
         self, request_iterator: AsyncIterator[wire.PutBundleRequest], context: _Context
@@ -218,8 +220,13 @@ class JobService(JobServiceServicer):
     async def ExplainJob(self, request: wire.ExplainJobRequest, context: _Context) -> wire.ExplainJobResponse:  # noqa: N802
         """Says why a job waits."""
         record = await require_job(self._store, request.job_id)
-        position, why = self._scheduler.place_of(record.id), self._scheduler.why_waiting(record.id)
+        position, why = self._scheduler.place_of(record.id), self._why_waiting(record.id)
         return wire.ExplainJobResponse(message=why or self._shown(record).message, queue_position=position)
+
+    def _why_waiting(self, job_id: str) -> str:
+        """Returns why a job waits, and why no peer has it, in a sentence; "" when it has not been looked at yet."""
+        why, here = self._scheduler.why_waiting(job_id), self._why_here(job_id)
+        return f"{why}; {here}" if why and here else why
 
     async def _looked(self, record: JobRecord) -> idle_pb2.Idleness | None:
         """Asks a running job's node whether the job uses its share now; None when that cannot be had at once.
@@ -244,7 +251,7 @@ class JobService(JobServiceServicer):
         job = record.job
         note = ""
         if job.state in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RESUMING):
-            note = self._scheduler.why_waiting(job.id)
+            note = self._why_waiting(job.id)
         elif job.state in PLACED_STATES:
             link = self._nodes.link(record.attempt.node_id)
             if link is not None and not link.in_contact:

@@ -146,13 +146,20 @@ def _require(holds: object, field: str, what: str) -> None:
         raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, "SPEC_INVALID", f"{field} {what}", field=field)
 
 
-def require_offered(resources: job_pb2.Resources, geometries: Collection[Geometry]) -> None:
+def require_offered(
+    resources: job_pb2.Resources, geometries: Collection[Geometry], elsewhere: Collection[str] = ()
+) -> None:
     """Refuses a profile that no GPU of this centre offers. While no GPU is known, every profile may come yet.
+
+    Args:
+        resources: what is asked for.
+        geometries: what the GPUs of this centre can be cut into.
+        elsewhere: profiles that peers offer which may be asked.
 
     Raises:
         Refusal: FAILED_PRECONDITION with PROFILE_NOT_AVAILABLE.
     """
-    if not resources.profile or not geometries:
+    if not resources.profile or not geometries or resources.profile in elsewhere:
         return
     if any(resources.profile in geometry.by_profile for geometry in geometries):
         return

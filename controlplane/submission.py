@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class Submission:
         policy: when unused shares are taken back.
         accepted: told of every new job once it is stored.
         session_memory_mib: memory of the share of a session that asks for none; 0 is the smallest slice there is.
-        peers: names of the peers there are now.
+        peers: the peers there are now, by name, each with the profiles that it has.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Submission:
         policy: CentrePolicy,
         accepted: Callable[[JobRecord], None],
         session_memory_mib: int = 0,
-        peers: Callable[[], Collection[str]] = tuple,
+        peers: Callable[[], Mapping[str, Collection[str]]] = dict,
     ) -> None:
         self._centre = centre
         self._store = store
@@ -150,10 +150,12 @@ class Submission:
         request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest,
     ) -> AsyncIterator[Need]:
         require_valid(spec)
-        require_known_peers(spec.peers, self._peers())
+        peers = self._peers()
+        require_known_peers(spec.peers, peers)
         policy = resolve(spec, self._policy)
         geometries = self._nodes.geometries()
-        require_offered(spec.resources, geometries)
+        elsewhere = {} if spec.peers.here_only else peers
+        require_offered(spec.resources, geometries, {profile for has in elsewhere.values() for profile in has})
         if spec.kind == job_pb2.JOB_KIND_SESSION:
             async with self._session_code(request) as (bundle, path):
                 sizing = size_of_session(spec.resources, geometries, self._session_memory_mib)
