@@ -179,7 +179,9 @@ class ThirdAct:
         for event in self.here.centre.watch(self.job.id):
             self.events.append(event)
             at = f"[{event.peer}] " if event.peer else ""
-            self.say(ACT_STEPS.get(event.reason, ""), "borrower", at + event.message)
+            step = ACT_STEPS.get(event.reason, "")
+            # The peer predicts it as well, which is no step of the first centre's.
+            self.say("" if step == "S9" and event.peer else step, "borrower", at + event.message)
             if event.reason == "CONTAINER_STARTED" and event.peer:
                 # Asked of the peer's node itself while the job runs: are the card and the container really there?
                 peer_job_id = self.here.centre.get(self.job.id).attempts[-1].peer_job_id
@@ -279,17 +281,11 @@ class ThirdAct:
 
     def _times_ms(self) -> dict[str, int]:
         """Returns when each step was taken, in milliseconds since the job was submitted."""
-        begin = self.job.create_time
-        wanted = (
-            "PREDICTED",
-            "FORWARDING",
-            "FORWARDED",
-            "CONTAINER_STARTED",
-            "COMMAND_ENDED",
-            "PEER_ENDED",
-            "SUCCEEDED",
-        )
-        return {event.reason.lower(): _ms(begin, event.time) for event in self.events if event.reason in wanted}
+        first: dict[str, int] = {}
+        for event in self.events:
+            if event.reason in ACT_STEPS:
+                first.setdefault(event.reason.lower(), _ms(self.job.create_time, event.time))
+        return first
 
 
 def _free(capacity: GetCapacityResponse, profile: str) -> int:
