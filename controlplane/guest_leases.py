@@ -9,14 +9,14 @@ import structlog
 
 from controlplane import happenings
 from controlplane.cancelling import Cancelling
-from controlplane.guests import GuestRecord, GuestStage, expire, has_lease
-from controlplane.jobs import transition
+from controlplane.guests import GuestRecord, GuestStage, expire, has_lease, stop_ahead_s
+from controlplane.jobs import LIVING_STATES, transition
 from controlplane.lasting import Lasting
 from controlplane.reach import Clock
 from controlplane.records import Change, JobRecord
 from controlplane.results import Results
 from controlplane.store import Store
-from puhui.rpc.moment import now
+from puhui.rpc.moment import now, seconds
 from puhui.v1 import job_pb2
 
 __all__ = ["GuestLeases"]
@@ -25,6 +25,8 @@ _log = structlog.get_logger(__name__)
 
 _LOOK_S = 1.0
 _FORGET_EVERY_S = 600.0
+_DEFAULT_GRACE_S = 10.0
+_LONGEST_GRACE_S = 3600.0
 _NOTHING = job_pb2.JobArtifacts()
 
 
@@ -60,7 +62,7 @@ class GuestLeases:
         self._received[peer] += 1
 
     async def run(self) -> None:
-        """Ends guests whose leases have run out, and forgets results of a week ago, for ever."""
+        """Ends guests whose leases run out, so that nothing of them runs then, and forgets old results, for ever."""
         forget_at = 0.0
         while True:
             try:
@@ -77,17 +79,24 @@ class GuestLeases:
         self._received = Counter(guest.peer for guest in guests)
         at, boot = self._clock.now(), self._clock.boot
         for guest in guests:
-            if guest.stage is GuestStage.EXPIRED or not has_lease(guest, at, boot):
+            soonest = at + stop_ahead_s(guest, _LONGEST_GRACE_S)
+            if guest.stage is GuestStage.EXPIRED or not has_lease(guest, soonest, boot):
                 await self._end(guest)
 
     async def _end(self, guest: GuestRecord) -> None:
         record = await self._store.job(guest.job_id)
         if record is None or record.state == job_pb2.JOB_STATE_STOPPING:
             return  # its command has ended, and what it left is being collected
+        runs, spec = record.state in LIVING_STATES, record.job.spec
+        grace_s = (seconds(spec.stop_grace) if spec.HasField("stop_grace") else _DEFAULT_GRACE_S) if runs else 0.0
 
         def decide(known: GuestRecord | None) -> GuestRecord:
-            return expire(known, self._clock.now(), self._clock.boot) if known is not None else guest
+            if known is None:
+                return guest
+            return expire(known, self._clock.now() + stop_ahead_s(known, grace_s), self._clock.boot)
 
+        if decide(guest).stage is not GuestStage.EXPIRED:
+            return
         after = await self._store.change_guest(guest.key, decide)
         if after.stage is not GuestStage.EXPIRED or record.cancel_requested:
             return

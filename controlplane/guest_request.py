@@ -14,14 +14,18 @@ from controlplane.sizing import size, size_of_session
 from controlplane.spec import require_valid
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import request_digest
-from puhui.rpc.moment import now, timestamp
+from puhui.rpc.moment import duration, now, seconds, timestamp
 from puhui.v1 import federation_service_pb2 as wire
-from puhui.v1 import job_pb2
+from puhui.v1 import job_pb2, prediction_pb2
 
 __all__ = ["digest_of_header", "invalid", "job_of", "require_allowed", "spec_here"]
 
 _MOST_VISITED = 16
 _MOST_HOPS = 8
+_MOST_ID = 64
+_MOST_MIB = 2**40
+_MOST_PREDICTION = 64 * 2**10
+_MOST_ELAPSED_S = 86400.0
 
 
 def require_allowed(centre_id: str, peer: PeerRecord, header: wire.ForwardHeader) -> None:
@@ -38,7 +42,9 @@ def require_allowed(centre_id: str, peer: PeerRecord, header: wire.ForwardHeader
         )
     if centre_id in header.visited_centres:
         raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "FORWARDING_LOOP", "this job has been at this centre before")
-    if not header.visited_centres or len(header.visited_centres) > _MOST_VISITED or header.hops_left > _MOST_HOPS:
+    visited = header.visited_centres
+    too_long = any(len(one) > _MOST_ID for one in visited)
+    if not 0 < len(visited) <= _MOST_VISITED or too_long or header.hops_left > _MOST_HOPS:
         raise invalid("HEADER_INVALID", "a job says which centres it has visited, the origin first")
 
 
@@ -51,7 +57,11 @@ def job_of(
     wanted: GuestRecord,
     geometries: list[Geometry],
 ) -> tuple[JobRecord, list[job_pb2.JobEvent]]:
-    """Returns the job that a guest becomes, sized for the GPUs of this centre, and its first events."""
+    """Returns the job that a guest becomes, sized for the GPUs of this centre, and its first events.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT with HEADER_INVALID; FAILED_PRECONDITION with TOO_LARGE.
+    """
     at = now()
     job = job_pb2.Job(
         id=wanted.job_id,
@@ -69,18 +79,44 @@ def job_of(
             hops_left=header.hops_left if peer.terms.transit else 0,
         ),
     )
-    prediction = header.prediction if header.HasField("prediction") else None
+    prediction = _prediction(header)
+    required_mib = header.sizing.required_mib or (prediction.required_mib if prediction is not None else 0)
+    if required_mib > _MOST_MIB:
+        raise invalid("HEADER_INVALID", "sizing.required_mib is an amount of memory in MiB")
     if spec.kind == job_pb2.JOB_KIND_SESSION:
-        sizing = size_of_session(spec.resources, geometries, header.sizing.required_mib)
+        sizing = size_of_session(spec.resources, geometries, required_mib)
     else:
-        sizing = size(spec.resources, prediction, geometries)
+        # Its origin may have learned that it needs more than was predicted.
+        sizing = size(spec.resources, prediction_pb2.Prediction(required_mib=required_mib), geometries)
+    if geometries and not sizing.choices:
+        raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "TOO_LARGE", sizing.reason)
     record, submitted = transition(JobRecord(job), happenings.Submitted(), at)
     record, predicted = transition(record, happenings.Predicted(prediction, sizing), at)
     return record, [submitted, predicted]
 
 
-def spec_here(peer: PeerRecord, header: wire.ForwardHeader) -> job_pb2.JobSpec:
+def _prediction(header: wire.ForwardHeader) -> prediction_pb2.Prediction | None:
+    """Returns what the code was predicted to need, as far as this version understands it."""
+    if not header.HasField("prediction"):
+        return None
+    if header.prediction.ByteSize() > _MOST_PREDICTION:
+        raise invalid("HEADER_INVALID", "a prediction is at most 64 KiB long")
+    prediction = prediction_pb2.Prediction()
+    prediction.CopyFrom(header.prediction)
+    if prediction.tier not in prediction_pb2.PredictionTier.values():
+        prediction.tier = prediction_pb2.PREDICTION_TIER_UNSPECIFIED
+    if not 0 <= seconds(prediction.elapsed) <= _MOST_ELAPSED_S or not 0 <= prediction.elapsed.nanos < 10**9:
+        prediction.ClearField("elapsed")
+    return prediction
+
+
+def spec_here(peer: PeerRecord, header: wire.ForwardHeader, longest_idle_after_s: float) -> job_pb2.JobSpec:
     """Returns what a guest asks for, as this centre takes it.
+
+    Args:
+        peer: whose it is.
+        header: what is asked for.
+        longest_idle_after_s: no job may keep an unused share here for longer, in seconds.
 
     Raises:
         Refusal: INVALID_ARGUMENT with SPEC_INVALID or TENANT_INVALID.
@@ -93,8 +129,14 @@ def spec_here(peer: PeerRecord, header: wire.ForwardHeader) -> job_pb2.JobSpec:
     except TermsError as error:
         raise invalid("TENANT_INVALID", str(error)) from error
     spec.priority = min(spec.priority, terms.highest_priority)
+    spec.kind = spec.kind or job_pb2.JOB_KIND_BATCH
     if header.HasField("idle_policy"):
         spec.idle.CopyFrom(header.idle_policy)
+        # Its origin has filled in its own defaults, which may be beyond what this centre allows.
+        for name in ("idle_after", "start_grace"):
+            asked = getattr(spec.idle, name)
+            if seconds(asked) > longest_idle_after_s:
+                asked.CopyFrom(duration(longest_idle_after_s))
     # Whom its origin meant by their names, nobody knows here; where it may not go, holds here too.
     spec.ClearField("peers")
     if header.spec.HasField("peers"):

@@ -15,7 +15,22 @@ import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["GuestKey", "GuestRecord", "GuestStage", "bind", "cancel", "expire", "has_lease", "renew", "require_command"]
+__all__ = [
+    "GuestKey",
+    "GuestRecord",
+    "GuestStage",
+    "bind",
+    "cancel",
+    "expire",
+    "has_lease",
+    "renew",
+    "require_command",
+    "stop_ahead_s",
+]
+
+_STOP_S = 2.0
+"""What stopping takes, beside the grace that a command is given."""
+_STOP_SHARE = 0.25
 
 GuestKey = tuple[str, str, int]
 """(name of the peer, job id there, attempt)."""
@@ -52,6 +67,8 @@ class GuestRecord:
     """`LeaseClock.boot` when the lease was given."""
     at: float = 0.0
     """Bound, or refused for ever, at, in seconds since the epoch."""
+    lease_s: float = 0.0
+    """Length of the lease when it was last prolonged, in seconds."""
 
     @property
     def key(self) -> GuestKey:
@@ -93,7 +110,8 @@ def bind(known: GuestRecord | None, wanted: GuestRecord, at: float, longest_s: f
     if known is None:
         if wanted.lease_end <= at:
             raise _expired(wanted)
-        return replace(wanted, lease_end=min(wanted.lease_end, at + longest_s))
+        lease_end = min(wanted.lease_end, at + longest_s)
+        return replace(wanted, lease_end=lease_end, lease_s=lease_end - at)
     if known.stage is GuestStage.CANCELLED:
         raise Refusal(
             grpc.StatusCode.FAILED_PRECONDITION,
@@ -132,7 +150,10 @@ def renew(
         raise Refusal(grpc.StatusCode.NOT_FOUND, "GUEST_NOT_FOUND", "this attempt was never bound here")
     if known.stage is GuestStage.EXPIRED or not has_lease(known, at, boot):
         raise _expired(known)
-    return replace(known, token=token, lease_end=max(known.lease_end, min(until, at + longest_s)))
+    lease_end = min(until, at + longest_s)
+    if lease_end <= known.lease_end:
+        return replace(known, token=token)
+    return replace(known, token=token, lease_end=lease_end, lease_s=lease_end - at)
 
 
 def cancel(known: GuestRecord | None, asked: GuestRecord) -> GuestRecord:
@@ -155,6 +176,16 @@ def cancel(known: GuestRecord | None, asked: GuestRecord) -> GuestRecord:
 def has_lease(known: GuestRecord, at: float, boot: str) -> bool:
     """Returns whether a guest's lease still holds at a time of this centre's lease clock, whose boot is given."""
     return known.boot == boot and at < known.lease_end
+
+
+def stop_ahead_s(known: GuestRecord, grace_s: float) -> float:
+    """Returns how long before the end of a guest's lease its stop begins, so that nothing of it runs at the end.
+
+    Args:
+        known: the guest.
+        grace_s: time between SIGTERM and SIGKILL, in seconds. Of a short lease, the larger part is not for stopping.
+    """
+    return min(grace_s + _STOP_S, known.lease_s * _STOP_SHARE)
 
 
 def expire(known: GuestRecord, at: float, boot: str) -> GuestRecord:

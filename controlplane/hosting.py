@@ -20,6 +20,7 @@ from controlplane.cancelling import Cancelling
 from controlplane.fleet import Geometry
 from controlplane.guest_leases import GuestLeases
 from controlplane.guest_request import digest_of_header, invalid, job_of, require_allowed, spec_here
+from controlplane.guest_telling import told_event, told_job
 from controlplane.guests import GuestKey, GuestRecord, bind, cancel, renew, require_command
 from controlplane.idle_policy import CentrePolicy, resolve
 from controlplane.jobs import FINAL_STATES
@@ -46,6 +47,8 @@ _NODE_ENDS_S = 5.0
 """After a lease has run out, its node has killed what ran within this time."""
 _MOST_EVENTS = 100
 _SILENT_S = 30.0
+_UPLOAD_S = 600.0
+"""A bundle must have come within this time: whoever sends it waits no longer either."""
 _USAGE_CHANGES = frozenset({"RECLAIMED", "RESUMED", "SLICE_DESTROYED", "RUN_ENDED"})
 
 
@@ -147,7 +150,7 @@ class Hosting:
             Refusal: it is not bound, and, unless it was before, nothing of it is here.
         """
         messages = aiter(parts)
-        first = await anext(messages, None)
+        first = await self._next(messages)
         if first is None or first.WhichOneof("part") != "header":
             raise invalid("HEADER_MISSING", "the first message says what is forwarded")
         header = wire.ForwardHeader()
@@ -166,12 +169,16 @@ class Hosting:
         if await self._store.guest(key) is not None:
             return self._answer(await self._store.change_guest(key, lambda known: self._bound(known, wanted)))
         require_allowed(self._centre_id, peer.record, header)
-        self._desk.take(header.offer_id, peer.record.name, header.origin)
-        spec, geometries = spec_here(peer.record, header), self._geometries()
+        spec, geometries = spec_here(peer.record, header, self._policy.longest_idle_after_s), self._geometries()
         policy = resolve(spec, self._policy)
         require_offered(spec.resources, geometries)
-        await self._bundle(peer, header.bundle, messages, count)
         job = job_of(self._centre, peer.record, header, spec, policy, wanted, geometries)
+        self._desk.take(header.offer_id, peer.record.name, header.origin)
+        try:
+            async with asyncio.timeout(_UPLOAD_S):
+                await self._bundle(peer, header.bundle, messages, count)
+        except TimeoutError as error:
+            raise _stalled(f"the bundle has not come within {_UPLOAD_S:.0f} s") from error
         bound = await self._lasting.do(self._keep(job, wanted))
         self._desk.settle(peer.record.name, header.origin)
         return self._answer(bound)
@@ -245,11 +252,7 @@ class Hosting:
             async with asyncio.timeout(_SILENT_S):
                 return await anext(messages, None)
         except TimeoutError as error:
-            raise Refusal(
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                "UPLOAD_STALLED",
-                f"nothing has come for {_SILENT_S:.0f} s; try again",
-            ) from error
+            raise _stalled(f"nothing has come for {_SILENT_S:.0f} s") from error
 
     async def _keep(self, made: tuple[JobRecord, list[job_pb2.JobEvent]], wanted: GuestRecord) -> GuestRecord:
         bound: list[GuestRecord] = []
@@ -306,7 +309,7 @@ class Hosting:
         await self._lasting.do(self._cancelling.end(guest.job_id, message))
         record = await self._over(guest)
         attempts = record.job.attempts
-        return wire.CancelForwardedJobResponse(attempt=attempts[-1] if attempts else None, job=record.job)
+        return wire.CancelForwardedJobResponse(attempt=attempts[-1] if attempts else None, job=told_job(record.job))
 
     async def _over(self, guest: GuestRecord) -> JobRecord:
         """Returns a guest's job once it has ended and nothing of it can run any longer.
@@ -365,6 +368,8 @@ class Hosting:
         with self._feed.watching(guest.job_id) as news:
             while True:
                 news.clear()
+                # Looked at first: what ends it in between is among the events, or wakes this again.
+                over = (await self._require(guest)).state in FINAL_STATES
                 events = await self._store.events(guest.job_id, cursor, _MOST_EVENTS)
                 record = await self._require(guest)
                 for event in events:
@@ -376,14 +381,14 @@ class Hosting:
                         return
                 if events:
                     continue
-                if record.state in FINAL_STATES:
+                if over:
                     return
                 await news.wait()
 
     async def _told(
         self, guest: GuestRecord, record: JobRecord, event: job_pb2.JobEvent
     ) -> wire.WatchForwardedJobResponse:
-        told = wire.WatchForwardedJobResponse(event=event, job=record.job)
+        told = wire.WatchForwardedJobResponse(event=told_event(event), job=told_job(record.job))
         if record.job.attempts:
             told.attempt.CopyFrom(record.job.attempts[-1])
         if event.state in FINAL_STATES or event.reason in _USAGE_CHANGES:
@@ -432,3 +437,7 @@ class Hosting:
                 yield wire.GetForwardedArtifactsResponse(manifest=part.manifest)
             else:
                 yield wire.GetForwardedArtifactsResponse(chunk=part.chunk)
+
+
+def _stalled(message: str) -> Refusal:
+    return Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED", f"{message}; try again")

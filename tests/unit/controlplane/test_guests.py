@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.guests import GuestRecord, GuestStage, bind, cancel, expire, has_lease, renew, require_command
+from controlplane.guests import (
+    GuestRecord,
+    GuestStage,
+    bind,
+    cancel,
+    expire,
+    has_lease,
+    renew,
+    require_command,
+    stop_ahead_s,
+)
 from puhui.rpc.errors import Refusal
 
 LONGEST_S = 900.0
@@ -30,7 +40,7 @@ def refusal(code: grpc.StatusCode, reason: str) -> pytest.RaisesExc[Refusal]:
 
 
 def test_it_is_bound_as_it_was_asked_for() -> None:
-    assert bind(None, guest(lease_end=500.0), 100.0, LONGEST_S) == guest(lease_end=500.0)
+    assert bind(None, guest(lease_end=500.0), 100.0, LONGEST_S) == replace(guest(lease_end=500.0), lease_s=400.0)
 
 
 def test_no_lease_is_longer_than_this_centre_gives() -> None:
@@ -85,7 +95,9 @@ def test_what_was_never_bound_cannot_be_renewed() -> None:
 
 def test_a_renewal_never_shortens_a_lease() -> None:
     assert renew(guest(lease_end=500.0), 1, 300.0, 100.0, LONGEST_S, boot="boot-1").lease_end == 500.0
-    assert renew(guest(lease_end=500.0), 2, 600.0, 100.0, LONGEST_S, boot="boot-1") == guest(token=2, lease_end=600.0)
+    assert renew(guest(lease_end=500.0), 2, 600.0, 100.0, LONGEST_S, boot="boot-1") == replace(
+        guest(token=2, lease_end=600.0), lease_s=500.0
+    )
 
 
 def test_a_lease_that_has_run_out_does_not_come_back() -> None:
@@ -104,6 +116,16 @@ def test_a_lease_that_runs_is_left_alone() -> None:
     assert expire(guest(lease_end=500.0), 499.9, "boot-1") == guest(lease_end=500.0)
     ended = guest(stage=GuestStage.CANCELLED)
     assert expire(ended, 1e9, "boot-1") == ended
+
+
+def test_a_stop_begins_so_early_that_nothing_runs_at_the_end() -> None:
+    bound = bind(None, guest(lease_end=1000.0), 100.0, LONGEST_S)
+    assert stop_ahead_s(bound, grace_s=10.0) == 12.0
+    # Of a short lease, the larger part is for work.
+    assert stop_ahead_s(bound, grace_s=3600.0) == 225.0
+    ahead_s = stop_ahead_s(bound, 10.0)
+    assert expire(bound, 987.9 + ahead_s, "boot-1") == bound
+    assert expire(bound, 988.0 + ahead_s, "boot-1").stage is GuestStage.EXPIRED
 
 
 def test_a_reboot_ends_every_lease() -> None:
