@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,17 +63,26 @@ class ContainerLeases:
         runtime: what runs the containers.
         journal: where leases are kept.
         folder: where the lease files are; made if it is missing.
+        python: what keepers run with.
 
     Raises:
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, clock: LeaseClock, runtime: ContainerRuntime, journal: Journal, folder: Path) -> None:
+    def __init__(
+        self,
+        clock: LeaseClock,
+        runtime: ContainerRuntime,
+        journal: Journal,
+        folder: Path,
+        python: str = sys.executable,
+    ) -> None:
         self._clock = clock
         self._runtime = runtime
         self._journal = journal
         self._folder = folder.absolute()
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._python = python
         self._group = runtime.describe().kind == RuntimeKind.RUNTIME_KIND_PROCESS
         self._leased: dict[Owner, _Leased] = {}
 
@@ -166,7 +176,7 @@ class ContainerLeases:
     def _begin(self, record: ContainerRecord) -> _Leased:
         leased = self._leased.get(record.owner)
         if leased is None:
-            leased = _Leased(LeaseHold(self._path(record), group=self._group))
+            leased = _Leased(LeaseHold(self._path(record), group=self._group, python=self._python))
             self._leased[record.owner] = leased
         return leased
 

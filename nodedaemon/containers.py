@@ -101,7 +101,8 @@ class Containers:
             Refusal: INVALID_ARGUMENT with SPEC_INVALID, IDLE_AFTER_TOO_SHORT or COMMAND_NOT_FOUND;
                 FAILED_PRECONDITION with SLICE_NOT_FOUND, BUNDLE_NOT_FOUND, IMAGE_NOT_FOUND, NOT_FINISHED,
                 WORKSPACE_NOT_FOUND, WORKSPACE_UPLOADED or LEASE_EXPIRED; ALREADY_EXISTS with CONTAINER_EXISTS or
-                CONTAINER_DIFFERS; UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED or LEASE_NOT_KEPT.
+                CONTAINER_DIFFERS; UNAVAILABLE with RUNTIME_UNAVAILABLE; INTERNAL with RUNTIME_REFUSED or
+                LEASE_NOT_KEPT.
         """
         known = self._journal.container(owner)
         if known is not None and known.stage is not ContainerStage.CREATING:

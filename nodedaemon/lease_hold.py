@@ -39,14 +39,16 @@ class LeaseHold:
     Args:
         path: its lease file, named after the container; made if it is missing.
         group: whether a process group is killed, rather than the init of a process-id namespace.
+        python: what the keeper runs with.
 
     Raises:
         OSError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, *, group: bool) -> None:
+    def __init__(self, path: Path, *, group: bool, python: str = sys.executable) -> None:
         self.path = path
         self._group = group
+        self._python = python
         self._file = LeaseFile(str(path), make=True)
         self.deadline = self._file.read()[0]
         """Until when it may run, on CLOCK_BOOTTIME, in seconds."""
@@ -121,7 +123,7 @@ class LeaseHold:
     def _launch(self, init: int) -> str:
         """Starts a keeper and waits until it keeps. Returns what it said if it does not."""
         group = self._pid if self._group else 0
-        command = [sys.executable, "-I", "-S", lease_keeper.__file__, str(self.path), str(init), str(group)]
+        command = [self._python, "-I", "-S", lease_keeper.__file__, str(self.path), str(init), str(group)]
         try:
             done = subprocess.run(
                 # In between, so that it is nobody's child and outlives the daemon without a word.

@@ -60,10 +60,23 @@ def main(folder: Path) -> int:
     # As when a container's init ends: nothing of it lives on.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    if (folder / "execs").exists():
+        _end_execs(folder / "execs")
     ended: dict[str, object] = {"exit_code": 128 - code if code < 0 else code, "end_time": time.time()}
     while not has_room(lambda: _write(folder / "exit.json", ended)):
         time.sleep(ROOM_S)
     return 0
+
+
+def _end_execs(folder: Path) -> None:
+    """Ends what was started beside the process: there may be no daemon that does."""
+    from nodedaemon.exec_process import live_command  # not before: it would slow every start down
+
+    for one in folder.iterdir():
+        leader = live_command(one)
+        if leader:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(leader, signal.SIGKILL)
 
 
 def dropped(spec: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ class Bench:
 
 
 @contextlib.asynccontextmanager
-async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIterator[Bench]:
+async def opened(
+    folder: Path, fault: tuple[str, int] | None = None, python: str = sys.executable
+) -> AsyncIterator[Bench]:
     with installed(EmulatedDriver(folder / "emulation", parse_cards("A30-24GB:1"))) as emulated:
         journal = Journal(folder / "node.db")
         events = EventLog(journal)
@@ -137,7 +140,7 @@ async def opened(folder: Path, fault: tuple[str, int] | None = None) -> AsyncIte
         attachments = Attachments(
             journal, events, gpus, slices, attempts, cards, LinkPlug(), kind, changed=lambda: None
         )
-        leases = ContainerLeases(LeaseClock(folder / "clock.json"), runtime, journal, folder / "leases")
+        leases = ContainerLeases(LeaseClock(folder / "clock.json"), runtime, journal, folder / "leases", python)
         containers = Containers(
             runtime, journal, events, slices, bundles, attempts, cards, "image", attachments, leases
         )
