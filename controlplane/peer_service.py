@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -66,7 +65,7 @@ class PeerService(PeerServiceServicer):
     async def AddPeer(self, request: wire.AddPeerRequest, context: _Context) -> wire.AddPeerResponse:  # noqa: N802
         """Takes an invitation."""
         peer = await self._pairing.add(request.token, request.name, request.address, request.terms)
-        return wire.AddPeerResponse(peer=self._peers.described(peer, 0, 0))
+        return wire.AddPeerResponse(peer=await self._described(peer))
 
     async def ListPeers(self, request: wire.ListPeersRequest, context: _Context) -> wire.ListPeersResponse:  # noqa: N802
         """Returns the peers."""
@@ -81,7 +80,7 @@ class PeerService(PeerServiceServicer):
         """Changes terms."""
         peer = self._require(request.name)
         require_terms(request.terms)
-        peer = await self._peers.change(replace(peer.record, terms=request.terms))
+        await self._peers.agree(peer, request.terms)
         return wire.SetPeerTermsResponse(peer=await self._described(peer))
 
     async def RemovePeer(self, request: wire.RemovePeerRequest, context: _Context) -> wire.RemovePeerResponse:  # noqa: N802
@@ -98,15 +97,16 @@ class PeerService(PeerServiceServicer):
                 sent=str(sent),
                 received=str(len(guests)),
             )
-        for job_id in guests:
-            await self._end_guest(job_id, f"work with peer {peer.record.name} was ended")
         with contextlib.suppress(Refusal):  # one that cannot be told learns of it at its next call
             await peer.client.unpair()
         await self._peers.remove(peer.record.name)
+        # Nothing of it can come any more, so these are all.
+        for job_id in await self._guests(peer):
+            await self._end_guest(job_id, f"work with peer {peer.record.name} was ended")
         return wire.RemovePeerResponse()
 
     async def _described(self, peer: Peer) -> wire.Peer:
-        return self._peers.described(peer, await self._sent(peer), len(await self._guests(peer)))
+        return peer.described(await self._sent(peer), len(await self._guests(peer)))
 
     async def _sent(self, peer: Peer) -> int:
         forwards = await self._store.forwards()

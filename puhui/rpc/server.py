@@ -19,7 +19,10 @@ from puhui.rpc.channel import MAX_MESSAGE_BYTES
 from puhui.rpc.errors import Refusal
 from puhui.rpc.tls import MutualTls
 
-__all__ = ["RpcServer"]
+__all__ = ["MOST_STREAMS_OF_A_CONNECTION", "RpcServer"]
+
+MOST_STREAMS_OF_A_CONNECTION = 2048
+"""Calls that a peer may have open over one connection. One more waits until another has ended."""
 
 _log = structlog.get_logger(__name__)
 
@@ -37,7 +40,7 @@ _OPTIONS = [
 ]
 # Who calls from another centre may be hostile, or broken.
 _TO_STRANGERS = [
-    ("grpc.max_concurrent_streams", 512),
+    ("grpc.max_concurrent_streams", MOST_STREAMS_OF_A_CONNECTION),
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.server_handshake_timeout_ms", 10_000),
     # A peer that is gone without a word is noticed, whoever of the two speaks.
