@@ -171,7 +171,7 @@ class Centre:
         )
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()
-        logs = LogReader(settings.centre, store, feed, nodes, results)
+        logs = LogReader(settings.centre, store, feed, nodes, results, federation.reach)
         cancelling = Cancelling(store, scheduler, centre._attempts)
         job_service = JobService(
             store,

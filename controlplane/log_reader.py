@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
@@ -12,14 +13,21 @@ from controlplane.faults import retry_delay_s
 from controlplane.jobs import FINAL_STATES
 from controlplane.node_client import is_unreachable
 from controlplane.nodes import Nodes
+from controlplane.peer_client import is_away
+from controlplane.peer_request import origin_of
+from controlplane.peer_results import invalid_answer
+from controlplane.reach import Reach
 from controlplane.records import JobRecord
 from controlplane.results import Results
 from controlplane.store import Store
 from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
 from puhui.v1 import card_pb2, job_service_pb2, stream_pb2
+from puhui.v1 import federation_service_pb2 as wire
 
 __all__ = ["LogReader", "attempt_number", "require_job", "require_not_lost"]
+
+_LOOK_AGAIN_S = 5.0
 
 
 async def require_job(store: Store, job_id: str) -> JobRecord:
@@ -72,10 +80,22 @@ def require_not_lost(record: JobRecord, number: int) -> None:
 
 
 class LogReader:
-    """Reads logs for one centre."""
+    """Reads logs for one centre.
 
-    def __init__(self, centre: str, store: Store, feed: Feed, nodes: Nodes, results: Results) -> None:
+    Args:
+        centre: its name.
+        store: where jobs are.
+        feed: tells of what was stored.
+        nodes: where output is while a command runs here.
+        results: where it is afterwards.
+        reach: where it is while a command runs at a peer.
+    """
+
+    def __init__(
+        self, centre: str, store: Store, feed: Feed, nodes: Nodes, results: Results, reach: Reach | None = None
+    ) -> None:
         self._centre = centre
+        self._reach = reach
         self._store = store
         self._feed = feed
         self._nodes = nodes
@@ -122,12 +142,41 @@ class LogReader:
     async def _live(
         self, record: JobRecord, number: int, offset: int, tail_lines: int, follow: bool
     ) -> AsyncIterator[stream_pb2.LogChunk]:
-        link = self._nodes.link(record.job.attempts[number - 1].node_id)
+        attempt = record.job.attempts[number - 1]
+        if attempt.peer:
+            async with contextlib.aclosing(self._there(record, number, offset, tail_lines, follow)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
+        link = self._nodes.link(attempt.node_id)
         if link is None:
             return
         owner = card_pb2.AttemptRef(centre=self._centre, job_id=record.id, attempt=number)
         async with contextlib.aclosing(link.client.read_logs(owner, offset, tail_lines, follow)) as chunks:
             async for chunk in chunks:
+                yield chunk
+
+    async def _there(
+        self, record: JobRecord, number: int, offset: int, tail_lines: int, follow: bool
+    ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        """Yields output of an attempt at a peer."""
+        forward = await self._store.forward(record.id, number)
+        peer = self._reach.peers.get(forward.peer) if self._reach is not None and forward is not None else None
+        if forward is None or peer is None:
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE, "PEER_UNKNOWN", "work with the peer that has the output was ended"
+            )
+        request = wire.ReadForwardedLogsRequest(origin=origin_of(self._centre, forward), offset=offset)
+        if tail_lines:
+            async with contextlib.aclosing(peer.client.read_logs(request)) as chunks:
+                request.offset = await _offset_of_tail(chunks, offset, tail_lines)
+        request.follow = follow
+        at = request.offset
+        async with contextlib.aclosing(peer.client.read_logs(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.offset != at:
+                    raise invalid_answer("left out output, or sent it twice")
+                at += len(chunk.data)
                 yield chunk
 
     async def _after(
@@ -136,6 +185,9 @@ class LogReader:
         """Waits until reading on makes sense after the node refused, or passes the refusal on."""
         if self._results.has_log(record.id, number):
             return  # it was collected while we read
+        if record.job.attempts[number - 1].peer and is_away(refusal):
+            await self._after_peer(refusal, record.job.attempts[number - 1].peer, tries, follow)
+            return
         if is_unreachable(refusal):
             node_id = record.job.attempts[number - 1].node_id
             link = self._nodes.link(node_id)
@@ -156,3 +208,31 @@ class LogReader:
         if record.state in FINAL_STATES or not follow:
             raise refusal
         await news.wait()
+
+    async def _after_peer(self, refusal: Refusal, name: str, tries: int, follow: bool) -> None:
+        """Waits until reading on at a peer makes sense, or passes the refusal on."""
+        peer = self._reach.peers.get(name) if self._reach is not None else None
+        if not follow:
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE,
+                "PEER_UNREACHABLE",
+                f"the output is at peer {name}, which is out of contact; it comes here when that is back",
+                retry_after_s=10.0,
+                peer=name,
+            ) from refusal
+        await asyncio.sleep(retry_delay_s(tries))
+        if peer is not None and not peer.in_contact:
+            with contextlib.suppress(TimeoutError):
+                # The output may come here in another way meanwhile.
+                await asyncio.wait_for(peer.contact(), _LOOK_AGAIN_S)
+
+
+async def _offset_of_tail(chunks: AsyncIterator[stream_pb2.LogChunk], offset: int, lines: int) -> int:
+    """Returns where the last lines of some output begin."""
+    starts, end = deque([offset], maxlen=lines + 1), offset
+    async for chunk in chunks:
+        end = chunk.offset + len(chunk.data)
+        starts.extend(chunk.offset + at + 1 for at, byte in enumerate(chunk.data) if byte == ord("\n"))
+    if starts[-1] == end and len(starts) > 1:
+        starts.pop()  # nothing follows the last line's end
+    return starts[0] if len(starts) <= lines else starts[len(starts) - lines]

@@ -35,6 +35,8 @@ _AWAY_AFTER_TRIES = 2
 _QUICK_EVENTS = 100
 _SLOW_S = 0.05
 _MOST_STRETCHES = 1000
+_TOLD_HERE = frozenset({"SUBMITTED", "PREDICTED"})
+"""What was told when it was submitted here is not told again."""
 # Numbers of stretches of one attempt; those of the next begin above.
 _PER_ATTEMPT = 10_000
 
@@ -90,6 +92,9 @@ class PeerFollow:
         if self._taken > _QUICK_EVENTS:
             await asyncio.sleep(_SLOW_S)
         usage = self._usage(response)
+        if event.reason in _TOLD_HERE:
+            await self._driver.change(cursor=event.cursor)
+            return False
         if event.state in FINAL_STATES:
             # The cursor stays, so that whoever comes after a crash is told again.
             await self._driver.change(usage_there=usage)

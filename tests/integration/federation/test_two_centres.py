@@ -31,3 +31,23 @@ async def test_what_does_not_fit_here_runs_there_and_comes_home(tmp_path: Path) 
         reasons = await here.reasons(job_id)
         for reason in ("FORWARDING", "FORWARDED", "SLICE_CREATED", "CONTAINER_STARTED", "PEER_ENDED", "SUCCEEDED"):
             assert reason in reasons
+
+
+async def test_output_is_followed_through_the_origin_while_it_is_written(tmp_path: Path) -> None:
+    async with neighbour("a", tmp_path) as here, neighbour("b", tmp_path) as there:
+        await pair(here, there)
+        await here.fill()
+        job_id = await here.submit(name="guest")
+        follow = aiter(here.jobs.ReadLogs(wire.ReadLogsRequest(job_id=job_id, follow=True), timeout=30))
+        guest = await there.guest("guest")
+        await there.until(guest.id, job_pb2.JOB_STATE_RUNNING)
+        await there.node.write(guest.id, b"one\ntwo\n")
+        assert (await anext(follow)).chunk.data == b"one\ntwo\n"
+        assert (await here.job(job_id)).state == job_pb2.JOB_STATE_RUNNING
+        await there.node.write(guest.id, b"three\n")
+        assert (await anext(follow)).chunk.data == b"three\n"
+        for lines, said in ((1, b"three\n"), (2, b"two\nthree\n"), (9, b"one\ntwo\nthree\n")):
+            assert await here.log(job_id, tail_lines=lines) == said
+        await there.node.exit(guest.id, 0)
+        assert [part.chunk.data async for part in follow] == []
+        await here.ended(job_id)
