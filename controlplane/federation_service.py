@@ -10,7 +10,7 @@ import grpc
 
 from controlplane.hosting import Hosting
 from controlplane.pairing import Pairing
-from controlplane.peer_identity import caller
+from controlplane.peer_identity import caller, certificate_of, unknown_peer
 from controlplane.peer_limits import PeerLimits
 from controlplane.peers import Peer, Peers
 from puhui.v1 import federation_service_pb2 as wire
@@ -75,6 +75,8 @@ class FederationService(FederationServiceServicer):
         with self._limits.stream(peer.record):
             async with contextlib.aclosing(responses):
                 async for response in responses:
+                    if self._peers.by_certificate(peer.record.certificate) is None:
+                        raise unknown_peer()  # work with it was ended meanwhile
                     yield response
 
     async def GetOffer(self, request: wire.GetOfferRequest, context: _Context) -> wire.GetOfferResponse:  # noqa: N802 - named by the contract
@@ -153,6 +155,9 @@ class FederationService(FederationServiceServicer):
 
     async def Pair(self, request: wire.PairRequest, context: _Context) -> wire.PairResponse:  # noqa: N802
         """Makes the caller a peer."""
+        known = self._peers.by_certificate(certificate_of(context))
+        if known is not None:
+            self._limits.call(known.record)
         return await self._pairing.pair(request, context)
 
     async def Unpair(self, request: wire.UnpairRequest, context: _Context) -> wire.UnpairResponse:  # noqa: N802

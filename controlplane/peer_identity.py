@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from controlplane.peers import Peer, Peers
 from puhui.rpc.errors import Refusal
 
-__all__ = ["caller", "certificate_of"]
+__all__ = ["caller", "certificate_of", "unknown_peer"]
 
 
 def certificate_of(context: Any) -> bytes:
@@ -21,8 +22,7 @@ def certificate_of(context: Any) -> bytes:
         Refusal: UNAUTHENTICATED with CERTIFICATE_MISSING.
     """
     for pem in context.auth_context().get("x509_pem_cert", ()):
-        # What the handshake let pass can be read.
-        return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
+        return _der(pem)
     raise Refusal(
         grpc.StatusCode.UNAUTHENTICATED,
         "CERTIFICATE_MISSING",
@@ -38,9 +38,20 @@ def caller(context: Any, peers: Peers) -> Peer:
     """
     peer = peers.by_certificate(certificate_of(context))
     if peer is None:
-        raise Refusal(
-            grpc.StatusCode.UNAUTHENTICATED,
-            "PEER_UNKNOWN",
-            "this centre is no peer of yours (any longer); its operator can invite you with `puhui peers invite`",
-        )
+        raise unknown_peer()
     return peer
+
+
+def unknown_peer() -> Refusal:
+    """Returns the answer to whoever is no peer."""
+    return Refusal(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "PEER_UNKNOWN",
+        "this centre is no peer of yours (any longer); its operator can invite you with `puhui peers invite`",
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _der(pem: bytes) -> bytes:
+    # What the handshake let pass can be read.
+    return x509.load_pem_x509_certificate(pem).public_bytes(Encoding.DER)
