@@ -1,10 +1,12 @@
-"""The whole chain, end to end, on three pieces of model code, and an idle share that goes back to work.
+"""The whole chain, end to end: three pieces of model code, an idle share that goes back to work, a borrowed one.
 
-Starts a centre of its own with emulated cards, submits the three examples beside this file, and prints each
-step of the method as it happens: S1 the code is accepted, S2 its need is predicted, S3 a virtual card is cut,
-S4 a container runs the code on it, S5 everything is given back. The second act (`second_act.py`) is a session: S6 its
-idleness is noticed, S7 its share is taken and given to another job while it lives on, S8 a run instruction gets it a
-share again. What it claims at the end it has looked up on the node, not remembered.
+Starts two centres of its own with emulated cards, peers of each other, submits the three examples beside this file to
+the first one, and prints each step of the method as it happens: S1 the code is accepted, S2 its need is predicted, S3 a
+virtual card is cut, S4 a container runs the code on it, S5 everything is given back. The second act (`second_act.py`)
+is a session: S6 its idleness is noticed, S7 its share is taken and given to another job while it lives on, S8 a run
+instruction gets it a share again. In the third (`third_act.py`) S9 the first centre is full, S10 its next job goes to
+the second one, S11 which runs it on an idle share of its own and brings the result home. What it claims at the end it
+has looked up on the nodes, not remembered.
 
     python examples/chain.py [--runtime podman] [--json FILE]
 """
@@ -12,6 +14,7 @@ share again. What it claims at the end it has looked up on the node, not remembe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -29,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from second_act import SecondAct
+from third_act import Site, ThirdAct
 
 from puhui.client import Centre, Refusal
-from puhui.local import local_centre
+from puhui.local import local_centres
 from puhui.rpc.channel import open_blocking_channel
-from puhui.v1.job_pb2 import JOB_STATE_SUCCEEDED, Job, JobEvent, JobSpec
+from puhui.v1.job_pb2 import JOB_STATE_SUCCEEDED, Job, JobEvent, JobSpec, PeerPolicy
 from puhui.v1.node_pb2 import RUNTIME_KIND_PODMAN, RuntimeKind
 from puhui.v1.node_service_pb2 import ListContainersRequest, ListSlicesRequest
 from puhui.v1.node_service_pb2_grpc import NodeServiceStub
@@ -41,6 +45,7 @@ from puhui.v1.prediction_pb2 import SIZING_ORIGIN_PREDICTION, PredictionTier
 
 HERE = Path(__file__).resolve().parent
 CARDS = "H100-80GB-SXM5:1,A100-80GB:1"
+PEER_CARDS = "A100-80GB:1"
 EXAMPLES = {
     "digits": ["train.py", "--epochs", "4"],
     "chargpt": ["train.py", "--batch-size", "12", "--steps", "20"],
@@ -212,9 +217,72 @@ def table(runs: list[Run]) -> Table:
     return result
 
 
+def spec(name: str, command: list[str]) -> JobSpec:
+    """Returns what is asked for: a job that stays in its centre."""
+    return JobSpec(name=name, command=command, peers=PeerPolicy(here_only=True))
+
+
+def open_site(stack: contextlib.ExitStack, name: str, address: str) -> Site:
+    """Opens connections to a centre and to its one node, which the stack closes."""
+    centre = stack.enter_context(Centre(address))
+    [node] = centre.nodes()
+    channel = open_blocking_channel(node.address)
+    stack.callback(channel.close)
+    return Site(name, node.id, centre, NodeServiceStub(channel))
+
+
+@dataclass
+class Played:
+    """What was seen of all acts."""
+
+    runs: list[Run]
+    steps: dict[str, Any]
+    leftover: dict[str, int]
+    nodes: list[dict[str, str]]
+    notices: list[str]
+
+
+def play(runtime: str, python: str, screen: Screen) -> Played:
+    """Plays all acts on two centres that are there for that long."""
+    with (
+        tempfile.TemporaryDirectory(prefix="puhui-demo-") as pulled,
+        local_centres([CARDS, PEER_CARDS], runtime) as addresses,
+        contextlib.ExitStack() as stack,
+    ):
+        here, there = (open_site(stack, name, address) for name, address in addresses.items())
+        centre, node = here.centre, here.node
+        [registered] = centre.nodes()
+        for site in (here, there):
+            screen.line("", site.name, f"serves at {site.centre.address}")
+        # Only the third act is to leave the centre.
+        runs = [
+            Run(name, centre.submit(spec(name, [python, *command]), HERE / name)) for name, command in EXAMPLES.items()
+        ]
+        followers = [Follower(centre, node, run, screen, Path(pulled)) for run in runs]
+        for follower in followers:
+            follower.start()
+        for follower in followers:
+            follower.join()
+        screen.line("", "act 2", "a session that does not use its card", style="bold")
+        act = SecondAct(centre, node, python, screen.line)
+        act.play()
+        act_steps = act.findings()
+        screen.line("", "act 3", f"{here.name} is full, and {there.name} has an idle card", style="bold")
+        borrowing = ThirdAct(here, there, python, Path(pulled), screen.line)
+        borrowing.play()
+        act_steps |= borrowing.findings()
+        leftover = {
+            "slices": len(here.slices()) + len(there.slices()),
+            "containers": len(here.containers()) + len(there.containers()),
+        }
+    steps = findings(runs, registered.inventory.runtime.kind, leftover) | act_steps
+    nodes = [{"centre": site.name, "node_id": site.node_id} for site in (here, there)]
+    return Played(runs, steps, leftover, nodes, list(registered.inventory.runtime.notices))
+
+
 def main() -> int:
     """Runs the chain. Returns 0 when every step happened and nothing is left over."""
-    parser = argparse.ArgumentParser("demo", description="Runs the whole chain on three pieces of model code.")
+    parser = argparse.ArgumentParser("demo", description="Runs the whole chain on emulated cards.")
     parser.add_argument("--runtime", choices=["podman", "process"], default="podman")
     parser.add_argument("--python", default="python3", help="interpreter, in the container or (process) on this host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened here")
@@ -224,51 +292,22 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False, soft_wrap=True)
     screen = Screen(console)
-    console.print(f"A centre with [bold]emulated[/] cards: {CARDS}. No GPU is used.")
+    console.print(f"Two centres with [bold]emulated[/] cards: {CARDS}, and {PEER_CARDS}. No GPU is used.")
     if options.runtime == "process":
         console.print("[bold red]process runtime: no containers, no isolation.[/] The lines above say what is missing.")
 
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="puhui-demo-") as pulled,
-            local_centre(CARDS, options.runtime) as address,
-            Centre(address) as centre,
-        ):
-            [registered] = centre.nodes()
-            node_channel = open_blocking_channel(registered.address)
-            node = NodeServiceStub(node_channel)
-            screen.line(
-                "", "centre", f"serves at {address}; its node has driver {registered.inventory.versions.driver}"
-            )
-            runs = [
-                Run(name, centre.submit(JobSpec(name=name, command=[options.python, *command]), HERE / name))
-                for name, command in EXAMPLES.items()
-            ]
-            followers = [Follower(centre, node, run, screen, Path(pulled)) for run in runs]
-            for follower in followers:
-                follower.start()
-            for follower in followers:
-                follower.join()
-            screen.line("", "act 2", "a session that does not use its card", style="bold")
-            act = SecondAct(centre, node, options.python, screen.line)
-            act.play()
-            act_steps = act.findings()
-            leftover = {
-                "slices": len(node.ListSlices(ListSlicesRequest(include_foreign=True)).slices),
-                "containers": len(node.ListContainers(ListContainersRequest()).containers),
-            }
-            runtime = registered.inventory.runtime
-            node_channel.close()
+        played = play(options.runtime, options.python, screen)
     except (Refusal, RuntimeError, TimeoutError, grpc.RpcError) as error:
         sys.exit(f"the chain broke: {error}")
     except KeyboardInterrupt:
         console.print("stopped; the jobs were cancelled, and nothing is left over")
         return 130
 
-    steps = findings(runs, runtime.kind, leftover) | act_steps
+    runs, steps, leftover = played.runs, played.steps, played.leftover
     console.print(table(runs))
     console.print(f"{leftover['slices']} slices, {leftover['containers']} containers left")
-    for notice in runtime.notices:
+    for notice in played.notices:
         console.print(f"[dim]note: {notice}[/]")
     if options.json:
         jobs = [
@@ -282,7 +321,7 @@ def main() -> int:
             }
             for run in runs
         ]
-        document = {"steps": steps, "jobs": jobs, "leftover": leftover, "emulated": True}
+        document = {"steps": steps, "jobs": jobs, "leftover": leftover, "nodes": played.nodes, "emulated": True}
         options.json.write_text(json.dumps(document, indent=2) + "\n")
     for run in runs:
         if run.problem:

@@ -1,4 +1,4 @@
-"""The demonstration, as `scripts/demo` runs it: three jobs on real rootless containers."""
+"""The demonstration, as `scripts/demo` runs it: all acts on real rootless containers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def containers() -> set[str]:
 
 @pytest.mark.podman
 @pytest.mark.timeout(300)
-def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> None:
+def test_the_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> None:
     report = tmp_path / "chain.json"
     done = subprocess.run(
         [sys.executable, str(CHAIN), "--json", str(report)], capture_output=True, text=True, check=False, timeout=280
@@ -32,7 +32,7 @@ def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     chain = json.loads(report.read_text())
     assert {name: step["ok"] for name, step in chain["steps"].items()} == dict.fromkeys(
-        ["S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8"], True
+        ["S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8", "S9", "S10", "S11"], True
     )
     # The second act: the same process, another card.
     given, back = chain["steps"]["S7"], chain["steps"]["S8"]
@@ -40,6 +40,29 @@ def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> N
     assert given["given_to"]["slice_uuid"] == given["slice_uuid"] == back["slice_uuid"]["before"]
     assert back["slice_uuid"]["after"] != back["slice_uuid"]["before"]
     assert back["gpu_index"]["after"] != back["gpu_index"]["before"]
+    # The third act: a full centre, a promise that was kept, and the peer's own view of what it ran.
+    full, sent, result = (chain["steps"][step] for step in ("S9", "S10", "S11"))
+    assert full["free"]["local"] == 0
+    assert full["free"]["local-2"] > 0
+    assert full["held"] == {"local": 2, "local-2": 0}
+    assert full["profile"] == sent["offer"]["profile"] == "1g.10gb"
+    assert sent["offer"]["offer_id"]
+    assert 0 <= sent["offer"]["promised_wait_s"] < 10
+    assert (sent["peer"], sent["attempts"]) == ("local-2", 1)
+    assert sent["job_id"] == sent["origin_job_id_at_peer"] != sent["peer_job_id"] != ""
+    assert sent["bundle_bytes"] > 0
+    times = sent["times_ms"]
+    assert times["forwarding"] <= times["forwarded"] <= times["container_started"] <= times["succeeded"]
+    assert (result["state"], result["exit_code"], result["emulated"]) == ("JOB_STATE_SUCCEEDED", 0, True)
+    assert result["slice_uuid"].startswith("MIG-")
+    assert result["node_id"] not in ("", *(one["node_id"] for one in chain["nodes"] if one["centre"] == "local"))
+    log = result["log_bytes"]
+    assert 0 < log["while_it_ran"] <= log["followed"] == log["here"] == log["at_peer"]
+    digest = result["artifacts"]["digest"]
+    assert digest["here"] == digest["at_peer"]
+    assert digest["here"].startswith("sha256:")
+    assert len(result["artifacts"]["files"]) == 2
+    assert result["left_at_peer"] == {"slices": 0, "containers": 0}
     assert chain["leftover"] == {"slices": 0, "containers": 0}
     assert chain["emulated"] is True
     assert [job["exit_code"] for job in chain["jobs"]] == [0, 0, 0]
@@ -48,6 +71,8 @@ def test_three_jobs_go_through_every_step_and_leave_nothing(tmp_path: Path) -> N
     # Podman itself is asked as well, not only the daemon that made them.
     ours = {container["container_id"] for container in chain["steps"]["S4"]["containers"].values()}
     assert len(ours) == 3
+    ours.add(result["container_id"])
+    assert len(ours) == 4
     assert not ours & containers()
     assert "0 slices, 0 containers left" in done.stdout
     assert "\x1b[" not in done.stdout, "colour codes off a terminal"
