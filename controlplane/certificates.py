@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -34,6 +36,15 @@ _VALID = datetime.timedelta(days=20 * 365)
 _SKEW = datetime.timedelta(days=2)
 _CURVE = ec.SECP256R1()
 _MOST_BYTES = 8192
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class InvalidCertificateError(ValueError):
@@ -166,7 +177,8 @@ def public_key_of(certificate: bytes) -> str:
     Raises:
         InvalidCertificateError: it is no certificate of a centre.
     """
-    key = _load(certificate).public_key()
+    with _readable():
+        key = _load(certificate).public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != _CURVE.name:
         raise InvalidCertificateError("the certificate's key is not on the curve P-256")
     point = key.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
@@ -189,15 +201,17 @@ def require_pinnable(certificate: bytes, centre_id: str) -> None:
     public_key_of(certificate)
     found, name = _load(certificate), name_of(centre_id)
     wanted = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    try:
+    with _readable():
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         is_leaf = not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        found.verify_directly_issued_by(found)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError, TypeError, InvalidSignature) as error:
-        raise InvalidCertificateError("the certificate is not what Puhui makes, signed with its own key") from error
+        is_named_so = found.subject == wanted and names.get_values_for_type(x509.DNSName) == [name]
+        try:
+            found.verify_directly_issued_by(found)
+        except InvalidSignature as error:
+            raise InvalidCertificateError("the certificate is not signed with its own key") from error
     if not is_leaf:
         raise InvalidCertificateError("the certificate could sign others, with which anybody might come")
-    if found.subject != wanted or names.get_values_for_type(x509.DNSName) != [name]:
+    if not is_named_so:
         raise InvalidCertificateError(f"the certificate is not that of {name}")
     at = datetime.datetime.now(datetime.UTC)
     if not found.not_valid_before_utc <= at < found.not_valid_after_utc:
@@ -236,10 +250,19 @@ def verify(public_key: str, signature: bytes, data: bytes) -> bool:
 def _load(certificate: bytes) -> x509.Certificate:
     if len(certificate) > _MOST_BYTES:
         raise InvalidCertificateError("the certificate is larger than any certificate of a centre")
-    try:
+    with _readable():
         return x509.load_der_x509_certificate(certificate)
-    except ValueError as error:
-        raise InvalidCertificateError(f"the certificate cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """Says in one way what cryptography says in many: parts of a certificate are read when they are asked for."""
+    try:
+        yield
+    except InvalidCertificateError:
+        raise
+    except _UNREADABLE as error:
+        raise InvalidCertificateError(f"the certificate cannot be read ({error})") from error
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
