@@ -31,6 +31,9 @@ of Weng et al., "Beware of Fragmentation", ATC 2023, it took 485 s."""
 
 _MOST_KEYS = 4096
 _MOST_DURATIONS = 64
+_MOST_STARTS = 33
+_FIRST_START_S = 1.0
+"""What a start is taken to last before one was seen."""
 _MOST_LOADED = 2000
 _MOST_READ = 256
 _FEWEST_ALIKE = 3
@@ -146,6 +149,12 @@ class Durations:
         self._store = store
         self._history = History()
         self._known: dict[str, _Known] = {}
+        self._starts: deque[float] = deque([_FIRST_START_S], maxlen=_MOST_STARTS)
+
+    @property
+    def start_s(self) -> float:
+        """From a reservation until its command runs, in seconds: the median of the last ones here."""
+        return statistics.median(self._starts)
 
     async def load(self) -> None:
         """Learns from the jobs that ended last."""
@@ -197,6 +206,8 @@ class Durations:
         last = job.attempts[-1]
         if last.HasField("start_time") and last.HasField("end_time"):
             self._history.learn(job.spec, max(0.0, moment(last.end_time) - moment(last.start_time)))
+        if last.HasField("start_time") and not last.peer:
+            self._starts.append(max(0.0, moment(last.start_time) - moment(last.reserve_time)))
 
     def of_share(self, key: AttemptKey, at: float) -> Estimate:
         """Returns for how long an attempt still holds its share.

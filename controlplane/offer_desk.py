@@ -189,7 +189,7 @@ class OfferDesk:
             accepted=True,
             offer_id=offer.id,
             expire_time=timestamp(offer.until),
-            expected_wait=duration(wait.seconds),
+            expected_wait=duration(wait.seconds + self._outlook.start_s),
             cost=self._cost,
             time=timestamp(self._clock.now()),
             longest_lease=duration(self._longest_lease_s),
