@@ -28,6 +28,7 @@ __all__ = [
     "pem_of",
     "public_key_of",
     "require_pinnable",
+    "require_self_signed",
     "sign",
     "verify",
 ]
@@ -205,10 +206,7 @@ def require_pinnable(certificate: bytes, centre_id: str) -> None:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         is_leaf = not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         is_named_so = found.subject == wanted and names.get_values_for_type(x509.DNSName) == [name]
-        try:
-            found.verify_directly_issued_by(found)
-        except InvalidSignature as error:
-            raise InvalidCertificateError("the certificate is not signed with its own key") from error
+    require_self_signed(certificate)
     if not is_leaf:
         raise InvalidCertificateError("the certificate could sign others, with which anybody might come")
     if not is_named_so:
@@ -216,6 +214,20 @@ def require_pinnable(certificate: bytes, centre_id: str) -> None:
     at = datetime.datetime.now(datetime.UTC)
     if not found.not_valid_before_utc <= at < found.not_valid_after_utc:
         raise InvalidCertificateError("the certificate holds no longer, or not yet; compare the clocks of both centres")
+
+
+def require_self_signed(certificate: bytes) -> None:
+    """Refuses a certificate (DER) that was changed after its own key had signed it, or was signed with another.
+
+    Raises:
+        InvalidCertificateError: it is one of these.
+    """
+    with _readable():
+        found = _load(certificate)
+        try:
+            found.verify_directly_issued_by(found)
+        except InvalidSignature as error:
+            raise InvalidCertificateError("the certificate is not signed with its own key") from error
 
 
 def pem_of(certificate: bytes) -> bytes:

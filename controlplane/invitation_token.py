@@ -13,9 +13,9 @@ from controlplane.certificates import (
     InvalidCertificateError,
     certificate_of_key,
     key_from_secret,
-    pem_of,
     public_key_of,
     require_pinnable,
+    require_self_signed,
 )
 from puhui.rpc.errors import Refusal
 from puhui.v1.peer_service_pb2 import PeerInvitation
@@ -69,7 +69,7 @@ def _require_whole(said: PeerInvitation) -> None:
         raise ValueError("parts of it are missing")
     try:
         require_pinnable(said.certificate, said.centre_id)
-        pem_of(said.key_certificate)
+        require_self_signed(said.key_certificate)
         of_key = public_key_of(certificate_of_key(key_from_secret(said.key), "of.the.key"))
     except InvalidCertificateError as error:
         raise ValueError(str(error)) from error

@@ -137,7 +137,8 @@ MakeSite = Callable[..., Any]
 
 @pytest.fixture
 async def make(tmp_path: Path) -> AsyncIterator[MakeSite]:
-    network, made = Network(), []
+    network = Network()
+    made: list[Site] = []
 
     async def site(name: str, address: str | None = None) -> Site:
         folder = tmp_path / str(len(made))
@@ -446,3 +447,4 @@ def test_a_letter_that_was_copied_wrongly_makes_nobody_else_a_peer(at: int, lett
         assert refusal.reason == "INVITATION_INVALID"  # noqa: PT017 - either is right
         return
     assert (said.certificate, said.centre_id, said.key) == (SAID.certificate, SAID.centre_id, SAID.key)
+    assert said.key_certificate == SAID.key_certificate
