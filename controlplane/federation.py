@@ -187,6 +187,7 @@ class Federation:
             received=leases.received,
             bundle_there=lambda bundle_id: inside.bundles.path(bundle_id).exists(),
             is_open=is_open,
+            start_s=lambda: self._durations.start_s,
         )
         hosting = Hosting(
             settings.centre,

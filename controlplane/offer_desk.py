@@ -98,6 +98,7 @@ class OfferDesk:
         received: number of attempts of a peer, by its name, that are here and have not ended.
         bundle_there: whether a bundle, by its id, is on disk here.
         is_open: whether a time, in seconds since the epoch, is within hours as terms write them.
+        start_s: from a share that is found until the command runs, in seconds.
         labels: what this centre's operator says of it; who requires another value of one is refused.
         most_bundle_bytes: the largest bundle that this centre takes from anybody.
         cost: what work costs here, against the origin's own 1.
@@ -115,6 +116,7 @@ class OfferDesk:
         received: Callable[[str], int],
         bundle_there: Callable[[str], bool],
         is_open: Callable[[str, float], bool] = is_open,
+        start_s: Callable[[], float] = lambda: 0.0,
         labels: Mapping[str, str] = _NO_LABELS,
         most_bundle_bytes: int = 2**33,
         cost: float = 1.0,
@@ -129,6 +131,7 @@ class OfferDesk:
         self._received = received
         self._bundle_there = bundle_there
         self._is_open = is_open
+        self._start_s = start_s
         self._labels = labels
         self._most_bundle_bytes = most_bundle_bytes
         self._cost = cost
@@ -189,7 +192,7 @@ class OfferDesk:
             accepted=True,
             offer_id=offer.id,
             expire_time=timestamp(offer.until),
-            expected_wait=duration(wait.seconds + self._outlook.start_s),
+            expected_wait=duration(wait.seconds + self._start_s()),
             cost=self._cost,
             time=timestamp(self._clock.now()),
             longest_lease=duration(self._longest_lease_s),
