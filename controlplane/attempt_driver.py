@@ -30,11 +30,11 @@ from controlplane.store import Store
 from controlplane.surroundings import Surroundings
 from controlplane.usage_of import usage_of
 from controlplane.wants import Wants
-from controlplane.workload import container_request
+from controlplane.workload import container_request, stop_request
 from controlplane.workspace_carrier import WorkspaceCarrier
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, seconds
-from puhui.v1 import card_pb2, job_pb2, node_pb2, node_service_pb2
+from puhui.v1 import card_pb2, job_pb2, node_pb2
 
 __all__ = ["AttemptDriver"]
 
@@ -398,11 +398,8 @@ class AttemptDriver:
         return True
 
     async def _stop_command(self) -> None:
-        request = node_service_pb2.StopContainerRequest(owner=self.owner, request_id=self.request_id("stop"))
-        grace_s = _DEFAULT_GRACE_S
-        if self._record.job.spec.HasField("stop_grace"):
-            request.grace.CopyFrom(self._record.job.spec.stop_grace)
-            grace_s = seconds(request.grace)
+        request = stop_request(self._record.job, self.owner, self.request_id("stop"))
+        grace_s = seconds(request.grace) if request.HasField("grace") else _DEFAULT_GRACE_S
         try:
             async with asyncio.timeout(grace_s + self._around.release_patience_s):
                 container = await self._asker.ask(lambda client: client.stop_container(request))

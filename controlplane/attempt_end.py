@@ -20,9 +20,10 @@ from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.records import Reservation
 from controlplane.share_driver import Driven
 from controlplane.surroundings import Surroundings
+from controlplane.workload import stop_request
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
-from puhui.v1 import card_pb2, node_service_pb2
+from puhui.v1 import card_pb2, node_pb2, node_service_pb2
 
 __all__ = ["AttemptEnd", "Told"]
 
@@ -150,15 +151,30 @@ class AttemptEnd:
         """Collects what was not collected, then releases everything, however long it takes."""
         tries = 0
         while True:
-            await self._collect(patient=True)
-            if self._driven.record.carry_from:
-                await self._forget_former()
             try:
+                await self._stop()
+                await self._collect(patient=True)
+                if self._driven.record.carry_from:
+                    await self._forget_former()
                 return await self.release(give_up=False)
             except Refusal as refusal:
                 tries += 1
                 _log.warning("the share cannot be released yet", job=self._driven.record.id, why=refusal.message)
                 await asyncio.sleep(retry_delay_s(tries))
+
+    async def _stop(self) -> None:
+        """Ends the command, whose log would else never end: its node may not have heard that its end was asked for.
+
+        Raises:
+            Refusal: the node cannot do it now.
+        """
+        owner, job = self._driven.owner, self._driven.record.job
+        container = self._driven.link.containers.get((owner.job_id, owner.attempt))
+        exited = container is not None and container.state == node_pb2.CONTAINER_STATE_EXITED
+        if not self._cancel.is_set() or not self._driven.attempt.container_id or exited:
+            return
+        request = stop_request(job, owner, self._driven.request_id("stop"))
+        await self._gone(lambda client: client.stop_container(request), "CONTAINER_NOT_FOUND", give_up=False)
 
     async def release(self, *, give_up: bool) -> list[Told]:
         """Removes the container and destroys the slice, whatever of them there is. Returns what happened.
@@ -224,7 +240,7 @@ class AttemptEnd:
             await discard_warm(self._driven, self._driven.record.take_over)
         return await self._find_slice(give_up)
 
-    async def _gone(self, call: Callable[[NodeClient], Awaitable[None]], absent: str, give_up: bool) -> None:
+    async def _gone(self, call: Callable[[NodeClient], Awaitable[object]], absent: str, give_up: bool) -> None:
         try:
             await self._driven.asker.ask(call, give_up=give_up)
         except Refusal as refusal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from controlplane.idle_policy import watch_of
 from puhui.v1 import card_pb2, job_pb2, node_service_pb2
 
-__all__ = ["container_request"]
+__all__ = ["container_request", "stop_request"]
 
 # Stays until it is told to end, in every image with a shell, and ends at once then.
 _STAY = ["sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done"]
@@ -55,4 +55,14 @@ def container_request(
         request.max_duration.CopyFrom(spec.max_duration)
     if spec.HasField("stop_grace"):
         request.stop_grace.CopyFrom(spec.stop_grace)
+    return request
+
+
+def stop_request(
+    job: job_pb2.Job, owner: card_pb2.AttemptRef, request_id: str
+) -> node_service_pb2.StopContainerRequest:
+    """Returns the request for the end of the command of `job`."""
+    request = node_service_pb2.StopContainerRequest(owner=owner, request_id=request_id)
+    if job.spec.HasField("stop_grace"):
+        request.grace.CopyFrom(job.spec.stop_grace)
     return request
