@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 
 import structlog
 
@@ -40,10 +41,18 @@ class GuestLeases:
         clock: this centre's lease clock.
         lasting: carries an end through.
         keep_s: results are kept for so long after their end, in seconds.
+        wall: seconds since the epoch.
     """
 
     def __init__(
-        self, store: Store, results: Results, cancelling: Cancelling, clock: Clock, lasting: Lasting, keep_s: float
+        self,
+        store: Store,
+        results: Results,
+        cancelling: Cancelling,
+        clock: Clock,
+        lasting: Lasting,
+        keep_s: float,
+        wall: Callable[[], float] = now,
     ) -> None:
         self._store = store
         self._results = results
@@ -51,6 +60,7 @@ class GuestLeases:
         self._clock = clock
         self._lasting = lasting
         self._keep_s = keep_s
+        self._wall = wall
         self._received = Counter[str]()
 
     def received(self, peer: str) -> int:
@@ -104,7 +114,7 @@ class GuestLeases:
         await self._lasting.do(self._cancelling.end(guest.job_id, why, reason="LEASE_EXPIRED"))
 
     async def _forget_old(self) -> None:
-        for guest in await self._store.old_guests(now() - self._keep_s):
+        for guest in await self._store.old_guests(self._wall() - self._keep_s):
             record = await self._store.job(guest.job_id) if guest.job_id else None
             if record is not None:
                 for number in range(1, len(record.job.attempts) + 1):

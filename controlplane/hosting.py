@@ -46,9 +46,6 @@ _LOOK_S = 1.0
 _NODE_ENDS_S = 5.0
 """After a lease has run out, its node has killed what ran within this time."""
 _MOST_EVENTS = 100
-_SILENT_S = 30.0
-_UPLOAD_S = 600.0
-"""A bundle must have come within this time: whoever sends it waits no longer either."""
 _USAGE_CHANGES = frozenset({"RECLAIMED", "RESUMED", "SLICE_DESTROYED", "RUN_ENDED"})
 
 
@@ -96,6 +93,8 @@ class Hosting:
         lasting: carries through what was begun for a peer that has gone.
         longest_lease_s: the longest lease that is given, in seconds.
         leases: told of every guest that comes.
+        silent_s: who sends nothing for so long in the middle of a request is not waited for, in seconds.
+        upload_s: a bundle must have come within this time, in seconds.
     """
 
     def __init__(
@@ -116,6 +115,8 @@ class Hosting:
         lasting: Lasting,
         longest_lease_s: float,
         leases: GuestLeases,
+        silent_s: float = 30.0,
+        upload_s: float = 600.0,
     ) -> None:
         self._centre = centre
         self._centre_id = centre_id
@@ -133,6 +134,8 @@ class Hosting:
         self._lasting = lasting
         self._longest_lease_s = longest_lease_s
         self._leases = leases
+        self._silent_s = silent_s
+        self._upload_s = upload_s
 
     # -- binding
 
@@ -175,10 +178,10 @@ class Hosting:
         job = job_of(self._centre, peer.record, header, spec, policy, wanted, geometries)
         self._desk.take(header.offer_id, peer.record.name, header.origin)
         try:
-            async with asyncio.timeout(_UPLOAD_S):
+            async with asyncio.timeout(self._upload_s):
                 await self._bundle(peer, header.bundle, messages, count)
         except TimeoutError as error:
-            raise _stalled(f"the bundle has not come within {_UPLOAD_S:.0f} s") from error
+            raise _stalled(f"the bundle has not come within {self._upload_s:.0f} s") from error
         bound = await self._lasting.do(self._keep(job, wanted))
         self._desk.settle(peer.record.name, header.origin)
         return self._answer(bound)
@@ -249,10 +252,10 @@ class Hosting:
 
     async def _next(self, messages: AsyncIterator[wire.ForwardJobRequest]) -> wire.ForwardJobRequest | None:
         try:
-            async with asyncio.timeout(_SILENT_S):
+            async with asyncio.timeout(self._silent_s):
                 return await anext(messages, None)
         except TimeoutError as error:
-            raise _stalled(f"nothing has come for {_SILENT_S:.0f} s") from error
+            raise _stalled(f"nothing has come for {self._silent_s:.0f} s") from error
 
     async def _keep(self, made: tuple[JobRecord, list[job_pb2.JobEvent]], wanted: GuestRecord) -> GuestRecord:
         bound: list[GuestRecord] = []
