@@ -37,6 +37,17 @@ _VALID = datetime.timedelta(days=20 * 365)
 _SKEW = datetime.timedelta(days=2)
 _CURVE = ec.SECP256R1()
 _MOST_BYTES = 8192
+_SIGNS_HANDSHAKES = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
 _UNREADABLE = (
     ValueError,
     TypeError,
@@ -148,8 +159,9 @@ def certificate_of_key(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
         .not_valid_before(at - _SKEW)
         .not_valid_after(at + _VALID)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        # It signs no others: a peer cannot let anybody else in.
+        # It signs no others: a peer cannot let anybody else in. Of what is pinned, TLS looks at the key's usage alone.
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_SIGNS_HANDSHAKES, critical=True)
         .sign(key, hashes.SHA256())
     )
     return made.public_bytes(serialization.Encoding.DER)
@@ -204,10 +216,11 @@ def require_pinnable(certificate: bytes, centre_id: str) -> None:
     wanted = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     with _readable():
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        is_leaf = not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        is_ca = found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        usage = found.extensions.get_extension_for_class(x509.KeyUsage).value
         is_named_so = found.subject == wanted and names.get_values_for_type(x509.DNSName) == [name]
     require_self_signed(certificate)
-    if not is_leaf:
+    if is_ca or usage != _SIGNS_HANDSHAKES:
         raise InvalidCertificateError("the certificate could sign others, with which anybody might come")
     if not is_named_so:
         raise InvalidCertificateError(f"the certificate is not that of {name}")

@@ -35,6 +35,7 @@ def made(
     *,
     subject: str = "",
     ca: bool = False,
+    signs_others: bool = False,
     key: ec.EllipticCurvePrivateKey | None = None,
     signer: ec.EllipticCurvePrivateKey | None = None,
     days: tuple[int, int] = (-1, 1),
@@ -53,6 +54,20 @@ def made(
         .not_valid_after(at + datetime.timedelta(days=days[1]))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=True,
+                key_cert_sign=signs_others,
+                content_commitment=False,
+                key_encipherment=False,
+                data_encipherment=False,
+                key_agreement=False,
+                crl_sign=False,
+                encipher_only=False,
+                decipher_only=False,
+            ),
+            critical=True,
+        )
     )
     return builder.sign(signer or key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
@@ -125,6 +140,8 @@ def test_only_what_a_centre_makes_for_itself_may_be_pinned() -> None:
     for why, certificate in wrong.items():
         with pytest.raises(InvalidCertificateError, match=why):
             require_pinnable(certificate, HERE)
+    with pytest.raises(InvalidCertificateError, match="could sign others"):
+        require_pinnable(made(signs_others=True), HERE)
     # The name by which TLS looks for whom it trusts is the subject's.
     with pytest.raises(InvalidCertificateError, match="not that of"):
         require_pinnable(made(subject=name_of(THERE)), HERE)
