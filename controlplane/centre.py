@@ -15,6 +15,7 @@ import structlog
 from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.cancelling import Cancelling
+from controlplane.carried_calls import CarriedJobService
 from controlplane.federation import Federation, Inside
 from controlplane.fleet_service import FleetService
 from controlplane.idempotency import KEPT_S
@@ -189,14 +190,15 @@ class Centre:
             Resumption(store, feed, centre._lasting),
             federation.why_here,
         )
+        everywhere = CarriedJobService(settings.centre, job_service, store, feed, federation.reach)
         centre._server = server = RpcServer(settings.listen)
-        server.add("puhui.v1.JobService", add_JobServiceServicer_to_server, job_service)
+        server.add("puhui.v1.JobService", add_JobServiceServicer_to_server, everywhere)
         server.add(
             "puhui.v1.FleetService",
             add_FleetServiceServicer_to_server,
             FleetService(settings.centre, store, nodes, scheduler, pages),
         )
-        inside = Inside(feed, bundles, results, logs, centre._attempts, cancelling, centre._lasting, job_service)
+        inside = Inside(feed, bundles, results, logs, centre._attempts, cancelling, centre._lasting, everywhere)
         await federation.join(inside, server)
         port = await server.start()
         centre.address = settings.listen if not port else f"{settings.listen.rpartition(':')[0]}:{port}"

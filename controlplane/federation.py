@@ -11,6 +11,7 @@ from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.call_carrier import CallCarrier
 from controlplane.cancelling import Cancelling
+from controlplane.carried_calls import CarriedJobService
 from controlplane.certificates import CentreIdentity
 from controlplane.durations import Durations
 from controlplane.federation_service import FederationService
@@ -18,7 +19,6 @@ from controlplane.forwarder import Forwarder
 from controlplane.guest_leases import GuestLeases
 from controlplane.hosting import Hosting
 from controlplane.idle_policy import CentrePolicy
-from controlplane.job_service import JobService
 from controlplane.lasting import Lasting
 from controlplane.log_reader import LogReader
 from controlplane.nodes import Nodes
@@ -96,7 +96,7 @@ class Inside:
     attempts: Attempts
     cancelling: Cancelling
     lasting: Lasting
-    jobs: JobService
+    jobs: CarriedJobService
 
 
 class Federation:

@@ -225,7 +225,10 @@ class PeerDriver:
                         record, event = transition(record, one, now())
                         events.append(event)
                 ended = (AllEnded(now()),) if over else ()
-                return Change(record, tuple(events), forward=after, usage=ended, usage_there=tuple(usage_there))
+                runs = tuple(record.job.runs) if events and self.is_newest(record) else ()
+                return Change(
+                    record, tuple(events), forward=after, runs=runs, usage=ended, usage_there=tuple(usage_there)
+                )
 
             self._record = await self._patient_store(decide)
             # What the peer has told meanwhile is not stored: an older reading is as true.

@@ -94,6 +94,8 @@ class Runs:
     async def take_up(self) -> None:
         """Goes on with the runs that were under way when the last control plane ended."""
         for record in await self._store.unfinished_jobs():
+            if record.job.attempts and record.attempt.peer:
+                continue  # its peer looks after them
             for run in record.job.runs:
                 if run.HasField("end_time"):
                     continue

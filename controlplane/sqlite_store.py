@@ -152,7 +152,7 @@ class SqliteStore:
             for run in change.runs:
                 db.execute(
                     "insert into runs (id, job_id, start, body) values (?, ?, ?, ?) "
-                    "on conflict (id) do update set body = excluded.body",
+                    "on conflict (id) do update set body = excluded.body where job_id = excluded.job_id",
                     [
                         run.id,
                         job_id,

@@ -7,6 +7,7 @@ from pathlib import Path
 from puhui.v1 import job_pb2
 from puhui.v1 import job_service_pb2 as wire
 from tests.integration.federation.neighbourhood import neighbour, pair
+from tests.unit.controlplane.centres import eventually
 
 
 async def test_what_does_not_fit_here_runs_there_and_comes_home(tmp_path: Path) -> None:
@@ -51,3 +52,36 @@ async def test_output_is_followed_through_the_origin_while_it_is_written(tmp_pat
         await there.node.exit(guest.id, 0)
         assert [part.chunk.data async for part in follow] == []
         await here.ended(job_id)
+
+
+async def test_runs_are_carried_to_a_session_at_a_peer(tmp_path: Path) -> None:
+    async with neighbour("a", tmp_path) as here, neighbour("b", tmp_path) as there:
+        await pair(here, there)
+        await here.fill()
+        job_id = await here.submit(name="guest", kind=job_pb2.JOB_KIND_SESSION)
+        guest = await there.guest("guest")
+        await here.until(job_id, job_pb2.JOB_STATE_RUNNING)
+        start = wire.RunStart(job_id=job_id, command=["echo", job_id], request_id="run-1")
+        call = here.jobs.RunJob(wait_for_ready=True, timeout=30)
+        await call.write(wire.RunJobRequest(start=start))
+        await eventually(lambda: bool(there.node.commands))
+        command = there.node.commands[0]
+        assert list(command.start.command) == ["echo", job_id]
+        await command.write(b"hello\n")
+        await command.end(3)
+        await call.done_writing()
+        answers = [answer async for answer in call]
+        runs = [answer.run for answer in answers if answer.HasField("run")]
+        assert {(run.job_id, run.attempt) for run in runs} <= {(job_id, 0), (job_id, 1)}
+        assert b"".join(answer.output.data for answer in answers) == b"hello\n"
+        assert [answer.exit_code for answer in answers if answer.HasField("exit_code")] == [3]
+        listed = (await here.jobs.ListRuns(wire.ListRunsRequest(job_id=job_id))).runs
+        assert [(run.job_id, run.exit_code) for run in listed] == [(job_id, 3)]
+        explained = await here.jobs.ExplainJob(wire.ExplainJobRequest(job_id=job_id))
+        assert explained.message.startswith("at peer b: ")
+        await here.cancel(job_id)
+        await here.ended(job_id)
+        await there.ended(guest.id)
+        # What ran there is known here also when the peer is asked no longer.
+        listed = (await here.jobs.ListRuns(wire.ListRunsRequest(job_id=job_id))).runs
+        assert [(run.job_id, run.exit_code) for run in listed] == [(job_id, 3)]
