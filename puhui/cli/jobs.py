@@ -108,6 +108,9 @@ def show_jobs(jobs: list[job_pb2.Job]) -> None:
     moment_s = now()
     headings = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
     rows = [_row(job, moment_s) for job in jobs]
+    if any(map(_where, jobs)):
+        headings = (*headings, "PEER")
+        rows = [(*row, _where(job)) for row, job in zip(rows, jobs, strict=True)]
     shown = table(*headings, right=("AGE", "TIME", "EXIT"))
     # A name may be longer than the line; everything else is short, and must not be cut.
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
@@ -150,6 +153,13 @@ def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
         _ran(job, now_s),
         str(job.exit_code) if job.HasField("exit_code") else "-",
     )
+
+
+def _where(job: job_pb2.Job) -> str:
+    """Returns at which peer a job is, or from which it came; "" for one that is this centre's own business."""
+    there = f"at {job.attempts[-1].peer}" if job.attempts and job.attempts[-1].peer else ""
+    came = f"of {job.guest.peer}" if job.HasField("guest") else ""
+    return ", ".join(filter(None, (came, there)))
 
 
 def _wanted(job: job_pb2.Job) -> str:
@@ -201,21 +211,36 @@ def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
         )
     if job.sizing.reason:
         facts.append(("slice", readable(job.sizing.reason)))
-    for attempt in job.attempts:
-        code = f", exit code {attempt.exit_code}" if attempt.HasField("exit_code") else ""
-        released = ", released" if attempt.HasField("release_time") else ""
-        facts.append(
-            (
-                f"attempt {attempt.number}",
-                f"{attempt.profile} {short_uuid(attempt.slice_uuid)} on GPU {attempt.gpu_index}, "
-                f"{card_name(attempt.gpu_model, attempt.emulated)}, {memory_slices(attempt.placement)}, "
-                f"node {attempt.node_id}, {attempt.runtime} {attempt.container_id[:12]}{code}{released}",
-            )
-        )
+    if job.HasField("guest"):
+        guest = job.guest
+        facts.append(("sent by", f"peer {guest.peer}, where it is attempt {guest.attempt} of job {guest.job_id}"))
+    facts += [(f"attempt {attempt.number}", _attempt(attempt)) for attempt in job.attempts]
     facts += share_facts(job, now_s)
     if job.state in FINAL_STATES:
         facts.append(("output", size(job.log_size_bytes)))
     return facts
+
+
+def _attempt(attempt: job_pb2.Attempt) -> str:
+    """Returns where an attempt was, and what became of it."""
+    where = f"node {attempt.node_id}" if not attempt.peer else f"peer {attempt.peer}"
+    if attempt.peer_job_id:
+        where += f" (job {attempt.peer_job_id} there)"
+    parts = [where]
+    if attempt.slice_uuid:
+        card = card_name(attempt.gpu_model, attempt.emulated)
+        place = memory_slices(attempt.placement)
+        share = f"{attempt.profile} {short_uuid(attempt.slice_uuid)} on GPU {attempt.gpu_index}"
+        parts = [share, card, place, where]
+    elif attempt.profile:
+        parts = [attempt.profile, where]
+    if attempt.container_id:
+        parts.append(f"{attempt.runtime} {attempt.container_id[:12]}")
+    if attempt.HasField("exit_code"):
+        parts.append(f"exit code {attempt.exit_code}")
+    if attempt.HasField("release_time"):
+        parts.append("released")
+    return ", ".join(parts)
 
 
 def _wait(

@@ -19,6 +19,12 @@ def tell(update: WatchJobResponse) -> list[tuple[str, str]]:
     """Returns what to say about one event: lines, each a label and a text."""
     if update.event.state in FINAL_STATES:
         return []  # `tell_end` says it
+    if update.event.peer:
+        return [(label, f"[{update.event.peer}] {text}") for label, text in _tell(update)]
+    return _tell(update)
+
+
+def _tell(update: WatchJobResponse) -> list[tuple[str, str]]:
     teller = _TELLERS.get(update.event.reason)
     if teller is not None:
         return teller(update.job, update.event)
@@ -138,6 +144,14 @@ _TELLERS: dict[str, Callable[[job_pb2.Job, job_pb2.JobEvent], list[tuple[str, st
     "MOVES": lambda job, event: [("moving", event.message)],
     "WORKSPACE_CARRIED": lambda job, event: [("workspace", event.message)],
     "WARM_SLICE_DROPPED": lambda job, event: [("destroyed", event.message)],
+    "FORWARDING": lambda job, event: [("forwarding", event.message)],
+    "FORWARDED": lambda job, event: [("forwarded", event.message)],
+    "PEER_OUT_OF_CONTACT": lambda job, event: [("no contact", event.message)],
+    "PEER_IN_CONTACT": lambda job, event: [("in contact", event.message)],
+    "BROUGHT_BACK": lambda job, event: [("back", event.message)],
+    "PEER_ENDED": lambda job, event: [("coming", event.message)],
+    "LATE_RESULT": lambda job, event: [("late", event.message)],
+    "LATE_RESULT_KEPT": lambda job, event: [("late", event.message)],
     "RUN_ASKED": lambda job, event: [("run", event.message)],
     "RUN_STARTED": lambda job, event: [],
     "RUN_ENDED": lambda job, event: [("run", event.message)],
