@@ -106,7 +106,7 @@ def _ps(
 def show_jobs(jobs: list[job_pb2.Job]) -> None:
     """Writes a table of jobs, with why they wait below those that do."""
     moment_s = now()
-    headings = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
+    headings: tuple[str, ...] = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
     rows = [_row(job, moment_s) for job in jobs]
     if any(map(_where, jobs)):
         headings = (*headings, "PEER")
@@ -157,7 +157,7 @@ def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
 
 def _where(job: job_pb2.Job) -> str:
     """Returns at which peer a job is, or from which it came; "" for one that is this centre's own business."""
-    there = f"at {job.attempts[-1].peer}" if job.attempts and job.attempts[-1].peer else ""
+    there = job.attempts[-1].peer if job.attempts else ""
     came = f"of {job.guest.peer}" if job.HasField("guest") else ""
     return ", ".join(filter(None, (came, there)))
 
