@@ -20,6 +20,7 @@ __all__ = ["Carrier", "FederationService", "Offers"]
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _T = TypeVar("_T")
+_LEAST_BYTES = 1024
 
 
 class Offers(Protocol):
@@ -142,7 +143,8 @@ class FederationService(FederationServiceServicer):
         self, peer: Peer, requests: AsyncIterator[wire.CallForwardedJobRequest]
     ) -> AsyncIterator[wire.CallForwardedJobRequest]:
         async for request in requests:
-            self._limits.bytes(peer.record, len(request.message))
+            # Nothing costs something, too.
+            self._limits.bytes(peer.record, max(_LEAST_BYTES, request.ByteSize()))
             yield request
 
     async def ExchangeCapacity(  # noqa: N802

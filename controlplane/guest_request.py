@@ -23,6 +23,7 @@ __all__ = ["digest_of_header", "invalid", "job_of", "require_allowed", "spec_her
 _MOST_VISITED = 16
 _MOST_HOPS = 8
 _MOST_ID = 64
+_MOST_HEADER = 2**20
 _MOST_MIB = 2**40
 _MOST_PREDICTION = 64 * 2**10
 _MOST_ELAPSED_S = 86400.0
@@ -42,6 +43,8 @@ def require_allowed(centre_id: str, peer: PeerRecord, header: wire.ForwardHeader
         )
     if centre_id in header.visited_centres:
         raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "FORWARDING_LOOP", "this job has been at this centre before")
+    if header.ByteSize() > _MOST_HEADER:
+        raise invalid("HEADER_INVALID", "a header is at most 1 MiB long")
     visited = header.visited_centres
     too_long = any(len(one) > _MOST_ID for one in visited)
     if not 0 < len(visited) <= _MOST_VISITED or too_long or header.hops_left > _MOST_HOPS:
