@@ -20,6 +20,7 @@ from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import age, size, span
 from puhui.rpc.moment import moment, seconds
 from puhui.rpc.quantities import parse_duration, parse_size
+from puhui.v1.federation_service_pb2 import CapacitySummary
 from puhui.v1.peer_service_pb2 import Peer, PeerTerms
 
 __all__ = ["TermsOptions", "add_commands"]
@@ -216,11 +217,16 @@ def _row(peer: Peer, now_s: float) -> list[str | Text]:
         contact,
         f"{seconds(peer.round_trip) / _MILLISECOND:.1f} ms" if peer.HasField("round_trip") else "-",
         f"{size(peer.bytes_per_second)}/s" if peer.bytes_per_second else "-",
-        best.profile if best is not None else "none" if peer.in_contact else "?",
+        _count_of(best) if best is not None else "none" if peer.in_contact else "?",
         str(peer.queued_jobs) if peer.in_contact else "?",
         str(peer.sent),
         str(peer.received),
     ]
+
+
+def _count_of(slices: CapacitySummary) -> str:
+    idle = f"{slices.idle} idle" if slices.idle else ""
+    return f"{slices.free} x {slices.profile}" + (f" + {idle}" if idle else "")
 
 
 def _memory_of(profile: str) -> int:
@@ -275,7 +281,7 @@ def _invite(options: InviteOptions) -> None:
     if terminal().as_json:
         terminal().json(made)
         return
-    terminal().text(made.token)
+    terminal().text(made.token + "\n")
     left_s = moment(made.expire_time) - time.time()
     terminal().note(f"for one centre, within {span(left_s)}; there: puhui peers add TOKEN")
 
