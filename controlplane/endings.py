@@ -33,6 +33,12 @@ CONTAINER_LOST = Ending(
 def ending_of(container: node_pb2.Container) -> Ending:
     """Returns how a job ends whose command ended like this."""
     code = container.exit_code
+    if container.lease_expired:
+        return Ending(
+            JOB_STATE_CANCELLED,
+            "LEASE_EXPIRED",
+            "its lease ran out at its node, which had not been told that its origin still wants it, so it was ended",
+        )
     if container.timed_out:
         return Ending(
             JOB_STATE_FAILED,

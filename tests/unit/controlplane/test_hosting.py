@@ -535,6 +535,16 @@ async def test_it_is_stopped_before_its_lease_is_over(here: Host) -> None:
     assert [one async for one in watched][-1].job.reason == "LEASE_EXPIRED"
 
 
+async def test_one_that_its_node_has_ended_alone_has_no_result(here: Host) -> None:
+    """The node was out of contact with this control plane for as long as the lease, though its origin renewed it."""
+    job_id = (await here.bind(here.header())).remote_job_id
+    await here.until(job_id, RUNNING)
+    here.node.containers[job_id, 1].lease_expired = True
+    await here.node.exit(job_id, 137)
+    record = await here.until(job_id, job_pb2.JOB_STATE_CANCELLED)
+    assert record.job.reason == "LEASE_EXPIRED", "its origin may run it elsewhere: it has not failed by itself"
+
+
 async def test_one_that_waits_is_ended_too(here: Host) -> None:
     whole = {"resources": job_pb2.Resources(profile="7g.80gb")}
     await here.until((await here.bind(here.header(spec=whole), who=peer("c"))).remote_job_id, RUNNING)
