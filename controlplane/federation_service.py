@@ -76,9 +76,13 @@ class FederationService(FederationServiceServicer):
         with self._limits.stream(peer.record):
             async with contextlib.aclosing(responses):
                 async for response in responses:
-                    if self._peers.by_certificate(peer.record.certificate) is None:
-                        raise unknown_peer()  # work with it was ended meanwhile
+                    self._require_still(peer)
                     yield response
+
+    def _require_still(self, peer: Peer) -> None:
+        """Refuses a peer with which work was ended meanwhile."""
+        if self._peers.by_certificate(peer.record.certificate) is None:
+            raise unknown_peer()
 
     async def GetOffer(self, request: wire.GetOfferRequest, context: _Context) -> wire.GetOfferResponse:  # noqa: N802 - named by the contract
         """Says what this centre would do."""
@@ -91,7 +95,10 @@ class FederationService(FederationServiceServicer):
         peer = self._let_in(context)
         with self._limits.stream(peer.record):
             return await self._hosting.bind(
-                peer, request_iterator, lambda count: self._limits.bytes(peer.record, count)
+                peer,
+                request_iterator,
+                lambda count: self._limits.bytes(peer.record, count),
+                lambda: self._require_still(peer),
             )
 
     async def WatchForwardedJob(  # noqa: N802

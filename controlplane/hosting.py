@@ -140,7 +140,11 @@ class Hosting:
     # -- binding
 
     async def bind(
-        self, peer: Peer, parts: AsyncIterator[wire.ForwardJobRequest], count: Callable[[int], None]
+        self,
+        peer: Peer,
+        parts: AsyncIterator[wire.ForwardJobRequest],
+        count: Callable[[int], None],
+        require_peer: Callable[[], None],
     ) -> wire.ForwardJobResponse:
         """Binds an attempt, or finds what it was bound to before.
 
@@ -148,6 +152,7 @@ class Hosting:
             peer: whose it is.
             parts: its header, then its bundle.
             count: told of the bytes that come; refuses when they are too many.
+            require_peer: refuses when it is a peer no longer: an upload takes its time.
 
         Raises:
             Refusal: it is not bound, and, unless it was before, nothing of it is here.
@@ -182,7 +187,7 @@ class Hosting:
                 await self._bundle(peer, header.bundle, messages, count)
         except TimeoutError as error:
             raise _stalled(f"the bundle has not come within {self._upload_s:.0f} s") from error
-        bound = await self._lasting.do(self._keep(job, wanted))
+        bound = await self._lasting.do(self._keep(job, wanted, require_peer))
         self._desk.settle(peer.record.name, header.origin)
         return self._answer(bound)
 
@@ -257,13 +262,19 @@ class Hosting:
         except TimeoutError as error:
             raise _stalled(f"nothing has come for {self._silent_s:.0f} s") from error
 
-    async def _keep(self, made: tuple[JobRecord, list[job_pb2.JobEvent]], wanted: GuestRecord) -> GuestRecord:
+    async def _keep(
+        self,
+        made: tuple[JobRecord, list[job_pb2.JobEvent]],
+        wanted: GuestRecord,
+        require_peer: Callable[[], None],
+    ) -> GuestRecord:
         bound: list[GuestRecord] = []
 
         def decide(known: GuestRecord | None) -> GuestRecord:
             bound.append(self._bound(known, wanted))
             return bound[-1]
 
+        require_peer()
         stored = await self._store.add_job(*made, guest=decide)
         if stored.id == wanted.job_id:
             self._leases.came(wanted.peer)

@@ -131,7 +131,7 @@ class Host:
             for part in parts:
                 yield part
 
-        return await self.hosting.bind(who or peer(), stream(), self.counted.append)
+        return await self.hosting.bind(who or peer(), stream(), self.counted.append, lambda: None)
 
     async def job(self, job_id: str) -> JobRecord:
         record = await self.store.job(job_id)

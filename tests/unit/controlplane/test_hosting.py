@@ -267,7 +267,20 @@ async def test_who_is_over_its_bytes_is_cut_off(here: Host) -> None:
             yield part
 
     with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "PEER_BYTES"):
-        await here.hosting.bind(peer(), stream(), count)
+        await here.hosting.bind(peer(), stream(), count, lambda: None)
+    assert await here.store.unfinished_jobs() == []
+
+
+async def test_who_is_a_peer_no_longer_when_the_bundle_has_come_binds_nothing(here: Host) -> None:
+    def gone() -> None:
+        raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "PEER_UNKNOWN", "work with you was ended")
+
+    async def stream() -> AsyncIterator[wire.ForwardJobRequest]:
+        for part in parts_of(here.header()):
+            yield part
+
+    with refused(grpc.StatusCode.UNAUTHENTICATED, "PEER_UNKNOWN"):
+        await here.hosting.bind(peer(), stream(), here.counted.append, gone)
     assert await here.store.unfinished_jobs() == []
 
 
@@ -283,14 +296,14 @@ async def test_who_falls_silent_or_dawdles_is_not_waited_for(tmp_path: Path) -> 
 
             with refused(*stalled):
                 only_header = [next(parts_of(here.header()))]
-                await here.hosting.bind(peer(), stream(only_header), here.counted.append)
+                await here.hosting.bind(peer(), stream(only_header), here.counted.append, lambda: None)
             with refused(*stalled):
                 some = list(parts_of(here.header()))[:3]
-                await here.hosting.bind(peer(), stream(some), here.counted.append)
+                await here.hosting.bind(peer(), stream(some), here.counted.append, lambda: None)
             assert await here.store.guests() == []
     async with host(tmp_path / "here", silent_s=0.05) as here:
         with refused(*stalled):
-            await here.hosting.bind(peer(), stream([]), here.counted.append)
+            await here.hosting.bind(peer(), stream([]), here.counted.append, lambda: None)
 
 
 async def test_what_is_not_known_of_a_newer_version_is_dropped(here: Host) -> None:
