@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import grpc
 
@@ -21,6 +19,7 @@ from controlplane.fleet import Geometry
 from controlplane.guest_leases import GuestLeases
 from controlplane.guest_request import digest_of_header, invalid, job_of, require_allowed, spec_here
 from controlplane.guest_telling import told_event, told_job
+from controlplane.guest_upload import Desk, GuestUploads
 from controlplane.guests import GuestKey, GuestRecord, bind, cancel, renew, require_command
 from controlplane.idle_policy import CentrePolicy, resolve
 from controlplane.jobs import FINAL_STATES
@@ -36,10 +35,10 @@ from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
 from puhui.rpc.moment import moment, now, timestamp
-from puhui.v1 import card_pb2, job_pb2, job_service_pb2, stream_pb2
+from puhui.v1 import card_pb2, job_pb2, job_service_pb2
 from puhui.v1 import federation_service_pb2 as wire
 
-__all__ = ["Desk", "Hosting"]
+__all__ = ["Hosting"]
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LOOK_S = 1.0
@@ -47,30 +46,6 @@ _NODE_ENDS_S = 5.0
 """After a lease has run out, its node has killed what ran within this time."""
 _MOST_EVENTS = 100
 _USAGE_CHANGES = frozenset({"RECLAIMED", "RESUMED", "SLICE_DESTROYED", "RUN_ENDED"})
-
-
-class Desk(Protocol):
-    """Who gave the offers; `OfferDesk` is one."""
-
-    def take(self, offer_id: str, peer: str, origin: card_pb2.AttemptRef) -> None:
-        """Takes an offer. Raises a Refusal, FAILED_PRECONDITION with OFFER_EXPIRED."""
-
-    def settle(self, peer: str, origin: card_pb2.AttemptRef) -> None:
-        """Ends the promises for an attempt."""
-
-    def note_bundle(self, peer: str, bundle_id: str) -> None:
-        """Notes that a peer has sent a bundle."""
-
-    def has_sent(self, peer: str, bundle_id: str) -> bool:
-        """Whether a peer has sent a bundle that is here still."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A message of an upload, as `Bundles.receive` reads it."""
-
-    header: stream_pb2.BundleHeader
-    chunk: bytes
 
 
 class Hosting:
@@ -122,7 +97,6 @@ class Hosting:
         self._centre_id = centre_id
         self._store = store
         self._feed = feed
-        self._bundles = bundles
         self._results = results
         self._logs = logs
         self._desk = desk
@@ -134,8 +108,7 @@ class Hosting:
         self._lasting = lasting
         self._longest_lease_s = longest_lease_s
         self._leases = leases
-        self._silent_s = silent_s
-        self._upload_s = upload_s
+        self._uploads = GuestUploads(bundles, desk, silent_s, upload_s)
 
     # -- binding
 
@@ -158,7 +131,7 @@ class Hosting:
             Refusal: it is not bound, and, unless it was before, nothing of it is here.
         """
         messages = aiter(parts)
-        first = await self._next(messages)
+        first = await self._uploads.next(messages)
         if first is None or first.WhichOneof("part") != "header":
             raise invalid("HEADER_MISSING", "the first message says what is forwarded")
         header = wire.ForwardHeader()
@@ -182,11 +155,7 @@ class Hosting:
         require_offered(spec.resources, geometries)
         job = job_of(self._centre, peer.record, header, spec, policy, wanted, geometries)
         self._desk.take(header.offer_id, peer.record.name, header.origin)
-        try:
-            async with asyncio.timeout(self._upload_s):
-                await self._bundle(peer, header.bundle, messages, count)
-        except TimeoutError as error:
-            raise _stalled(f"the bundle has not come within {self._upload_s:.0f} s") from error
+        await self._uploads.bundle(peer.record, header.bundle, messages, count)
         bound = await self._lasting.do(self._keep(job, wanted, require_peer))
         self._desk.settle(peer.record.name, header.origin)
         return self._answer(bound)
@@ -205,62 +174,6 @@ class Hosting:
             lease_expire_time=timestamp(guest.lease_end),
             time=timestamp(self._clock.now()),
         )
-
-    async def _bundle(
-        self,
-        peer: Peer,
-        header: stream_pb2.BundleHeader,
-        messages: AsyncIterator[wire.ForwardJobRequest],
-        count: Callable[[int], None],
-    ) -> None:
-        """Receives the bundle, if there is one. One that this peer has sent before need not come again."""
-        if not header.bundle_id:
-            return
-        name = peer.record.name
-        most = peer.record.terms.most_bundle_bytes
-        if most and header.size_bytes > most:
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "BUNDLE_TOO_LARGE",
-                f"bundles of at most {most} bytes are taken from {name}",
-                limit_bytes=str(most),
-            )
-        second = await self._next(messages)
-        if second is None:
-            # Never one that somebody else has sent: to know its name is not to have it.
-            if not self._desk.has_sent(name, header.bundle_id):
-                raise Refusal(
-                    grpc.StatusCode.NOT_FOUND,
-                    "BUNDLE_NOT_FOUND",
-                    "you have not sent this bundle, or it is here no longer; send it behind the header",
-                )
-            await self._bundles.require(header.bundle_id)
-            return
-        await self._bundles.receive(self._upload(header, second, messages, count), prove=True)
-        self._desk.note_bundle(name, header.bundle_id)
-
-    async def _upload(
-        self,
-        header: stream_pb2.BundleHeader,
-        second: wire.ForwardJobRequest,
-        messages: AsyncIterator[wire.ForwardJobRequest],
-        count: Callable[[int], None],
-    ) -> AsyncGenerator[_Part, None]:
-        yield _Part(header, b"")
-        message: wire.ForwardJobRequest | None = second
-        while message is not None:
-            if message.WhichOneof("part") != "chunk":
-                raise invalid("HEADER_MISSING", "the header comes once, and first")
-            count(len(message.chunk))
-            yield _Part(stream_pb2.BundleHeader(), message.chunk)
-            message = await self._next(messages)
-
-    async def _next(self, messages: AsyncIterator[wire.ForwardJobRequest]) -> wire.ForwardJobRequest | None:
-        try:
-            async with asyncio.timeout(self._silent_s):
-                return await anext(messages, None)
-        except TimeoutError as error:
-            raise _stalled(f"nothing has come for {self._silent_s:.0f} s") from error
 
     async def _keep(
         self,
@@ -451,7 +364,3 @@ class Hosting:
                 yield wire.GetForwardedArtifactsResponse(manifest=part.manifest)
             else:
                 yield wire.GetForwardedArtifactsResponse(chunk=part.chunk)
-
-
-def _stalled(message: str) -> Refusal:
-    return Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "UPLOAD_STALLED", f"{message}; try again")
