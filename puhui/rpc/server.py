@@ -38,16 +38,28 @@ _OPTIONS = [
     # Two daemons on one port would share its calls at random; the second must fail instead.
     ("grpc.so_reuseport", 0),
 ]
-# Who calls from another centre may be hostile, or broken.
-_TO_STRANGERS = [
-    ("grpc.max_concurrent_streams", MOST_STREAMS_OF_A_CONNECTION),
-    ("grpc.max_metadata_size", 16 * 1024),
-    ("grpc.server_handshake_timeout_ms", 10_000),
-    # A peer that is gone without a word is noticed, whoever of the two speaks.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 5),
-]
+
+
+def _to_strangers(tls: MutualTls) -> list[tuple[str, int]]:
+    """Returns the options of a server that is called from other centres, by whoever finds the way."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        # A header is 1 MiB at most, and so is a chunk.
+        ("grpc.max_receive_message_length", 2 * 2**20),
+        ("grpc.max_metadata_size", 16 * 1024),
+        ("grpc.max_concurrent_streams", MOST_STREAMS_OF_A_CONNECTION),
+        # Those that have not shown a certificate yet are counted, too, and have 10 s for it.
+        ("grpc.max_allowed_incoming_connections", tls.most_connections),
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.max_connection_idle_ms", 600_000),
+        # A peer that is gone without a word is noticed, whoever of the two speaks.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 5),
+        ("grpc.so_reuseport", 0),
+    ]
 
 
 class RpcServer:
@@ -78,7 +90,7 @@ class RpcServer:
             require_address(address)
         self._address = address
         self._tls = tls
-        options = _OPTIONS if tls is None else [*_OPTIONS, *_TO_STRANGERS]
+        options = _OPTIONS if tls is None else _to_strangers(tls)
         self._server = grpc.aio.server(interceptors=[_Refusals()], options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._names: list[str] = []

@@ -21,6 +21,10 @@ class MutualTls:
     pins: Callable[[], Sequence[bytes]]
     """Returns the certificates (PEM) of those who may come in now. Asked at every handshake, from any thread."""
 
+    most_connections: int = 512
+    """So many connections may be open at once, of all together. Those that are too many are closed, so that they use
+    up nothing that the rest of the program needs."""
+
     def credentials(self) -> grpc.ServerCredentials:
         """Returns them for a gRPC server. Who is not pinned does not get past the handshake."""
         return grpc.dynamic_ssl_server_credentials(self._now(), self._now, require_client_authentication=True)
