@@ -395,7 +395,7 @@ def _said_there(refusal: Refusal, said: peer_service_pb2.PeerInvitation) -> Refu
     """Returns what the operator here is told about a refusal of the inviting centre, or about its silence."""
     text = plain_text(refusal.message, 300)
     if refusal.reason != "UNKNOWN":
-        return Refusal(refusal.code, refusal.reason, text)
+        return Refusal(refusal.code, plain_text(refusal.reason, 64), text)
     return Refusal(
         refusal.code,
         "PEER_UNREACHABLE",

@@ -24,12 +24,12 @@ from controlplane.records import PeerRecord
 from controlplane.store import Store
 from puhui.rpc.channel import open_pinned_channel
 from puhui.rpc.errors import Refusal
-from puhui.rpc.moment import now, timestamp
+from puhui.rpc.moment import now, seconds, timestamp
 from puhui.rpc.tls import Pinned
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1.peer_service_pb2 import PeerTerms
 
-__all__ = ["Peer", "Peers", "Summary", "connect"]
+__all__ = ["Peer", "Peers", "Summary", "connect", "is_news"]
 
 _log = structlog.get_logger(__name__)
 
@@ -39,10 +39,32 @@ _SILENT_S = 60.0
 _WORDS_A_SECOND, _WORDS_AT_ONCE = 5.0, 20.0
 """A peer that tells its capacity more often than that is broken, or hostile."""
 _PING_EVERY_S = 60.0
+_WAIT_NEWS_S, _WAIT_NEWS = 5.0, 0.1
+"""A wait is news when it differs by more than this, and more than this part of it."""
 _STEADY_S = 30.0
 
 Summary = tuple[Sequence[wire.CapacitySummary], int, bool]
 """(capacity by profile, jobs that wait, whether cards are emulated)."""
+
+
+def is_news(last: Summary, newest: Summary) -> bool:
+    """Returns whether peers that know one summary need to be told another.
+
+    A wait that differs by little is none: it does so all the time, and would be told every second to every peer.
+    """
+    if last[1] != newest[1] or len(last[0]) != len(newest[0]):
+        return True
+    return any(_differ(before, after) for before, after in zip(last[0], newest[0], strict=True))
+
+
+def _differ(before: wire.CapacitySummary, after: wire.CapacitySummary) -> bool:
+    named, counted = ("gpu_model", "profile"), ("free", "idle")
+    if any(getattr(before, field) != getattr(after, field) for field in (*named, *counted)):
+        return True
+    if before.HasField("expected_wait") != after.HasField("expected_wait"):
+        return True
+    known, real = seconds(before.expected_wait), seconds(after.expected_wait)
+    return abs(known - real) > max(_WAIT_NEWS_S, _WAIT_NEWS * known)
 
 
 def connect(identity: CentreIdentity, address: str, certificate: bytes, centre_id: str) -> PeerClient:
@@ -273,7 +295,7 @@ class Peers:
             due = loop.time() + _AT_LEAST_EVERY_S * random.uniform(0.8, 1.0)  # noqa: S311
             while (left_s := due - loop.time()) > 0:
                 await asyncio.sleep(min(left_s, _SOON_S * random.uniform(0.8, 1.2)))  # noqa: S311
-                if self._summary()[:2] != last[:2]:
+                if is_news(last, self._summary()):
                     break
 
     async def exchange(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from controlplane.certificates import CentreIdentity, key_from_secret, new_secret
 from controlplane.peer import ASSUMED_BYTES_PER_SECOND, ASSUMED_ROUND_TRIP_S, Peer, sound_capacity
 from controlplane.peer_client import PeerClient
-from controlplane.peers import Peers
+from controlplane.peers import Peers, Summary, is_news
 from controlplane.records import PeerRecord
 from controlplane.sqlite_store import SqliteStore
 from controlplane.watch import Feed
@@ -252,6 +252,19 @@ async def test_who_tells_without_end_is_cut_off(here: Here) -> None:
     with pytest.raises(Refusal) as caught:
         await ended(here.peers.exchange(peer, telling(*words)))
     assert caught.value.reason == "PEER_RATE"
+
+
+def test_what_is_no_news_is_not_told() -> None:
+    def told(wait_s: float | None = 100.0, queued: int = 1, **fields: Any) -> Summary:
+        wait = duration(wait_s) if wait_s is not None else None
+        return [CapacitySummary(gpu_model="H", profile="1g.10gb", expected_wait=wait, **fields)], queued, False
+
+    assert not is_news(told(), told())
+    assert not is_news(told(), told(91.0))  # it waits 9 s less, 9 s later
+    assert not is_news(told(0.0), told(4.0))
+    for other in (told(89.0), told(None), told(queued=2), told(free=1), told(idle=1), ([], 1, False)):
+        assert is_news(told(), other)
+        assert is_news(other, told())
 
 
 summaries = st.builds(
