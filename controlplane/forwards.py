@@ -97,12 +97,16 @@ def rebooted(forward: ForwardRecord, boot: str, at: float) -> ForwardRecord:
 def lease_to_ask(forward: ForwardRecord, at: float, lease_s: float) -> float:
     """Returns until when to ask, on the peer's lease clock.
 
+    However often this is asked for, a peer that is not heard of gets no more than a lease and a third from when it was
+    last heard of. Otherwise what is stored before each request would grow for ever, and the job would never come back.
+
     Args:
         forward: the forward.
         at: now, on this centre's lease clock.
         lease_s: length of the lease, in seconds.
     """
-    return max(forward.lease_end, forward.peer_time + (at - forward.read_at) + lease_s)
+    since_s = min(at - forward.read_at, lease_s / 3)
+    return max(forward.lease_end, forward.peer_time + since_s + lease_s)
 
 
 def is_surely_over(forward: ForwardRecord, at: float, margin_s: float) -> bool:

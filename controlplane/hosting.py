@@ -260,7 +260,9 @@ class Hosting:
             return True  # its command has ended: only its share is held still
         held = any(one.job_id == guest.job_id and not one.is_warm for one in await self._store.reservations())
         known = await self._store.guest(guest.key) or guest
-        return not held or self._clock.now() > known.lease_end + _NODE_ENDS_S
+        # After a reboot this clock may be ahead of the node's: only the node's own word counts then.
+        over = known.boot == self._clock.boot and self._clock.now() > known.lease_end + _NODE_ENDS_S
+        return not held or over
 
     async def _require(self, guest: GuestRecord) -> JobRecord:
         record = await self._store.job(guest.job_id)
