@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from controlplane.carried_methods import CARRIED, Method, exchange, ours
+from controlplane.guest_telling import tell_answer, told_text
 from controlplane.guests import GuestRecord, require_command
 from controlplane.store import Store
 from puhui.rpc.errors import Refusal
 from puhui.v1 import federation_service_pb2 as wire
 
-__all__ = ["CallCarrier"]
+__all__ = ["CallCarrier", "CarriedContext"]
+
+
+class CarriedContext:
+    """What a method may ask of its call when that was carried here. It ends when the call is closed or cancelled."""
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
+        """Refuses the call."""
+        raise Refusal(code, "REFUSED", details)
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        """Returns what came with the call beside its messages: nothing, as no peer speaks for people here."""
+        return ()
 
 
 class CallCarrier:
@@ -59,14 +72,15 @@ class CallCarrier:
         try:
             async with contextlib.aclosing(self._called(method, messages)) as responses:
                 async for response in responses:
+                    tell_answer(response, guest.job_id)
                     exchange(response, guest.job_id, guest.origin_job, guest.attempt)
                     yield wire.CallForwardedJobResponse(message=response.SerializeToString())
         except Refusal as refusal:
-            refusal.message = refusal.message.replace(guest.job_id, guest.origin_job)
-            raise
+            raise _told(refusal, guest) from refusal
 
     async def _called(self, method: Method, messages: AsyncGenerator[Message, None]) -> AsyncGenerator[Message, None]:
-        """Calls the method here. It is given no context: it must not need more of its caller than the messages."""
+        """Calls the method here."""
+        context = CarriedContext()
         call: Any = getattr(self._jobs, method.name)
         async with contextlib.aclosing(messages):
             request: Any = messages
@@ -75,9 +89,9 @@ class CallCarrier:
                 if request is None:
                     raise _invalid("MESSAGE_INVALID", "the request is missing")
             if not method.streams_responses:
-                yield await call(request, None)
+                yield await call(request, context)
                 return
-            async with contextlib.aclosing(call(request, None)) as responses:
+            async with contextlib.aclosing(call(request, context)) as responses:
                 async for response in responses:
                     yield response
 
@@ -100,6 +114,16 @@ async def _messages(
         message.DiscardUnknownFields()
         ours(peer, guest.job_id, message)
         yield message
+
+
+def _told(refusal: Refusal, guest: GuestRecord) -> Refusal:
+    """Returns a refusal as the guest's origin is told of it."""
+
+    def told(text: str) -> str:
+        return told_text(text, guest.job_id).replace(guest.job_id, guest.origin_job)
+
+    metadata = {key: told(value) for key, value in refusal.metadata.items()}
+    return Refusal(refusal.code, refusal.reason, told(refusal.message), retry_after_s=refusal.retry_after_s, **metadata)
 
 
 def _invalid(reason: str, message: str) -> Refusal:

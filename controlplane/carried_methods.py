@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf import descriptor, message_factory
 from google.protobuf.message import Message
 
-from puhui.v1 import job_service_pb2
+from puhui.v1 import job_pb2, job_service_pb2
 
-__all__ = ["CARRIED", "LOCAL", "Method", "exchange", "job_id_of", "ours"]
+__all__ = ["CARRIED", "LOCAL", "Method", "exchange", "job_id_of", "ours", "request_id_of", "speaks_only_of"]
 
 LOCAL = frozenset({"GetJob", "WatchJob", "CancelJob", "ReadLogs", "GetArtifacts"})
 """Calls about one job that the origin answers itself, also while the peer is away: it has mirrored what they tell, or
 has a call of its own for it."""
 
-_MOST_REQUEST_ID = 128
+_MOST_REQUEST_ID = 64
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,45 @@ def ours(peer: str, job_id: str, request: Message) -> None:
     """Makes a peer's request one of this centre. Changes it in place.
 
     Args:
-        peer: name of the peer; its request ids become such as nobody else here can have used.
+        peer: name of the peer; its request ids become such as nobody else here has.
         job_id: the job that it has here, which is meant whatever was named.
         request: a request message.
     """
-    for one in (request, *_parts(request)):
+    for one in _within(request):
         if _has(one, "job_id"):
             one.job_id = job_id
         if _has(one, "attempt"):
             one.ClearField("attempt")
-        given = getattr(one, "request_id", "")
-        if given:
-            name = f"{peer}/{given}"
-            if len(name) > _MOST_REQUEST_ID:
-                name = f"{peer}/{hashlib.sha256(given.encode()).hexdigest()}"
-            one.request_id = name
+        if _has(one, "request_id") and one.request_id:
+            one.request_id = request_id_of(peer, one.request_id)
+
+
+def request_id_of(peer: str, given: str) -> str:
+    """Returns the request id under which this centre remembers a peer's; too long when the given one is."""
+    name = f"{peer}/{given}"
+    if len(name) <= _MOST_REQUEST_ID or len(given) > _MOST_REQUEST_ID:
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def speaks_only_of(job_id: str, response: Message) -> bool:
+    """Returns whether a response names no other job than this one, in no field that is for ids of jobs."""
+    return all(
+        named in ("", job_id)
+        for one in _within(response)
+        for named in ([one.job_id] if _has(one, "job_id") else [one.id] if isinstance(one, job_pb2.Job) else [])
+    )
+
+
+def _within(message: Any) -> Iterator[Any]:
+    """Yields a message and every message in it."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if _is_map(field):
+            inner = value.values() if field.message_type.fields_by_name["value"].message_type is not None else ()
+        else:
+            inner = value if field.is_repeated else (value,)
+        for one in inner:
+            yield from _within(one)
