@@ -41,6 +41,8 @@ class Peer:
     profiles: Sequence[wire.CapacitySummary] = ()
     """Its capacity, as of its last word."""
     queued_jobs: int = 0
+    emulated: bool = False
+    """Emulated cards are among them."""
     last_contact: float = 0.0
     """In seconds since the epoch; 0 when it was never heard of."""
     asked: int = 0
@@ -128,6 +130,7 @@ class Peer:
     def told(self, said: wire.ExchangeCapacityRequest | wire.ExchangeCapacityResponse) -> bool:
         """This is its newest word about its capacity. Returns whether that is another one."""
         profiles = sound_capacity(said.profiles)
+        self.emulated = said.emulated
         news = (profiles, said.queued_jobs) != (list(self.profiles), self.queued_jobs)
         self.profiles, self.queued_jobs = profiles, said.queued_jobs
         return news
@@ -169,6 +172,7 @@ class Peer:
             bytes_per_second=self.bytes_per_second if record.bytes_per_second else 0.0,
             profiles=self.profiles,
             queued_jobs=self.queued_jobs,
+            emulated=self.emulated,
             sent=sent,
             received=received,
             offers_asked=self.asked,

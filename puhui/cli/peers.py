@@ -238,6 +238,8 @@ def _memory_of(profile: str) -> int:
 def _notes(peer: Peer) -> list[str]:
     """Returns what else there is to say of a peer."""
     said = [peer.message] if peer.message and not peer.in_contact else []
+    if peer.emulated:
+        said.append("cards there are emulated")
     if peer.offers_asked:
         refused = f"; the last refusal was {peer.last_refusal}" if peer.last_refusal else ""
         said.append(f"made {peer.offers_accepted} offers of {peer.offers_asked} that were asked for{refused}")

@@ -204,6 +204,7 @@ class Peer(_message.Message):
     LAST_REFUSAL_FIELD_NUMBER: _builtins.int
     BROKEN_PROMISE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name by which this centre knows it."""
     centre_id: _builtins.str
@@ -230,6 +231,8 @@ class Peer(_message.Message):
     """Of those, accepted by it."""
     last_refusal: _builtins.str
     """Why it refused the last offer that it refused; empty when it has refused none."""
+    emulated: _builtins.bool
+    """Emulated cards are among those of its last word."""
     @_builtins.property
     def terms(self) -> Global___PeerTerms:
         """What is agreed."""
@@ -276,10 +279,11 @@ class Peer(_message.Message):
         last_refusal: _builtins.str = ...,
         broken_promise: _duration_pb2.Duration | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        emulated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["broken_promise", b"broken_promise", "create_time", b"create_time", "last_contact_time", b"last_contact_time", "round_trip", b"round_trip", "terms", b"terms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "broken_promise", b"broken_promise", "bytes_per_second", b"bytes_per_second", "centre_id", b"centre_id", "create_time", b"create_time", "fingerprint", b"fingerprint", "in_contact", b"in_contact", "last_contact_time", b"last_contact_time", "last_refusal", b"last_refusal", "message", b"message", "name", b"name", "offers_accepted", b"offers_accepted", "offers_asked", b"offers_asked", "profiles", b"profiles", "queued_jobs", b"queued_jobs", "received", b"received", "round_trip", b"round_trip", "sent", b"sent", "terms", b"terms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "broken_promise", b"broken_promise", "bytes_per_second", b"bytes_per_second", "centre_id", b"centre_id", "create_time", b"create_time", "emulated", b"emulated", "fingerprint", b"fingerprint", "in_contact", b"in_contact", "last_contact_time", b"last_contact_time", "last_refusal", b"last_refusal", "message", b"message", "name", b"name", "offers_accepted", b"offers_accepted", "offers_asked", b"offers_asked", "profiles", b"profiles", "queued_jobs", b"queued_jobs", "received", b"received", "round_trip", b"round_trip", "sent", b"sent", "terms", b"terms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

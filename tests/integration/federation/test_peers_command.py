@@ -50,7 +50,7 @@ async def test_two_operators_make_their_centres_peers_agree_and_part(tmp_path: P
         assert (await there.known())["a"]["terms"]["most_sent"] == 5
         listed = await here("list")
         shown = " ".join((listed.out + listed.err).split())
-        for word in ("PEER", "bee", "in contact", "1 x 7g.80gb", "nothing is taken", "region=eu"):
+        for word in ("PEER", "bee", "in contact", "1 x 7g.80gb", "nothing is taken", "region=eu", "emulated"):
             assert word in shown, shown
 
         # Only what is named changes.

@@ -224,12 +224,13 @@ async def ended(exchange: AsyncGenerator[ExchangeCapacityResponse, None]) -> Non
 
 async def test_who_tells_its_capacity_is_told_ours(here: Here) -> None:
     peer = await here.peers.add(record(address=""))
-    words = [ExchangeCapacityRequest(sequence=number, queued_jobs=number) for number in (2, 1)]
+    words = [ExchangeCapacityRequest(sequence=number, queued_jobs=number, emulated=True) for number in (2, 1)]
     exchange = here.peers.exchange(peer, telling(*words))
     answer = await anext(exchange)
     assert (answer.centre, answer.queued_jobs, list(answer.profiles)) == ("a", 2, [SLICES])
     assert answer.emulated
     await eventually(lambda: peer.queued_jobs == 2)
+    assert peer.described(0, 0).emulated
     assert peer.described(0, 0).HasField("last_contact_time")
     await exchange.aclose()
 
