@@ -12,7 +12,7 @@ from dataclasses import replace
 from controlplane import happenings as h
 from controlplane.draft import MOST_SHARES, Draft, IllegalTransition, since_ms
 from controlplane.endings import Ending, cancelled
-from puhui.rpc.moment import moment
+from puhui.rpc.moment import moment, timestamp
 from puhui.v1 import job_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -89,6 +89,10 @@ def forwarding(draft: Draft, it: h.Forwarding) -> None:
     attempt = draft.job.attempts[-1]
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = attempt.peer
+    for run in draft.job.runs:
+        if not run.HasField("end_time"):
+            run.end_time.CopyFrom(timestamp(draft.at))
+            run.message = f"the session went to peer {attempt.peer} before it began, and it with it"
     card = f", {attempt.profile} of a {attempt.gpu_model}" if attempt.profile else ""
     draft.tell(
         "FORWARDING",

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from controlplane.carried_methods import CARRIED, Method, job_id_of
-from controlplane.forwards import ForwardRecord, ForwardStage
+from controlplane.carried_run import run_there
+from controlplane.forwards import ForwardStage
 from controlplane.job_service import JobService
-from controlplane.peer_client import is_away
-from controlplane.peer_request import origin_of
+from controlplane.peer_call import AtPeer, call_there, unreachable
 from controlplane.peer_results import invalid_answer
-from controlplane.reach import KnownPeer, Reach
+from controlplane.reach import Reach
+from controlplane.runs import WENT_TO_PEER
 from controlplane.store import Store
 from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
-from puhui.v1 import federation_service_pb2 as wire
-from puhui.v1 import job_service_pb2
+from puhui.v1 import job_pb2, job_service_pb2
+from puhui.v1 import job_service_pb2 as wire
 
 __all__ = ["CarriedJobService"]
 
-_RETRY_S = 1.0
-_BOUND_S = 30.0
+_MIRRORED_S = 5.0
 _THERE = frozenset({ForwardStage.BOUND, ForwardStage.ENDING})
-
-
-@dataclass(frozen=True)
-class _Away:
-    """A job that is at a peer."""
-
-    forward: ForwardRecord
-    peer: KnownPeer
+_NAMES = [method.name for method in job_service_pb2.DESCRIPTOR.services_by_name["JobService"].methods]
 
 
 class CarriedJobService:
@@ -62,123 +53,160 @@ class CarriedJobService:
 
     def _routed(self, method: Method) -> Callable[[Any, Any], Any]:
         """Returns what serves a method, here or at a peer."""
+        if method.name == "RunJob":
+            return self._run
+        if method.name == "ExplainJob":
+            return self._explain
         if method.streams_responses:
+            return lambda request, context: self._stream(method, request, context)
+        return lambda request, context: self._single(method, request, context)
 
-            async def stream(request: Any, context: Any) -> AsyncIterator[Message]:
-                first, requests = await _first(method, request)
-                away = await self._away(job_id_of(first)) if first is not None else None
-                if away is not None:
-                    answers = self._carry(method, away, requests)
-                else:
-                    answers = getattr(self._here, method.name)(requests, context)
-                async with contextlib.aclosing(answers):
-                    async for response in answers:
-                        yield response
+    async def _single(self, method: Method, request: Any, context: Any) -> Message:
+        first, requests = await _begun(method, request)
+        there = await self._at_peer(job_id_of(first)) if first is not None else None
+        if there is None:
+            answer: Message = await getattr(self._here, method.name)(requests, context)
+            return answer
+        messages = requests if method.streams_requests else _once(request)
+        async with contextlib.aclosing(call_there(self._centre, method, there, messages)) as answers:
+            async for response in answers:
+                await self._as_here(there, response, context)
+                return response
+        raise invalid_answer("answers a call with nothing")
 
-            return stream
+    async def _stream(self, method: Method, request: Any, context: Any) -> AsyncIterator[Message]:
+        first, requests = await _begun(method, request)
+        there = await self._at_peer(job_id_of(first)) if first is not None else None
+        if there is None:
+            answers = getattr(self._here, method.name)(requests, context)
+        else:
+            messages = requests if method.streams_requests else _once(request)
+            answers = call_there(self._centre, method, there, messages)
+        async with contextlib.aclosing(answers):
+            async for response in answers:
+                yield response
 
-        async def single(request: Any, context: Any) -> Message:
-            away = await self._away(job_id_of(request))
-            if away is None:
-                answer: Message = await getattr(self._here, method.name)(request, context)
-                return answer
-            async with contextlib.aclosing(self._carry(method, away, request)) as answers:
+    async def _explain(self, request: wire.ExplainJobRequest, context: Any) -> wire.ExplainJobResponse:
+        """Says why a job waits. While its peer is away, what is known here."""
+        there = await self._at_peer(request.job_id)
+        if there is None:
+            return await self._here.ExplainJob(request, context)
+        name = there.forward.peer
+        try:
+            async with contextlib.aclosing(
+                call_there(self._centre, CARRIED["ExplainJob"], there, _once(request))
+            ) as answers:
                 async for response in answers:
-                    return _shown(method, away, response)
+                    if isinstance(response, wire.ExplainJobResponse):
+                        response.message = f"at peer {name}: {response.message}"
+                        return response
             raise invalid_answer("answers a call with nothing")
+        except Refusal as refusal:
+            if refusal.reason != "PEER_UNREACHABLE":
+                raise
+        known = await self._here.ExplainJob(request, context)
+        known.message = f"peer {name} is out of contact; what was last heard of it: {known.message}"
+        return known
 
-        return single
+    async def _run(
+        self, requests: AsyncIterator[wire.RunJobRequest], context: Any
+    ) -> AsyncIterator[wire.RunJobResponse]:
+        """Carries out a run instruction, here or at a peer; also when its session goes there while it waits."""
+        messages = aiter(requests)
+        first = await anext(messages, None)
+        job_id = job_id_of(first) if first is not None else ""
+        told = False
+        while True:
+            there = await self._arrived(job_id)
+            if there is None or first is None:
+                answers: Any = self._here.RunJob(_after(first, messages), context)
+            else:
+                answers = run_there(
+                    self._centre, CARRIED["RunJob"], there, first.start, messages, lambda: self._at_peer(job_id)
+                )
+            try:
+                async with contextlib.aclosing(answers):
+                    async for answer in answers:
+                        accepted = answer.HasField("run") and not answer.run.HasField("start_time")
+                        if not (accepted and told):
+                            yield answer
+                        told = told or accepted
+                return
+            except Refusal as refusal:
+                if there is not None or refusal.reason != WENT_TO_PEER:
+                    raise
 
-    async def _away(self, job_id: str) -> _Away | None:
-        """Returns where a job is when that is at a peer; None when it is here, or nowhere.
+    async def _at_peer(self, job_id: str) -> AtPeer | None:
+        """Returns where a job is when that is at a peer, which has bound it; None otherwise.
 
         Raises:
-            Refusal: UNAVAILABLE with PEER_UNREACHABLE: it has not arrived there yet, or the peer is gone.
+            Refusal: UNAVAILABLE with PEER_UNREACHABLE: work with the peer was ended.
         """
-        with self._feed.watching(job_id) as news, contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_BOUND_S):
+        record = await self._store.job(job_id) if job_id else None
+        if record is None or not record.job.attempts or not record.attempt.peer:
+            return None
+        forward = await self._store.forward(job_id, record.attempt.number)
+        if forward is None or forward.stage not in _THERE:
+            return None
+        peer = self._reach.peers.get(forward.peer)
+        if peer is None:
+            raise unreachable(forward.peer, "is no peer of this centre any longer")
+        return AtPeer(forward, peer)
+
+    async def _arrived(self, job_id: str) -> AtPeer | None:
+        """Waits while a job is on its way to a peer; then as `_at_peer`."""
+        with self._feed.watching(job_id) as news:
+            while True:
+                news.clear()
+                there = await self._at_peer(job_id)
+                if there is not None or not await self._is_on_its_way(job_id):
+                    return there
+                await news.wait()
+
+    async def _is_on_its_way(self, job_id: str) -> bool:
+        record = await self._store.job(job_id) if job_id else None
+        if record is None or not record.job.attempts or not record.attempt.peer:
+            return False
+        forward = await self._store.forward(job_id, record.attempt.number)
+        return forward is not None and forward.stage is ForwardStage.SENDING and not record.cancel_requested
+
+    async def _as_here(self, there: AtPeer, response: Any, context: Any) -> None:
+        """Puts the job as this centre knows it in the place of the job as the peer does."""
+        for field, value in response.ListFields():
+            if field.message_type is not job_pb2.Job.DESCRIPTOR or field.is_repeated:
+                continue
+            await self._mirrored(there, value.last_cursor)
+            request = wire.GetJobRequest(job_id=there.forward.job_id)
+            value.CopyFrom((await self._here.GetJob(request, context)).job)
+
+    async def _mirrored(self, there: AtPeer, cursor: int) -> None:
+        """Waits, not for long, until what the peer has answered has been told here too."""
+        key = there.forward.key
+        with self._feed.watching(there.forward.job_id) as news, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_MIRRORED_S):
                 while True:
                     news.clear()
-                    record = await self._store.job(job_id)
-                    if record is None or not record.job.attempts or not record.attempt.peer:
-                        return None
-                    forward = await self._store.forward(job_id, record.attempt.number)
-                    if forward is None or forward.stage not in {*_THERE, ForwardStage.SENDING}:
-                        return None
-                    peer = self._reach.peers.get(forward.peer)
-                    if forward.stage in _THERE and peer is not None:
-                        return _Away(forward, peer)
+                    forward = await self._store.forward(*key)
+                    if forward is None or forward.stage not in _THERE or forward.cursor >= cursor:
+                        return
                     await news.wait()
-        raise _unreachable("the peer to which it goes")
-
-    async def _carry(self, method: Method, away: _Away, request: Any) -> AsyncGenerator[Message, None]:
-        """Carries a call to where the job is, and yields what comes back.
-
-        A connection that breaks ends the call. Whoever has called comes back as to a centre that was started again,
-        with the same request id and from the offset of the output that it has.
-
-        Raises:
-            Refusal: UNAVAILABLE with PEER_UNREACHABLE; DATA_LOSS with PEER_ANSWER_INVALID; and what the method refuses.
-        """
-        forward = away.forward
-
-        async def parts() -> AsyncIterator[wire.CallForwardedJobRequest]:
-            origin = origin_of(self._centre, forward)
-            yield wire.CallForwardedJobRequest(header=wire.CallHeader(origin=origin, method=method.name))
-            async for message in request if method.streams_requests else _once(request):
-                yield wire.CallForwardedJobRequest(message=message.SerializeToString())
-            yield wire.CallForwardedJobRequest(end=True)
-
-        try:
-            async with contextlib.aclosing(away.peer.client.call(parts())) as answers:
-                async for answer in answers:
-                    response = method.response()
-                    try:
-                        response.ParseFromString(answer.message)
-                    except DecodeError as error:
-                        raise invalid_answer("answers with something else than was asked for") from error
-                    if job_id_of(response) not in ("", forward.job_id):
-                        raise invalid_answer("answers about another job")
-                    yield response
-        except Refusal as refusal:
-            if not is_away(refusal) or refusal.retry_after_s is not None:
-                raise
-            raise _unreachable(f"peer {forward.peer}") from refusal
 
 
-_NAMES = [method.name for method in job_service_pb2.DESCRIPTOR.services_by_name["JobService"].methods]
-
-
-async def _first(method: Method, request: Any) -> tuple[Message | None, Any]:
+async def _begun(method: Method, request: Any) -> tuple[Message | None, Any]:
     """Returns the first message of a request, and all of it."""
     if not method.streams_requests:
         return request, request
     messages = aiter(request)
     first = await anext(messages, None)
+    return first, _after(first, messages)
 
-    async def all_of_it() -> AsyncIterator[Message]:
-        if first is not None:
-            yield first
-        async for message in messages:
-            yield message
 
-    return first, all_of_it()
+async def _after(first: Any, messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    if first is not None:
+        yield first
+    async for message in messages:
+        yield message
 
 
 async def _once(request: Message) -> AsyncIterator[Message]:
     yield request
-
-
-def _shown(method: Method, away: _Away, response: Message) -> Message:
-    if isinstance(response, job_service_pb2.ExplainJobResponse):
-        response.message = f"at peer {away.forward.peer}: {response.message}"
-    return response
-
-
-def _unreachable(whom: str) -> Refusal:
-    return Refusal(
-        grpc.StatusCode.UNAVAILABLE,
-        "PEER_UNREACHABLE",
-        f"{whom} is out of contact, so the job cannot be asked; it is taken to be running there still; try again later",
-        retry_after_s=_RETRY_S,
-    )

@@ -38,7 +38,10 @@ from puhui.rpc.moment import now, timestamp
 from puhui.v1 import card_pb2, job_pb2, node_service_pb2
 from puhui.v1 import job_service_pb2 as wire
 
-__all__ = ["Runs"]
+__all__ = ["WENT_TO_PEER", "Runs"]
+
+WENT_TO_PEER = "SESSION_WENT_TO_PEER"
+"""Reason of the refusal of a run whose session went to a peer while it waited: there, it begins anew."""
 
 _log = structlog.get_logger(__name__)
 
@@ -64,6 +67,8 @@ _SHOWN = frozenset(
         "REQUEUED",
         "RECLAIMED",
         "RECLAIM_REFUSED",
+        "FORWARDING",
+        "BROUGHT_BACK",
     }
 )
 
@@ -123,7 +128,7 @@ class Runs:
         Raises:
             Refusal: INVALID_ARGUMENT with SPEC_INVALID or START_MISSING; NOT_FOUND with JOB_NOT_FOUND;
                 FAILED_PRECONDITION with JOB_ENDED; RESOURCE_EXHAUSTED with TOO_MANY_RUNS; ALREADY_EXISTS with
-                REQUEST_ID_REUSED; and what the node refuses of the command.
+                REQUEST_ID_REUSED; UNAVAILABLE with SESSION_WENT_TO_PEER; and what the node refuses of the command.
         """
         given = RunInput(requests)
         start = await given.start()
@@ -253,6 +258,15 @@ class Runs:
                         yield wire.RunJobResponse(event=event)
                 if record.state in FINAL_STATES or record.state == job_pb2.JOB_STATE_STOPPING:
                     raise _ended(record)
+                if record.state != job_pb2.JOB_STATE_QUEUED and record.job.attempts and record.attempt.peer:
+                    raise Refusal(
+                        grpc.StatusCode.UNAVAILABLE,
+                        WENT_TO_PEER,
+                        f"the session went to peer {record.attempt.peer} before the run began; give the run "
+                        "instruction again, and it is carried there",
+                        retry_after_s=0.0,
+                        job_id=job_id,
+                    )
                 steady = not (record.reclaiming or record.suspend or record.carry_from)
                 if record.state == job_pb2.JOB_STATE_RUNNING and steady and current_share(record.attempt) is not None:
                     return

@@ -45,4 +45,6 @@ def send(
         sent_at=at,
         bundle_there=offer.bundle_present,
     )
-    return Change(after, (event,), forward=forward, token_taken=True)
+    # Those that waited with it have ended here; at the peer they begin anew.
+    runs = tuple(run for run in after.job.runs if run not in record.job.runs)
+    return Change(after, (event,), forward=forward, runs=runs, token_taken=True)

@@ -46,6 +46,9 @@ _TOLD = {
     "REQUEUED": "waiting",
     "SESSION_MOVES": "moving",
     "RESTARTS": "restarting",
+    "FORWARDING": "forwarding",
+    "BROUGHT_BACK": "back",
+    "PEER_OUT_OF_CONTACT": "no contact",
 }
 
 

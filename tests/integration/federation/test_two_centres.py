@@ -44,7 +44,7 @@ async def test_output_is_followed_through_the_origin_while_it_is_written(tmp_pat
         await there.until(guest.id, job_pb2.JOB_STATE_RUNNING)
         await there.node.write(guest.id, b"one\ntwo\n")
         assert (await anext(follow)).chunk.data == b"one\ntwo\n"
-        assert (await here.job(job_id)).state == job_pb2.JOB_STATE_RUNNING
+        await here.until(job_id, job_pb2.JOB_STATE_RUNNING)
         await there.node.write(guest.id, b"three\n")
         assert (await anext(follow)).chunk.data == b"three\n"
         for lines, said in ((1, b"three\n"), (2, b"two\nthree\n"), (9, b"one\ntwo\nthree\n")):

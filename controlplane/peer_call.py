@@ -1,0 +1,126 @@
+"""One call of JobService that is carried to a job at a peer, and what may come back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from controlplane.carried_methods import Method, speaks_only_of
+from controlplane.forwards import ForwardRecord
+from controlplane.peer_client import is_away
+from controlplane.peer_request import origin_of
+from controlplane.peer_results import invalid_answer
+from controlplane.reach import KnownPeer
+from puhui.rpc.errors import Refusal
+from puhui.v1 import federation_service_pb2 as wire
+
+__all__ = ["AtPeer", "call_there", "unreachable"]
+
+_RETRY_S = 1.0
+# It is about to be noticed here, and the job goes on otherwise.
+_OVERTAKEN = frozenset({"GUEST_NOT_FOUND", "STALE_FENCING_TOKEN"})
+# It was refused to this centre, not to whoever has called.
+_TO_THE_CENTRE = frozenset({grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED})
+
+
+@dataclass(frozen=True)
+class AtPeer:
+    """A job that is at a peer."""
+
+    forward: ForwardRecord
+    peer: KnownPeer
+
+
+async def call_there(
+    centre: str, method: Method, there: AtPeer, requests: AsyncIterator[Message]
+) -> AsyncGenerator[Message, None]:
+    """Carries one call to where a job is, and yields what comes back.
+
+    Args:
+        centre: name of this centre.
+        method: what is called.
+        there: where.
+        requests: its request messages.
+
+    Raises:
+        Refusal: UNAVAILABLE with PEER_UNREACHABLE, GUEST_NOT_FOUND or STALE_FENCING_TOKEN; DATA_LOSS with
+            PEER_ANSWER_INVALID; UNIMPLEMENTED with METHOD_NOT_CARRIED; and what the method refuses.
+    """
+    forward = there.forward
+
+    async def parts() -> AsyncIterator[wire.CallForwardedJobRequest]:
+        origin = origin_of(centre, forward)
+        yield wire.CallForwardedJobRequest(header=wire.CallHeader(origin=origin, method=method.name))
+        async for request in requests:
+            yield wire.CallForwardedJobRequest(message=request.SerializeToString())
+        yield wire.CallForwardedJobRequest(end=True)
+
+    try:
+        async with contextlib.aclosing(there.peer.client.call(parts())) as answers:
+            async for answer in answers:
+                yield _read(method, forward.job_id, answer.message)
+    except Refusal as refusal:
+        raise _passed_on(refusal, forward.peer, method) from refusal
+
+
+def unreachable(name: str, why: str = "is out of contact") -> Refusal:
+    """Returns the refusal of what only an absent peer could answer."""
+    return Refusal(
+        grpc.StatusCode.UNAVAILABLE,
+        "PEER_UNREACHABLE",
+        f"peer {name} {why}, so the job cannot be asked; it is taken to be running there still; try again later",
+        retry_after_s=_RETRY_S,
+        peer=name,
+    )
+
+
+def _read(method: Method, job_id: str, data: bytes) -> Message:
+    response = method.response()
+    try:
+        response.ParseFromString(data)
+    except DecodeError as error:
+        raise invalid_answer("answers with something else than was asked for") from error
+    response.DiscardUnknownFields()
+    if not speaks_only_of(job_id, response):
+        raise invalid_answer("answers about another job")
+    return response
+
+
+def _passed_on(refusal: Refusal, name: str, method: Method) -> Refusal:
+    """Returns what a peer refuses as whoever has called here is told of it."""
+    if refusal.reason == "PEER_ANSWER_INVALID":
+        return refusal
+    if refusal.reason in _OVERTAKEN:
+        return Refusal(
+            grpc.StatusCode.UNAVAILABLE,
+            refusal.reason,
+            f"what peer {name} has of the job is changing; try again in a moment",
+            retry_after_s=_RETRY_S,
+            peer=name,
+        )
+    if refusal.code in _TO_THE_CENTRE:
+        return unreachable(name, f"does not let this centre in ({refusal.reason})")
+    if refusal.reason == "METHOD_NOT_CARRIED":
+        return Refusal(
+            grpc.StatusCode.UNIMPLEMENTED,
+            refusal.reason,
+            f"the job is at peer {name}, whose version of Puhui does not know {method.name} for jobs of others",
+            peer=name,
+        )
+    if is_away(refusal) and refusal.retry_after_s is None:
+        return unreachable(name)
+    return Refusal(
+        refusal.code,
+        refusal.reason,
+        f"at peer {name}: {refusal.message}",
+        retry_after_s=refusal.retry_after_s,
+        **{key: value for key, value in refusal.metadata.items() if key.isidentifier() and key not in _TAKEN},
+    )
+
+
+# Names of arguments, which a peer's metadata must not give again.
+_TAKEN = frozenset({"code", "reason", "message", "retry_after_s", "self"})
