@@ -47,6 +47,10 @@ Summary = tuple[Sequence[wire.CapacitySummary], int, bool]
 """(capacity by profile, jobs that wait, whether cards are emulated)."""
 
 
+_Connection = tuple[Peer | None, asyncio.Task[None] | None]
+"""A peer, and what keeps contact with it."""
+
+
 def is_news(last: Summary, newest: Summary) -> bool:
     """Returns whether peers that know one summary need to be told another.
 
@@ -190,8 +194,11 @@ class Peers:
     # -- connections
 
     async def _reopen(self, record: PeerRecord) -> Peer:
-        await self._close(record.name)
-        return self._open(record)
+        # At once: in between, its calls would be those of a stranger.
+        before = self._forget(record.name)
+        peer = self._open(record)
+        await self._end(before)
+        return peer
 
     def _open(self, record: PeerRecord) -> Peer:
         client = None
@@ -205,20 +212,26 @@ class Peers:
         return peer
 
     async def _close(self, name: str) -> None:
+        await self._end(self._forget(name))
+
+    def _forget(self, name: str) -> _Connection:
         peer = self._peers.pop(name, None)
-        if peer is None:
-            return
-        self._by_certificate.pop(peer.record.certificate, None)
+        if peer is not None:
+            self._by_certificate.pop(peer.record.certificate, None)
         exchange = self._exchanges.pop(name, None)
         if exchange is not None:
             exchange.set()
-        task = self._tasks.pop(name, None)
+        return peer, self._tasks.pop(name, None)
+
+    async def _end(self, connection: _Connection) -> None:
+        peer, task = connection
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        peer.lost("work with it was ended")
-        if peer.is_called:
-            await peer.client.close()
+        if peer is not None:
+            peer.lost("work with it was ended")
+            if peer.is_called:
+                await peer.client.close()
 
     async def _keep(self, peer: Peer) -> None:
         """Keeps the exchange with a peer going, for ever."""
