@@ -20,6 +20,7 @@ from bench.federated_centres import Site, federated, fill
 from bench.federation_simulation import simulate
 from bench.federation_trips import Pairs, figures, trips_by_delay, trips_by_time
 from bench.report import Aim, Figure, Report
+from controlplane.forwarding import Rules
 from puhui.rpc.moment import moment
 from puhui.v1.job_pb2 import JOB_STATE_SUCCEEDED, Job, JobEvent, JobSpec, Resources
 
@@ -179,18 +180,19 @@ def main() -> None:
     told, aims, versions = trips(options.rounds, options.runtime)
     for peers in _PEERS:
         told += rates(peers, options.runtime)
+    least_s, most_s = Rules().first_delay_s
     notes = [
         "Cards are emulated with zero driver latency. Delay is emulated by a TCP relay that this benchmark runs: half "
         "of the round trip in each direction, for both centres' connections; bandwidth and loss are not emulated, and "
         "the connections are made before.",
         "forward_round_trips: how much later, in the median, the command starts when the job is forwarded than when it "
         "is submitted at the other centre itself, divided by the round-trip time of 80 ms. So all that a forward takes "
-        "counts: the pause of a tenth to half a second before the first offer is asked for, decisions, and writing "
-        "down, as well as the way.",
+        f"counts as well as the way: a pause of {least_s:g} to {most_s:g} s before the first offer is asked for, "
+        "decisions, writing down, and what holds the container to its lease.",
         "forward_round_trips_by_delay: the slope, over the round-trip time, of the quickest start among the forwarded "
-        "jobs (the pause is random): what the way alone takes. "
-        "waits_for_answers: how often the relay saw the first centre send a message after it had got one, before the "
-        "command started; capacity that is told meanwhile may add to it.",
+        "jobs (the pause is random): what the way alone takes. It is about one and a half: an offer, and the way there "
+        "of the job. waits_for_answers: how often the relay saw the first centre send a message after it had got one, "
+        "before the command started; capacity that is told meanwhile may add to it.",
         f"forwards: {_MANY} no-op jobs are submitted one after another at a full centre, from the first submission "
         "until the last is bound at a peer (forwarded_starts: until its command has begun), without delay. "
         "local_submissions and local_starts: the same at a centre that has room, until the last is accepted, and has "
