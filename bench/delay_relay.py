@@ -178,13 +178,14 @@ class RelayProcess:
 
 
 @contextlib.contextmanager
-def relay_process(upstreams: Sequence[str]) -> Iterator[RelayProcess]:
+def relay_process(upstreams: Sequence[str], within: Sequence[str] = ()) -> Iterator[RelayProcess]:
     """Relays connections to addresses until the block ends.
 
     Args:
         upstreams: "host:port" of each.
+        within: command that becomes it, such as one that enters a network namespace.
     """
-    command = [sys.executable, "-m", "bench.delay_relay", *upstreams]
+    command = [*within, sys.executable, "-m", "bench.delay_relay", *upstreams]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

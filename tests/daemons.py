@@ -45,12 +45,22 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def daemon(module: str, arguments: Sequence[str], log: Path, timeout_s: float = 30) -> Iterator[Daemon]:
-    """Runs `python -m module serve *arguments` until the block ends."""
+def daemon(
+    module: str, arguments: Sequence[str], log: Path, timeout_s: float = 30, within: Sequence[str] = ()
+) -> Iterator[Daemon]:
+    """Runs `python -m module serve *arguments` until the block ends.
+
+    Args:
+        module: of the daemon.
+        arguments: of its command.
+        log: what it says is appended to this file.
+        timeout_s: it must be ready by then.
+        within: command that becomes it, such as one that enters a namespace.
+    """
     with ReadySocket() as ready:
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, "serve", *arguments],
+                [*within, sys.executable, "-m", module, "serve", *arguments],
                 env={**os.environ, "NOTIFY_SOCKET": ready.path},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

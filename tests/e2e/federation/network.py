@@ -1,0 +1,113 @@
+"""Hosts in network namespaces of their own, with a router between them whose links and directions can be cut.
+
+Needs root, as the whole suite does in CI. The kernel here may have no netem, so delay is emulated by
+`bench.delay_relay`; cuts and losses are real: a link that is down, packets that the router drops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_PATIENCE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A router and the hosts behind it."""
+
+    prefix: str
+    hosts: tuple[str, ...]
+
+    def address(self, host: str) -> str:
+        """Returns the IPv4 address of a host."""
+        return f"10.213.{self.hosts.index(host) + 1}.2"
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of every host, in order."""
+        return [self.address(host) for host in self.hosts]
+
+    def enter(self, number: int) -> list[str]:
+        """Returns the command that enters a host's network, by its number."""
+        return self.within(self.hosts[number])
+
+    def within(self, host: str) -> list[str]:
+        """Returns the command that enters a host's network, and nothing else of it."""
+        return ["nsenter", f"--net=/run/netns/{self._space(host)}"]
+
+    def cut(self, host: str) -> None:
+        """Takes a host's link down."""
+        self._ip("-n", self._space("router"), "link", "set", f"to-{host}", "down")
+
+    def mend(self, host: str) -> None:
+        """Puts it up again."""
+        self._ip("-n", self._space("router"), "link", "set", f"to-{host}", "up")
+
+    @contextlib.contextmanager
+    def without(self, host: str) -> Iterator[None]:
+        """A host is cut off for as long as the block lasts."""
+        self.cut(host)
+        try:
+            yield
+        finally:
+            self.mend(host)
+
+    @contextlib.contextmanager
+    def dropping(self, source: str, target: str) -> Iterator[None]:
+        """What one host sends to another is lost for as long as the block lasts; the other direction works."""
+        rule = ["FORWARD", "-s", self.address(source), "-d", self.address(target), "-j", "DROP"]
+        self._filter("-I", rule)
+        try:
+            yield
+        finally:
+            self._filter("-D", rule)
+
+    def _filter(self, what: str, rule: Sequence[str]) -> None:
+        _run([*self.within("router"), "iptables", "-w", what, *rule])
+
+    def _space(self, host: str) -> str:
+        return f"{self.prefix}-{host}"
+
+    def _ip(self, *arguments: str) -> None:
+        _run(["ip", *arguments])
+
+    def _make(self) -> None:
+        for host in ("router", *self.hosts):
+            self._ip("netns", "add", self._space(host))
+            self._ip("-n", self._space(host), "link", "set", "lo", "up")
+        router = self._space("router")
+        _run([*self.within("router"), "sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
+        for number, host in enumerate(self.hosts, 1):
+            space = self._space(host)
+            pair = ["type", "veth", "peer", "name", "uplink", "netns", space]
+            self._ip("-n", router, "link", "add", f"to-{host}", *pair)
+            self._ip("-n", router, "address", "add", f"10.213.{number}.1/24", "dev", f"to-{host}")
+            self._ip("-n", space, "address", "add", f"10.213.{number}.2/24", "dev", "uplink")
+            self._ip("-n", router, "link", "set", f"to-{host}", "up")
+            self._ip("-n", space, "link", "set", "uplink", "up")
+            self._ip("-n", space, "route", "add", "default", "via", f"10.213.{number}.1")
+
+    def _remove(self) -> None:
+        for host in ("router", *self.hosts):
+            subprocess.run(["ip", "netns", "delete", self._space(host)], check=False, capture_output=True)
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_PATIENCE_S)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def network(*hosts: str) -> Iterator[Network]:
+    """Makes hosts and a router; all of it is gone when the block ends."""
+    made = Network(f"puhui-{os.getpid()}", hosts or ("a", "b"))
+    try:
+        made._make()
+        yield made
+    finally:
+        made._remove()
