@@ -191,7 +191,9 @@ class ContainerLeases:
         if expire_time is None:
             return
         leased = self._begin(record)
-        leased.hold.extend(self._uptime_at(expire_time))
+        if not leased.hold.deadline:
+            # Its file is gone. Else the file is what counts: it is written first, and no clock can change it.
+            leased.hold.extend(self._uptime_at(expire_time))
         self._keep_again(record.owner)
         self._await_end(record.owner)
 

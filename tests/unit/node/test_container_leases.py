@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,12 +61,13 @@ async def _dead(process: int) -> None:
         os.close(descriptor)
 
 
+def _read(path: Path) -> tuple[float, int, bool]:
+    with contextlib.closing(LeaseFile(str(path))) as lease:
+        return lease.read()
+
+
 def _keeper(bench: Bench) -> int:
-    lease = LeaseFile(str(bench.folder / "leases" / _record(bench).container_id))
-    try:
-        return lease.read()[1]
-    finally:
-        lease.close()
+    return _read(bench.folder / "leases" / _record(bench).container_id)[1]
 
 
 # The file -----------------------------------------------------------------------------------------------------
@@ -215,6 +217,23 @@ async def test_a_daemon_without_keepers_still_kills(tmp_path: Path) -> None:
         await _dead(pid)
         await bench.ended()
         assert _record(bench).lease_expired
+        await bench.containers.remove(_OWNER, discard_results=True)
+
+
+async def test_a_lease_clock_that_began_anew_gives_a_container_no_more_time(tmp_path: Path) -> None:
+    async with opened(tmp_path) as bench:
+        await _create(bench, 60)
+        record = _record(bench)
+        path = tmp_path / "leases" / record.container_id
+        deadline, keeper, _ = _read(path)
+    with contextlib.closing(Journal(tmp_path / "node.db")) as journal, journal.atomic():
+        journal.leases.extend(_OWNER, 4e9)  # as if the lease clock had gone back
+    async with opened(tmp_path) as bench:
+        assert _read(path)[:2] == (deadline, keeper)
+    path.unlink()
+    async with opened(tmp_path) as bench:
+        assert _read(path)[0] > deadline
+        await bench.containers.stop(_OWNER, 0)
         await bench.containers.remove(_OWNER, discard_results=True)
 
 
