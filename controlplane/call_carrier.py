@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, NoReturn
@@ -82,24 +83,29 @@ class CallCarrier:
         """Calls the method here."""
         context = CarriedContext()
         call: Any = getattr(self._jobs, method.name)
-        async with contextlib.aclosing(messages):
-            request: Any = messages
-            if not method.streams_requests:
+        request: Any = messages  # of a stream, the method takes what it wants, perhaps in a task of its own
+        if not method.streams_requests:
+            async with contextlib.aclosing(messages):
                 request = await anext(messages, None)
-                if request is None:
-                    raise _invalid("MESSAGE_INVALID", "the request is missing")
-            if not method.streams_responses:
-                yield await call(request, context)
-                return
-            async with contextlib.aclosing(call(request, context)) as responses:
-                async for response in responses:
-                    yield response
+            if request is None:
+                raise _invalid("MESSAGE_INVALID", "the request is missing")
+        if not method.streams_responses:
+            yield await call(request, context)
+            return
+        async with contextlib.aclosing(call(request, context)) as responses:
+            async for response in responses:
+                yield response
 
 
 async def _messages(
     peer: str, guest: GuestRecord, method: Method, requests: AsyncIterator[wire.CallForwardedJobRequest]
 ) -> AsyncGenerator[Message, None]:
-    """Yields the request messages of a call, about the job that the guest is here."""
+    """Yields the request messages of a call, about the job that the guest is here.
+
+    A connection that breaks may look as if its other end had stopped sending. That is not the end of the messages:
+    a command would take half of its input for all of it. Such a call waits until it is ended.
+    """
+    none_yet = True
     async for request in requests:
         which = request.WhichOneof("part")
         if which == "end":
@@ -113,7 +119,10 @@ async def _messages(
             raise _invalid("MESSAGE_INVALID", f"this is no {method.request.DESCRIPTOR.name}") from error
         message.DiscardUnknownFields()
         ours(peer, guest.job_id, message)
+        none_yet = False
         yield message
+    if method.streams_requests and not none_yet:
+        await asyncio.Event().wait()
 
 
 def _told(refusal: Refusal, guest: GuestRecord) -> Refusal:
