@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -243,6 +244,7 @@ def require_self_signed(certificate: bytes) -> None:
             raise InvalidCertificateError("the certificate is not signed with its own key") from error
 
 
+@functools.lru_cache(maxsize=1024)
 def pem_of(certificate: bytes) -> bytes:
     """Returns a certificate (DER) as PEM.
 

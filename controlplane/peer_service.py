@@ -101,7 +101,7 @@ class PeerService(PeerServiceServicer):
             await peer.client.unpair()
         await self._peers.remove(peer.record.name)
         # Nothing of it can come any more, so these are all.
-        for job_id in await self._guests(peer):
+        for job_id in await self._left_behind(peer.record.name):
             await self._end_guest(job_id, f"work with peer {peer.record.name} was ended")
         return wire.RemovePeerResponse()
 
@@ -114,6 +114,10 @@ class PeerService(PeerServiceServicer):
 
     async def _guests(self, peer: Peer) -> list[str]:
         return [one.job_id for one in await self._store.guests() if one.peer == peer.record.name]
+
+    async def _left_behind(self, name: str) -> list[str]:
+        """Returns the guests of a peer that was removed; the store keeps them as NAME/SOMETHING, which no peer can be named."""
+        return [one.job_id for one in await self._store.guests() if one.peer.partition("/")[0] == name]
 
     def _require(self, name: str) -> Peer:
         peer = self._peers.get(name)

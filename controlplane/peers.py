@@ -94,6 +94,7 @@ class Peers:
         summary: tells its own capacity.
         on_change: called when a peer's capacity or contact has changed.
         connect: opens a connection, see `connect`.
+        silent_s: a peer that has said nothing for this long, in seconds, is out of contact.
     """
 
     def __init__(
@@ -104,13 +105,17 @@ class Peers:
         summary: Callable[[], Summary],
         on_change: Callable[[], None],
         connect: Callable[[CentreIdentity, str, bytes, str], PeerClient] = connect,
+        silent_s: float = _SILENT_S,
     ) -> None:
         self._store = store
         self._identity = identity
         self._centre = centre
         self._summary = summary
         self._on_change = on_change
+        self.on_removed: Callable[[str], None] = lambda name: None
+        """Told of a peer that is one no longer."""
         self._connect = connect
+        self._silent_s = silent_s
         self._peers: dict[str, Peer] = {}
         self._by_certificate: dict[bytes, Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -189,6 +194,7 @@ class Peers:
         async with self._writing:
             await self._store.remove_peer(name)
             await self._close(name)
+        self.on_removed(name)
         self._on_change()
 
     # -- connections
@@ -243,7 +249,7 @@ class Peers:
                 await self._exchange(peer)
                 why = "it ended the exchange of capacity"
             except TimeoutError:
-                why = f"it has said nothing for {_SILENT_S:.0f} s"
+                why = f"it has said nothing for {self._silent_s:.0f} s"
             except Refusal as refusal:
                 why = _why(refusal, peer.record.address)
             except Exception as error:  # noqa: BLE001 - whatever one peer brings about, it is asked again
@@ -275,7 +281,7 @@ class Peers:
         ping_at, words = loop.time(), Allowance(loop.time)
         async with contextlib.aclosing(peer.client.exchange(told())) as answers:
             while True:
-                async with asyncio.timeout(_SILENT_S):
+                async with asyncio.timeout(self._silent_s):
                     said = await anext(answers, None)
                 if said is None:
                     return

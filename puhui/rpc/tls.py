@@ -27,11 +27,26 @@ class MutualTls:
 
     def credentials(self) -> grpc.ServerCredentials:
         """Returns them for a gRPC server. Who is not pinned does not get past the handshake."""
-        return grpc.dynamic_ssl_server_credentials(self._now(), self._now, require_client_authentication=True)
+        before = self._roots()
 
-    def _now(self) -> grpc.ServerCertificateConfiguration:
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            # To read 200 certificates takes longer than a handshake; None is "as before".
+            nonlocal before
+            roots = self._roots()
+            if roots == before:
+                return None
+            before = roots
+            return self._configuration(roots)
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(before), renewed, require_client_authentication=True
+        )
+
+    def _roots(self) -> bytes:
         # Nobody is let in where nobody is pinned: an empty list of roots would be the system's own.
-        roots = b"".join(self.pins()) or self.certificate
+        return b"".join(self.pins()) or self.certificate
+
+    def _configuration(self, roots: bytes) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], roots)
 
 

@@ -66,11 +66,12 @@ class There:
 class Here:
     """The peers of a centre with one of them, and how often somebody was told of a change."""
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, store: SqliteStore, silent_s: float = 60.0) -> None:
         self.there = There()
         self.changes = 0
         self.store = store
-        self.peers = Peers(store, IDENTITY, "a", lambda: ([SLICES], 2, True), self._changed, connect=self._connect)
+        summary = [SLICES], 2, True
+        self.peers = Peers(store, IDENTITY, "a", lambda: summary, self._changed, self._connect, silent_s)
 
     def _changed(self) -> None:
         self.changes += 1
@@ -149,6 +150,16 @@ async def test_a_peer_that_breaks_off_is_out_of_contact_and_asked_again(here: He
     await asyncio.wait_for(peer.contact(), 10)
     await eventually(lambda: peer.queued_jobs == 1)
     assert here.there.connections == 2
+
+
+async def test_a_peer_that_falls_silent_is_out_of_contact(here: Here) -> None:
+    quick = Here(here.store, silent_s=0.3)
+    peer = await quick.peers.add(record())
+    quick.there.says.put_nowait(said(1))
+    await asyncio.wait_for(peer.contact(), 10)
+    await eventually(lambda: not peer.in_contact)
+    assert "said nothing" in peer.trouble
+    await quick.peers.stop()
 
 
 async def test_a_peer_that_answers_without_end_is_left(here: Here) -> None:
