@@ -24,7 +24,7 @@ from puhui.rpc.channel import open_pinned_channel
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration, moment, now
 from puhui.rpc.tls import Pinned
-from puhui.v1 import card_pb2, job_pb2, peer_service_pb2, prediction_pb2, stream_pb2
+from puhui.v1 import card_pb2, job_pb2, job_service_pb2, peer_service_pb2, prediction_pb2, stream_pb2
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1.federation_service_pb2_grpc import FederationServiceStub
 from tests.integration.federation.neighbourhood import Neighbour, neighbour
@@ -473,4 +473,78 @@ async def test_many_ends_of_what_never_was_do_not_hinder_others(there: Neighbour
     )
     answers = await asyncio.gather(*ends)
     assert not any(answer.HasField("job") for answer in answers)
+    await nothing_came(there)
+
+
+# -- calls that are carried
+
+
+def call_of(one: Caller, method: str, origin: card_pb2.AttemptRef, *messages: bytes) -> Any:
+    """Begins a call. Of what is refused at its header send no more: a caller who writes on may not see why."""
+    header = wire.CallHeader(origin=origin, method=method)
+    parts = [wire.CallForwardedJobRequest(header=header)]
+    parts += [wire.CallForwardedJobRequest(message=message) for message in messages]
+    return one.stub.CallForwardedJob(iter(parts), timeout=30)
+
+
+async def test_calls_reach_nothing_but_ones_own_guest(there: Neighbour, eve: Caller) -> None:
+    own = await there.submit(name="secret", resources=job_pb2.Resources(profile="1g.10gb"))
+    await there.until(own, job_pb2.JOB_STATE_RUNNING)
+    bound = await eve.forward(await eve.header())
+    await there.until(bound.remote_job_id, job_pb2.JOB_STATE_RUNNING)
+    about_own = job_service_pb2.ListRunsRequest(job_id=own).SerializeToString()
+    for method in ("SubmitJob", "ListJobs", "PutBundle", "PredictJob", "__init__", "", "x" * 10**5):
+        with refused(grpc.StatusCode.UNIMPLEMENTED, "METHOD_NOT_CARRIED"):
+            await call_of(eve, method, eve.origin()).read()
+    for origin in (eve.origin("j-other"), eve.origin(own), eve.origin(attempt=2)):
+        with refused(NOT_FOUND, "GUEST_NOT_FOUND"):
+            await call_of(eve, "ExplainJob", origin).read()
+    async with caller(there, "alice") as alice:
+        with refused(NOT_FOUND, "GUEST_NOT_FOUND"):
+            await call_of(alice, "SuspendJob", eve.origin(token=9)).read()
+    with refused(INVALID, "MESSAGE_INVALID"):
+        await call_of(eve, "ListRuns", eve.origin(), b"\xff\xff\xff").read()
+    with refused(INVALID, "MESSAGE_INVALID"):
+        await call_of(eve, "ListRuns", eve.origin()).read()
+    header = wire.CallForwardedJobRequest(header=wire.CallHeader(origin=eve.origin(), method="ListRuns"))
+    with refused(INVALID, "MESSAGE_INVALID"):
+        await eve.stub.CallForwardedJob(iter([header, header]), timeout=20).read()
+    with refused(INVALID, "HEADER_MISSING"):
+        await eve.stub.CallForwardedJob(iter([wire.CallForwardedJobRequest(message=b"")]), timeout=20).read()
+    with refused(INVALID, "HEADER_MISSING"):
+        await eve.stub.CallForwardedJob(iter([]), timeout=20).read()
+    # Whatever job she names, it is about hers.
+    answer = await call_of(eve, "ExplainJob", eve.origin(), about_own).read()
+    assert own.encode() not in answer.message
+    assert b"secret" not in answer.message
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await call_of(eve, "ResumeJob", eve.origin(), about_own).read()
+    assert (await there.job(own)).state == job_pb2.JOB_STATE_RUNNING
+    assert "RESUME_REQUESTED" not in await there.reasons(own)
+    with refused(FAILED, "STALE_FENCING_TOKEN"):
+        await call_of(eve, "ListRuns", eve.origin(token=0)).read()
+    await there.node.exit(own, 0)
+    await there.ended(own)
+    await eve.stub.CancelForwardedJob(wire.CancelForwardedJobRequest(origin=eve.origin()), timeout=30)
+    await nothing_came(there)
+
+
+async def test_a_call_without_end_waits_for_who_reads_it(there: Neighbour, eve: Caller) -> None:
+    bound = await eve.forward(await eve.header())
+    await there.until(bound.remote_job_id, job_pb2.JOB_STATE_RUNNING)
+
+    async def flood() -> AsyncIterator[wire.CallForwardedJobRequest]:
+        yield wire.CallForwardedJobRequest(header=wire.CallHeader(origin=eve.origin(), method="RunJob"))
+        start = job_service_pb2.RunStart(job_id="j-x", command=["cat"])
+        yield wire.CallForwardedJobRequest(message=job_service_pb2.RunJobRequest(start=start).SerializeToString())
+        while True:
+            yield wire.CallForwardedJobRequest(message=b"")
+
+    call = eve.stub.CallForwardedJob(flood(), timeout=60)
+    await call.read()  # its command begins, and reads nothing
+    async with caller(there, "alice") as alice:
+        await works_for(there, alice, "j-meanwhile")
+    call.cancel()
+    await eve.stub.CancelForwardedJob(wire.CancelForwardedJobRequest(origin=eve.origin()), timeout=30)
+    await there.operator.RemovePeer(peer_service_pb2.RemovePeerRequest(name="alice", force=True))
     await nothing_came(there)
