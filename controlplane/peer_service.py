@@ -116,7 +116,7 @@ class PeerService(PeerServiceServicer):
         return [one.job_id for one in await self._store.guests() if one.peer == peer.record.name]
 
     async def _left_behind(self, name: str) -> list[str]:
-        """Returns the guests of a peer that was removed; the store keeps them as NAME/SOMETHING, which no peer can be named."""
+        """Returns the guests of a peer that was removed. They may be kept under NAME/SOMETHING, which is nobody."""
         return [one.job_id for one in await self._store.guests() if one.peer.partition("/")[0] == name]
 
     def _require(self, name: str) -> Peer:

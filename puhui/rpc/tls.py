@@ -39,7 +39,9 @@ class MutualTls:
             return self._configuration(roots)
 
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(before), renewed, require_client_authentication=True
+            self._configuration(before),
+            renewed,  # type: ignore[arg-type]  # gRPC's documentation allows None, its stubs do not
+            require_client_authentication=True,
         )
 
     def _roots(self) -> bytes:
