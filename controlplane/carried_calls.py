@@ -150,8 +150,8 @@ class CarriedJobService:
             return None
         peer = self._reach.peers.get(forward.peer)
         if peer is None:
-            raise unreachable(forward.peer, "is no peer of this centre any longer")
-        return AtPeer(forward, peer)
+            raise unreachable(forward, self._reach.clock, "is no peer of this centre any longer")
+        return AtPeer(forward, peer, self._reach.clock)
 
     async def _arrived(self, job_id: str) -> AtPeer | None:
         """Waits while a job is on its way to a peer; then as `_at_peer`."""

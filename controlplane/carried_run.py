@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Self
 
 import grpc
@@ -15,6 +15,7 @@ from controlplane.carried_methods import Method
 from controlplane.faults import retry_delay_s
 from controlplane.peer_call import AtPeer, call_there, unreachable
 from controlplane.peer_client import is_away
+from controlplane.peer_results import invalid_answer
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, timestamp
 from puhui.v1 import job_pb2
@@ -24,6 +25,8 @@ __all__ = ["CarriedInput", "run_there"]
 
 _LOOK_AGAIN_S = 5.0
 _MOST_WAITING = 16
+# A peer takes messages of 2 MiB; whoever calls here may send larger ones.
+_MOST_STDIN = 2**20
 # So often a peer that is in contact may end the call without a word before that is passed on.
 _MOST_SILENT = 20
 # A connection whose other end is gone without a word is noticed within this time, by its keepalive.
@@ -112,15 +115,24 @@ class CarriedInput:
     async def _read(self) -> None:
         try:
             async for request in self._messages:
-                async with self._changed:
-                    await self._changed.wait_for(lambda: len(self._waiting) < _MOST_WAITING)
-                    self._waiting.append(request)
-                    self._changed.notify_all()
+                for piece in _pieces(request):
+                    async with self._changed:
+                        await self._changed.wait_for(lambda: len(self._waiting) < _MOST_WAITING)
+                        self._waiting.append(piece)
+                        self._changed.notify_all()
         except (grpc.RpcError, grpc.aio.UsageError):
             return  # the caller is gone; whoever answers it notices that too
         async with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+
+def _pieces(request: wire.RunJobRequest) -> Iterator[wire.RunJobRequest]:
+    if len(request.stdin) <= _MOST_STDIN:
+        yield request
+        return
+    for at in range(0, len(request.stdin), _MOST_STDIN):
+        yield wire.RunJobRequest(stdin=request.stdin[at : at + _MOST_STDIN])
 
 
 async def run_there(
@@ -146,13 +158,14 @@ async def run_there(
         find: looks up where the session is; None when it is at no peer any longer.
 
     Raises:
-        Refusal: UNAVAILABLE with PEER_UNREACHABLE; FAILED_PRECONDITION with RUN_LOST; and what `call_there` raises.
+        Refusal: UNAVAILABLE with PEER_UNREACHABLE; FAILED_PRECONDITION with RUN_LOST; ABORTED with RUN_HUNG_UP; and
+            what `call_there` raises.
     """
     name, told = there.forward.peer, _Told(start.output_offset)
     silent, tries = 0, 0
     async with CarriedInput(start, messages) as given:
         while True:
-            why = unreachable(name, "ended the call without saying how the run ended")
+            why = unreachable(there.forward, there.clock, "ended the call without saying how the run ended")
             try:
                 requests = given.to_send(told.offset)
                 async with contextlib.aclosing(call_there(centre, method, there, requests)) as answers:
@@ -168,7 +181,9 @@ async def run_there(
                 why = refusal
             await given.broke()
             silent += there.peer.in_contact
-            if not (is_away(why) and start.request_id and told.heard) or given.in_doubt or silent > _MOST_SILENT:
+            if is_away(why) and told.heard and not start.request_id:
+                raise _hung_up(there) from why
+            if not (is_away(why) and told.heard) or given.in_doubt or silent > _MOST_SILENT:
                 raise why
             tries += 1
             if tries == 1:
@@ -186,7 +201,11 @@ class _Told:
         self._started = False
 
     def takes(self, answer: wire.RunJobResponse, peer: str) -> bool:
-        """Returns whether an answer is news; changes it to what of it is."""
+        """Returns whether an answer is news; changes it to what of it is.
+
+        Raises:
+            Refusal: DATA_LOSS with PEER_ANSWER_INVALID.
+        """
         self.heard = True
         part = answer.WhichOneof("part")
         if part == "run":
@@ -200,6 +219,8 @@ class _Told:
             return part is not None
         chunk = answer.output
         end = chunk.offset + len(chunk.data)
+        if chunk.offset > self.offset:
+            raise invalid_answer("left out output of a run")
         if end <= self.offset:
             return False
         if chunk.offset < self.offset:
@@ -226,6 +247,18 @@ async def _back(there: AtPeer, find: Callable[[], Awaitable[AtPeer | None]], tri
             return found
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(found.peer.contact(), _LOOK_AGAIN_S)
+
+
+def _hung_up(there: AtPeer) -> Refusal:
+    forward = there.forward
+    return Refusal(
+        grpc.StatusCode.ABORTED,
+        "RUN_HUNG_UP",
+        f"the connection to peer {forward.peer} broke, and the run was hung up there: without a request id, it cannot "
+        "be taken up again; run it again",
+        job_id=forward.job_id,
+        peer=forward.peer,
+    )
 
 
 def _out_of_contact(there: AtPeer) -> wire.RunJobResponse:

@@ -14,7 +14,7 @@ from controlplane.forwards import ForwardRecord
 from controlplane.peer_client import is_away
 from controlplane.peer_request import origin_of
 from controlplane.peer_results import invalid_answer
-from controlplane.reach import KnownPeer
+from controlplane.reach import Clock, KnownPeer
 from puhui.rpc.errors import Refusal
 from puhui.v1 import federation_service_pb2 as wire
 
@@ -29,10 +29,17 @@ _TO_THE_CENTRE = frozenset({grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PER
 
 @dataclass(frozen=True)
 class AtPeer:
-    """A job that is at a peer."""
+    """A job that is at a peer.
+
+    Attributes:
+        forward: what was sent there.
+        peer: which peer.
+        clock: this centre's lease clock.
+    """
 
     forward: ForwardRecord
     peer: KnownPeer
+    clock: Clock
 
 
 async def call_there(
@@ -64,17 +71,28 @@ async def call_there(
             async for answer in answers:
                 yield _read(method, forward.job_id, answer.message)
     except Refusal as refusal:
-        raise _passed_on(refusal, forward.peer, method) from refusal
+        raise _passed_on(refusal, there, method) from refusal
 
 
-def unreachable(name: str, why: str = "is out of contact") -> Refusal:
-    """Returns the refusal of what only an absent peer could answer."""
+def unreachable(forward: ForwardRecord, clock: Clock, why: str = "is out of contact") -> Refusal:
+    """Returns the refusal of what only an absent peer could answer.
+
+    Args:
+        forward: what was sent there.
+        clock: this centre's lease clock.
+        why: what is the matter with the peer, as the end of a clause.
+    """
+    left_s = max(0.0, forward.lease_end - forward.peer_time - (clock.now() - forward.read_at))
     return Refusal(
         grpc.StatusCode.UNAVAILABLE,
         "PEER_UNREACHABLE",
-        f"peer {name} {why}, so the job cannot be asked; it is taken to be running there still; try again later",
+        f"peer {forward.peer} {why}, so job {forward.job_id} cannot be asked. It is taken to be running there still, "
+        f"for as long as its lease lasts: {left_s:.0f} s more, if nothing is heard of it; then it waits here again. "
+        f"Try again later, or give it up with `puhui cancel {forward.job_id}`",
         retry_after_s=_RETRY_S,
-        peer=name,
+        peer=forward.peer,
+        job_id=forward.job_id,
+        lease_left_s=f"{left_s:.0f}",
     )
 
 
@@ -90,8 +108,9 @@ def _read(method: Method, job_id: str, data: bytes) -> Message:
     return response
 
 
-def _passed_on(refusal: Refusal, name: str, method: Method) -> Refusal:
+def _passed_on(refusal: Refusal, there: AtPeer, method: Method) -> Refusal:
     """Returns what a peer refuses as whoever has called here is told of it."""
+    name = there.forward.peer
     if refusal.reason == "PEER_ANSWER_INVALID":
         return refusal
     if refusal.reason in _OVERTAKEN:
@@ -103,7 +122,7 @@ def _passed_on(refusal: Refusal, name: str, method: Method) -> Refusal:
             peer=name,
         )
     if refusal.code in _TO_THE_CENTRE:
-        return unreachable(name, f"does not let this centre in ({refusal.reason})")
+        return unreachable(there.forward, there.clock, f"does not let this centre in ({refusal.reason})")
     if refusal.reason == "METHOD_NOT_CARRIED":
         return Refusal(
             grpc.StatusCode.UNIMPLEMENTED,
@@ -112,7 +131,7 @@ def _passed_on(refusal: Refusal, name: str, method: Method) -> Refusal:
             peer=name,
         )
     if is_away(refusal) and refusal.retry_after_s is None:
-        return unreachable(name)
+        return unreachable(there.forward, there.clock)
     return Refusal(
         refusal.code,
         refusal.reason,
