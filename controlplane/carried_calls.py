@@ -12,14 +12,17 @@ from google.protobuf.message import Message
 from controlplane.carried_methods import CARRIED, Method, job_id_of
 from controlplane.carried_run import run_there
 from controlplane.forwards import ForwardStage
+from controlplane.guests import has_lease
 from controlplane.job_service import JobService
-from controlplane.peer_call import AtPeer, call_there, unreachable
+from controlplane.jobs import FINAL_STATES
+from controlplane.peer_call import AtPeer, call_there, lease_left_s, unreachable
 from controlplane.peer_results import invalid_answer
 from controlplane.reach import Reach
 from controlplane.runs import WENT_TO_PEER
 from controlplane.store import Store
 from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import now, timestamp
 from puhui.v1 import job_pb2, job_service_pb2
 from puhui.v1 import job_service_pb2 as wire
 
@@ -50,6 +53,7 @@ class CarriedJobService:
         for name in _NAMES:
             method = CARRIED.get(name)
             setattr(self, name, getattr(here, name) if method is None else self._routed(method))
+        self.GetJob = self._get
 
     def _routed(self, method: Method) -> Callable[[Any, Any], Any]:
         """Returns what serves a method, here or at a peer."""
@@ -85,6 +89,22 @@ class CarriedJobService:
         async with contextlib.aclosing(answers):
             async for response in answers:
                 yield response
+
+    async def _get(self, request: wire.GetJobRequest, context: Any) -> wire.GetJobResponse:
+        """Returns one job, with the leases that hold: under which it is at a peer, or is here as a peer's."""
+        response = await self._here.GetJob(request, context)
+        job, clock = response.job, self._reach.clock
+        if job.state in FINAL_STATES:
+            return response
+        if job.attempts and job.attempts[-1].peer:
+            forward = await self._store.forward(job.id, job.attempts[-1].number)
+            if forward is not None and forward.stage in {*_THERE, ForwardStage.SENDING}:
+                until = now() + lease_left_s(forward, clock)
+                job.attempts[-1].lease_expire_time.CopyFrom(timestamp(until))
+        guest = await self._store.guest_of(job.id) if job.HasField("guest") else None
+        if guest is not None and has_lease(guest, clock.now(), clock.boot):
+            job.guest.lease_expire_time.CopyFrom(timestamp(now() + guest.lease_end - clock.now()))
+        return response
 
     async def _explain(self, request: wire.ExplainJobRequest, context: Any) -> wire.ExplainJobResponse:
         """Says why a job waits. While its peer is away, what is known here."""

@@ -18,7 +18,7 @@ from controlplane.reach import Clock, KnownPeer
 from puhui.rpc.errors import Refusal
 from puhui.v1 import federation_service_pb2 as wire
 
-__all__ = ["AtPeer", "call_there", "unreachable"]
+__all__ = ["AtPeer", "call_there", "lease_left_s", "unreachable"]
 
 _RETRY_S = 1.0
 # It is about to be noticed here, and the job goes on otherwise.
@@ -74,6 +74,11 @@ async def call_there(
         raise _passed_on(refusal, there, method) from refusal
 
 
+def lease_left_s(forward: ForwardRecord, clock: Clock) -> float:
+    """Returns how long a peer may still run what was sent there, in seconds, if it is not heard of again."""
+    return max(0.0, forward.lease_end - forward.peer_time - (clock.now() - forward.read_at))
+
+
 def unreachable(forward: ForwardRecord, clock: Clock, why: str = "is out of contact") -> Refusal:
     """Returns the refusal of what only an absent peer could answer.
 
@@ -82,7 +87,7 @@ def unreachable(forward: ForwardRecord, clock: Clock, why: str = "is out of cont
         clock: this centre's lease clock.
         why: what is the matter with the peer, as the end of a clause.
     """
-    left_s = max(0.0, forward.lease_end - forward.peer_time - (clock.now() - forward.read_at))
+    left_s = lease_left_s(forward, clock)
     return Refusal(
         grpc.StatusCode.UNAVAILABLE,
         "PEER_UNREACHABLE",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import grpc
 import typer
+from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment, Segments
 from rich.table import Table
@@ -24,6 +25,7 @@ from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import (
     age,
     card_name,
+    count,
     job_state,
     memory_slices,
     overruled_line,
@@ -35,7 +37,7 @@ from puhui.cli.words import (
 )
 from puhui.client import Refusal
 from puhui.client.centre import FINAL_STATES
-from puhui.rpc.moment import moment, now, timestamp
+from puhui.rpc.moment import moment, now, seconds, timestamp
 from puhui.rpc.quantities import parse_duration
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
@@ -212,20 +214,50 @@ def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
     if job.sizing.reason:
         facts.append(("slice", readable(job.sizing.reason)))
     if job.HasField("guest"):
-        guest = job.guest
-        facts.append(("sent by", f"peer {guest.peer}, where it is attempt {guest.attempt} of job {guest.job_id}"))
-    facts += [(f"attempt {attempt.number}", _attempt(attempt)) for attempt in job.attempts]
+        facts.append(("sent by", _sender(job.guest, now_s)))
+    if job.spec.HasField("peers"):
+        facts.append(("peers", _peer_policy(job.spec.peers)))
+    facts += [(f"attempt {attempt.number}", _attempt(attempt, now_s)) for attempt in job.attempts]
     facts += share_facts(job, now_s)
     if job.state in FINAL_STATES:
         facts.append(("output", size(job.log_size_bytes)))
     return facts
 
 
-def _attempt(attempt: job_pb2.Attempt) -> str:
+def _sender(guest: job_pb2.Guest, now_s: float) -> str:
+    """Returns who sent a job here, and on what terms."""
+    parts = [f"peer {guest.peer}, where it is attempt {guest.attempt} of job {guest.job_id}"]
+    if guest.HasField("lease_expire_time"):
+        parts.append(f"under a lease for {_left(guest.lease_expire_time, now_s)} more")
+    onward = f"may be sent on {count(guest.hops_left, 'time')}" if guest.hops_left else "may not be sent on"
+    return ", ".join([*parts, onward])
+
+
+def _left(until: Timestamp, now_s: float) -> str:
+    return span(max(moment(until) - now_s, 0))
+
+
+def _peer_policy(policy: job_pb2.PeerPolicy) -> str:
+    """Returns where a job may run, as its user has said."""
+    if policy.here_only:
+        return "none: here only"
+    parts = []
+    if policy.preferred_peers:
+        parts.append(f"{', '.join(policy.preferred_peers)} first")
+    if policy.HasField("max_wait"):
+        parts.append(f"when the wait here is longer than {span(seconds(policy.max_wait))}")
+    parts += [f"only with {key}={value}" for key, value in sorted(policy.required_labels.items())]
+    parts += [f"not with {key}={value}" for key, value in sorted(policy.forbidden_labels.items())]
+    return ", ".join(parts) or "any"
+
+
+def _attempt(attempt: job_pb2.Attempt, now_s: float) -> str:
     """Returns where an attempt was, and what became of it."""
     where = f"node {attempt.node_id}" if not attempt.peer else f"peer {attempt.peer}"
     if attempt.peer_job_id:
         where += f" (job {attempt.peer_job_id} there)"
+    if attempt.HasField("lease_expire_time"):
+        where += f", under a lease for {_left(attempt.lease_expire_time, now_s)} more"
     parts = [where]
     if attempt.slice_uuid:
         card = card_name(attempt.gpu_model, attempt.emulated)

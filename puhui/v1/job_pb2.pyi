@@ -367,7 +367,7 @@ class Guest(_message.Message):
     """How often it may be forwarded on."""
     @_builtins.property
     def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
-        """It is stopped when its origin has not renewed the lease until then."""
+        """It is stopped when its origin has not renewed the lease until then. Only GetJob tells it, and only while it holds."""
 
     @_builtins.property
     def visited_centres(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -549,6 +549,7 @@ class Attempt(_message.Message):
     SHARES_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
     PEER_JOB_ID_FIELD_NUMBER: _builtins.int
+    LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """From 1."""
     fencing_token: _builtins.int
@@ -601,6 +602,12 @@ class Attempt(_message.Message):
     def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]:
         """Shares that it has held, the newest last; only the last 16. The placement and slice above are those of the newest."""
 
+    @_builtins.property
+    def lease_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when that peer may run it without hearing of this centre, as far as is known. Only GetJob tells it, and only
+        while the attempt is at a peer.
+        """
+
     def __init__(
         self,
         *,
@@ -624,10 +631,11 @@ class Attempt(_message.Message):
         shares: _abc.Iterable[Global___Share] | None = ...,
         peer: _builtins.str = ...,
         peer_job_id: _builtins.str = ...,
+        lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "placement", b"placement", "release_time", b"release_time", "reserve_time", b"reserve_time", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "lease_expire_time", b"lease_expire_time", "placement", b"placement", "release_time", b"release_time", "reserve_time", b"reserve_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "node_id", b"node_id", "number", b"number", "peer", b"peer", "peer_job_id", b"peer_job_id", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "lease_expire_time", b"lease_expire_time", "node_id", b"node_id", "number", b"number", "peer", b"peer", "peer_job_id", b"peer_job_id", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
