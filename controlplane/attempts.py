@@ -55,14 +55,14 @@ class Attempts:
         try:
             while True:
                 try:
-                    record = await driver.run(adopt=adopt)
+                    if tries:
+                        driver = self._drivers[key] = await self._driver_again(key)
+                    record = await driver.run(adopt=adopt or bool(tries))
                     break
                 except Exception as error:  # noqa: BLE001 - whatever happens to one attempt, it is driven on
                     tries += 1
                     _log.error("an attempt met the unforeseen", job=key[0], attempt=key[1], exc_info=error)
                 await asyncio.sleep(retry_delay_s(tries))
-                driver = self._drivers[key] = await self._driver_again(key)
-                adopt = True
         finally:
             self._drivers.pop(key, None)
             self._tasks.pop(key, None)

@@ -6,6 +6,7 @@ cannot bring about, and nodes, whose names mean nothing here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from controlplane import happenings as h
 from controlplane.draft import MOST_SHARES, Draft, IllegalTransition, since_ms
 from controlplane.endings import Ending, cancelled
 from puhui.rpc.moment import moment, timestamp
+from puhui.rpc.plain_text import plain_text
 from puhui.v1 import job_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -45,7 +47,7 @@ AWAY_TRANSITIONS: Mapping[job_pb2.JobState.ValueType, frozenset[job_pb2.JobState
     JOB_STATE_QUEUED: frozenset({JOB_STATE_STARTING, JOB_STATE_STOPPING, JOB_STATE_QUEUED}),
     # A peer may have to begin again, elsewhere among its nodes or at a peer of its own.
     **{state: _LIVING | {JOB_STATE_STOPPING, JOB_STATE_QUEUED} for state in _LIVING},
-    JOB_STATE_STOPPING: frozenset({JOB_STATE_STOPPING, JOB_STATE_QUEUED}),
+    JOB_STATE_STOPPING: _LIVING | {JOB_STATE_STOPPING, JOB_STATE_QUEUED},
 }
 """Every state that may follow a state by what happens at a peer."""
 
@@ -62,6 +64,9 @@ _MOST_RUNS = 10
 _MOST_DETAILS = 32
 _MOST_TEXT = 1000
 _REASON_LENGTH = 64
+_MOST_NAME = 128
+_MOST_RUN_BYTES = 8192
+_RUN_ID = re.compile(r"r-[a-z0-9]{12}")
 
 
 def ending_there(record_cancelled: bool, message: str, job: job_pb2.Job) -> Ending | None:
@@ -72,7 +77,7 @@ def ending_there(record_cancelled: bool, message: str, job: job_pb2.Job) -> Endi
         message: what was said about that.
         job: the job as the peer knows it, in a final state.
     """
-    text = job.message[:_MOST_TEXT]
+    text = plain_text(job.message, _MOST_TEXT)
     if job.state == JOB_STATE_SUCCEEDED:
         return Ending(JOB_STATE_SUCCEEDED, "SUCCEEDED", text)
     if job.state == JOB_STATE_CANCELLED:
@@ -80,7 +85,7 @@ def ending_there(record_cancelled: bool, message: str, job: job_pb2.Job) -> Endi
         return cancelled(message) if record_cancelled else None
     if not any(attempt.HasField("start_time") for attempt in job.attempts):
         return cancelled(message) if record_cancelled else None
-    return Ending(JOB_STATE_FAILED, job.reason[:_REASON_LENGTH] or "FAILED", text)
+    return Ending(JOB_STATE_FAILED, plain_text(job.reason, _REASON_LENGTH) or "FAILED", text)
 
 
 def forwarding(draft: Draft, it: h.Forwarding) -> None:
@@ -128,7 +133,7 @@ def peer_told(draft: Draft, it: h.PeerTold) -> None:
     state = _STATES.get(it.event.state)
     if state is None:
         raise IllegalTransition(f"{draft.job.id}: its peer tells of a state that is none")
-    if draft.job.state != JOB_STATE_STOPPING:
+    if draft.job.state != JOB_STATE_STOPPING or not draft.record.cancel_requested:
         draft.job.state = state
     _take_over(draft, it.job)
     _tell_of(draft, it.event)
@@ -139,12 +144,13 @@ def peer_ended(draft: Draft, it: h.PeerEnded) -> None:
     _take_over(draft, it.job)
     draft.job.ClearField("idleness")
     _end(draft, it.job, it.ending)
+    peer = draft.job.attempts[-1].peer
     draft.tell(
         "PEER_ENDED",
-        f"it has ended at peer {draft.job.attempts[-1].peer}: {it.job.message[:_MOST_TEXT]}; its results come here now",
-        peer=draft.job.attempts[-1].peer,
+        f"it has ended at peer {peer}: {plain_text(it.job.message, _MOST_TEXT)}; its results come here now",
+        peer=peer,
         exit_code=it.job.exit_code if it.job.HasField("exit_code") else "",
-        peer_reason=it.job.reason[:_REASON_LENGTH],
+        peer_reason=plain_text(it.job.reason, _REASON_LENGTH),
     )
 
 
@@ -207,15 +213,18 @@ def _end(draft: Draft, job: job_pb2.Job, ending: Ending) -> None:
 def _take_over(draft: Draft, job: job_pb2.Job) -> None:
     """Takes over what the peer tells of the job as a whole."""
     attempt = draft.job.attempts[draft.attempt - 1]
-    if job.HasField("idleness"):
+    if job.HasField("idleness") and job.idleness.ByteSize() <= _MOST_TEXT:
         draft.job.idleness.CopyFrom(job.idleness)
     else:
         draft.job.ClearField("idleness")
     del draft.job.runs[:]
     for run in job.runs[-_MOST_RUNS:]:
-        mine = draft.job.runs.add()
-        mine.CopyFrom(run)
-        mine.job_id, mine.attempt = draft.job.id, draft.attempt
+        if _RUN_ID.fullmatch(run.id) and run.ByteSize() <= _MOST_RUN_BYTES:
+            mine = draft.job.runs.add()
+            mine.CopyFrom(run)
+            mine.DiscardUnknownFields()
+            mine.message = plain_text(run.message, _MOST_TEXT)
+            mine.job_id, mine.attempt = draft.job.id, draft.attempt
     draft.job.run_count = job.run_count
     if not job.attempts:
         return
@@ -223,7 +232,7 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
     for name in ("gpu_uuid", "gpu_index", "gpu_model", "profile", "slice_uuid", "container_id", "runtime", "emulated"):
         value = getattr(there, name)
         if value:
-            setattr(attempt, name, value[:_MOST_TEXT] if isinstance(value, str) else value)
+            setattr(attempt, name, plain_text(value, _MOST_NAME) if isinstance(value, str) else value)
     attempt.placement.CopyFrom(there.placement)
     if there.HasField("start_time"):
         attempt.start_time.CopyFrom(there.start_time)
@@ -234,7 +243,7 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
     if there.HasField("exit_code"):
         attempt.exit_code = there.exit_code
     del attempt.shares[:]
-    attempt.shares.extend(there.shares[-MOST_SHARES:])
+    attempt.shares.extend(one for one in there.shares[-MOST_SHARES:] if one.ByteSize() <= _MOST_TEXT)
     if there.HasField("start_time") and not draft.job.HasField("start_time"):
         draft.job.start_time.CopyFrom(there.start_time)
 
@@ -242,7 +251,8 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
 def _tell_of(draft: Draft, event: job_pb2.JobEvent) -> None:
     """Tells of what the peer told of, within bounds."""
     details = dict(sorted(event.details.items())[:_MOST_DETAILS])
-    details = {key[:_REASON_LENGTH]: value[:_MOST_TEXT] for key, value in details.items()}
+    details = {plain_text(key, _REASON_LENGTH): plain_text(value, _MOST_TEXT) for key, value in details.items()}
     details["peer_time_ms"] = str(round(moment(event.time) * 1000))
     draft.peer = draft.job.attempts[-1].peer
-    draft.tell(event.reason[:_REASON_LENGTH] or "PEER_TOLD", event.message[:_MOST_TEXT], **details)
+    reason = plain_text(event.reason, _REASON_LENGTH) or "PEER_TOLD"
+    draft.tell(reason, plain_text(event.message, _MOST_TEXT), **details)

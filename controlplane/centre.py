@@ -174,7 +174,7 @@ class Centre:
         await runs.take_up()
         logs = LogReader(settings.centre, store, feed, nodes, results, federation.reach)
         cancelling = Cancelling(store, scheduler, centre._attempts)
-        job_service = JobService(
+        centre._jobs = job_service = JobService(
             store,
             feed,
             bundles,
@@ -218,6 +218,7 @@ class Centre:
     _scheduler: Scheduler
     _warm: WarmShares
     _runs: Runs
+    _jobs: JobService
     _attempts: Attempts
     _reservations: Reservations
     _server: RpcServer

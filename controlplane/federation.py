@@ -189,6 +189,7 @@ class Federation:
             is_open=is_open,
             start_s=lambda: self._durations.start_s,
         )
+        self.peers.on_removed = desk.forget_peer
         hosting = Hosting(
             settings.centre,
             self._centre_id,

@@ -20,7 +20,7 @@ from typing import Protocol
 import structlog
 
 from controlplane.forwarding import Candidate, Neighbour, Rules, transfer_s
-from controlplane.forwards import ForwardRecord, ForwardStage
+from controlplane.forwards import LAST_MOMENT_S, ForwardRecord, ForwardStage
 from controlplane.offers import Offer
 from controlplane.outlook import Outlook
 from controlplane.peer_client import PeerClient
@@ -336,7 +336,9 @@ class Forwarder:
         """Returns what was offered; None when no honest peer would say that."""
         peer_time, holds_s = moment(response.time), moment(response.expire_time) - moment(response.time)
         lease_s, cost = seconds(response.longest_lease), response.cost
-        if not 0 < len(response.offer_id) <= _MOST_ID or peer_time <= 0 or holds_s <= 0 or lease_s <= 0:
+        if not 0 < len(response.offer_id) <= _MOST_ID or not 0 < peer_time < LAST_MOMENT_S:
+            return None
+        if holds_s <= 0 or lease_s <= 0:
             return None
         if not 0 <= cost <= _MOST_COST or seconds(response.expected_wait) < 0:
             return None
@@ -354,6 +356,7 @@ class Forwarder:
             response.profile[:_MOST_ID],
             response.gpu_model[:_MOST_ID],
             response.bundle_present,
+            peer.record.create_time,
         )
 
     # -- going

@@ -48,7 +48,7 @@ class Rules:
     """Peers that are asked at first for a job; each round after that is twice as large."""
     round_s: float = 1.0
     """Once there is a promise that is worth it, the slower ones of its round are waited for no longer than this."""
-    first_delay_s: tuple[float, float] = (0.1, 0.5)
+    first_delay_s: tuple[float, float] = (0.0, 0.1)
     """A job waits for a random time between these before its first round: it may be placed here meanwhile."""
     offers_in_flight: int = 16
     """Offers that are asked for at once, of all peers."""

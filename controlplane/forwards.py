@@ -12,7 +12,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-__all__ = ["CLOCK_DRIFT", "ForwardRecord", "ForwardStage", "is_surely_over", "lease_to_ask", "read_clock", "rebooted"]
+__all__ = [
+    "CLOCK_DRIFT",
+    "LAST_MOMENT_S",
+    "ForwardRecord",
+    "ForwardStage",
+    "is_surely_over",
+    "lease_to_ask",
+    "read_clock",
+    "rebooted",
+]
+
+LAST_MOMENT_S = 253402300799.0
+"""No clock tells a later time than a message can hold."""
 
 CLOCK_DRIFT = 0.001
 """The clocks of two hosts run at rates that differ by less than this: twice of what NTP slews at most."""
@@ -46,6 +58,8 @@ class ForwardRecord:
     token: int
     """Fencing token under which it is commanded."""
     stage: ForwardStage = ForwardStage.SENDING
+    paired: float = 0.0
+    """`PeerRecord.create_time` of the peer then: another centre may be peer under its name later."""
     offer_id: str = ""
     lease_end: float = 0.0
     """Latest time that was ever asked for, on the peer's lease clock. Stored before it is asked for."""

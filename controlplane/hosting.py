@@ -45,6 +45,8 @@ _LOOK_S = 1.0
 _NODE_ENDS_S = 5.0
 """After a lease has run out, its node has killed what ran within this time."""
 _MOST_EVENTS = 100
+_MOST_UNBOUND = 10_000
+"""So many ends of what never came are noted of a peer; an honest one has few."""
 _USAGE_CHANGES = frozenset({"RECLAIMED", "RESUMED", "SLICE_DESTROYED", "RUN_ENDED"})
 
 
@@ -228,6 +230,13 @@ class Hosting:
         """
         key = self._key(peer, request.origin)
         asked = GuestRecord(*key, token=request.origin.fencing_token, at=now())
+        if await self._store.guest(key) is None and await self._store.unbound_guests(key[0]) >= _MOST_UNBOUND:
+            raise Refusal(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "TOO_MANY_UNBOUND",
+                f"{_MOST_UNBOUND} attempts of yours that were never bound here were cancelled, and more are not noted",
+                retry_after_s=3600.0,
+            )
         guest = await self._store.change_guest(key, lambda known: cancel(known, asked))
         self._desk.settle(peer.record.name, request.origin)
         if not guest.job_id:
@@ -259,10 +268,24 @@ class Hosting:
         if record.job.HasField("exit_code"):
             return True  # its command has ended: only its share is held still
         held = any(one.job_id == guest.job_id and not one.is_warm for one in await self._store.reservations())
+        # One whose share was taken back lives on without it: its container counts.
+        held = held or (bool(record.job.attempts) and not await self._is_removed(record.attempt, guest.job_id))
         known = await self._store.guest(guest.key) or guest
         # After a reboot this clock may be ahead of the node's: only the node's own word counts then.
         over = known.boot == self._clock.boot and self._clock.now() > known.lease_end + _NODE_ENDS_S
         return not held or over
+
+    async def _is_removed(self, attempt: job_pb2.Attempt, job_id: str) -> bool:
+        """Returns whether an attempt has no container: it never had one, or its node has confirmed that it is gone."""
+        cursor = 0
+        while attempt.container_id:
+            events = await self._store.events(job_id, cursor)
+            if not events:
+                return False
+            cursor = events[-1].cursor
+            if any((one.reason, one.attempt) == ("CONTAINER_REMOVED", attempt.number) for one in events):
+                return True
+        return True
 
     async def _require(self, guest: GuestRecord) -> JobRecord:
         record = await self._store.job(guest.job_id)

@@ -33,6 +33,9 @@ class Offer:
     bundle_present: bool
     """The peer has the bundle from before."""
 
+    paired: float = 0.0
+    """`PeerRecord.create_time` of the peer."""
+
     @property
     def total_s(self) -> float:
         """Until the command starts there, all in all."""

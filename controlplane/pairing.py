@@ -29,7 +29,6 @@ from controlplane.certificates import (
     verify,
 )
 from controlplane.invitation_token import read_token, write_token
-from controlplane.peer import plain_text
 from controlplane.peer_client import PeerClient
 from controlplane.peer_identity import certificate_of
 from controlplane.peer_terms import TermsError, require_sound_terms
@@ -39,6 +38,7 @@ from controlplane.store import Store
 from puhui.rpc.address import require_reachable_address
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import moment, now, timestamp
+from puhui.rpc.plain_text import plain_text
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1 import peer_service_pb2
 

@@ -14,10 +14,11 @@ from controlplane.peer_client import PeerClient
 from controlplane.records import PeerRecord
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration, now, seconds, timestamp
+from puhui.rpc.plain_text import plain_text
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1 import peer_service_pb2
 
-__all__ = ["ASSUMED_BYTES_PER_SECOND", "ASSUMED_ROUND_TRIP_S", "Peer", "plain_text", "sound_capacity"]
+__all__ = ["ASSUMED_BYTES_PER_SECOND", "ASSUMED_ROUND_TRIP_S", "Peer", "sound_capacity"]
 
 ASSUMED_ROUND_TRIP_S = 0.05
 ASSUMED_BYTES_PER_SECOND = 12.5e6
@@ -213,8 +214,3 @@ def _wait(one: wire.CapacitySummary) -> Duration | None:
         return None
     told = seconds(one.expected_wait)
     return duration(min(max(told, 0.0), _LONGEST_WAIT_S)) if math.isfinite(told) else None
-
-
-def plain_text(text: str, most: int) -> str:
-    """Returns what another centre says without what would do something to a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text[:most])

@@ -122,9 +122,10 @@ class GrpcPeerClient:
         except grpc.aio.UsageError as error:
             raise _closed() from error
         except asyncio.CancelledError as error:
-            # Closing a channel cancels its calls, which is not to cancel who made them.
+            # Closing a channel cancels its calls, and so does a request that cannot be read on: neither is to cancel
+            # who made them.
             task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
+            if task is None or task.cancelling():
                 raise
             raise _closed() from error
 
@@ -210,4 +211,4 @@ async def _parts(header: wire.ForwardHeader, archive: Path | None) -> AsyncItera
 
 
 def _closed() -> Refusal:
-    return Refusal(grpc.StatusCode.UNAVAILABLE, "CLOSED", "the connection to the peer is being closed")
+    return Refusal(grpc.StatusCode.UNAVAILABLE, "CLOSED", "the call to the peer was ended at this side")

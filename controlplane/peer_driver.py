@@ -23,15 +23,17 @@ from controlplane.away import ending_there
 from controlplane.draft import IllegalTransition
 from controlplane.endings import Ending, cancelled
 from controlplane.faults import retry_delay_s
-from controlplane.forwards import ForwardRecord, ForwardStage, is_surely_over, read_clock, rebooted
+from controlplane.forwards import LAST_MOMENT_S, ForwardRecord, ForwardStage, is_surely_over, read_clock, rebooted
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES, PLACED_STATES, transition
 from controlplane.lasting import Lasting
 from controlplane.metering import AllEnded, Stretch
 from controlplane.node_asker import Fenced
+from controlplane.peer_client import is_away
 from controlplane.peer_end import PeerEnd
 from controlplane.peer_follow import PeerFollow
 from controlplane.peer_request import forward_header, lease_left, origin_of
+from controlplane.peer_terms import DEFAULT_RESULT_BYTES
 from controlplane.reach import KnownPeer, Reach
 from controlplane.records import Change, Decide, JobRecord
 from controlplane.store import Store
@@ -48,21 +50,42 @@ _log = structlog.get_logger(__name__)
 
 _MOST_SENDS = 4
 _LOOK_S = 2.0
-# After such an answer it is certain that nothing was bound by this request.
-_CERTAIN = frozenset(
+# What a peer says before it binds anything: after that as the first answer it is certain that nothing is bound.
+# Whatever else it says, it may have said it after.
+_BEFORE_BINDING = frozenset(
     {
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.OUT_OF_RANGE,
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.UNIMPLEMENTED,
+        "BUNDLE_TOO_LARGE",
+        "FORWARDING_LOOP",
+        "HEADER_INVALID",
+        "NOT_RECEIVING",
+        "OFFER_EXPIRED",
+        "PEER_BYTES",
+        "PEER_RATE",
+        "PEER_STREAMS",
+        "PROFILE_NOT_AVAILABLE",
+        "SPEC_INVALID",
+        "TENANT_INVALID",
+        "TOO_LARGE",
     }
 )
-# The peer is full, or the offer is old: it may be asked again for this job.
-_PASSING = frozenset({"OFFER_EXPIRED", "LEASE_EXPIRED", "PEER_RATE", "PEER_STREAMS", "PEER_BYTES", "FULL", "DISK_FULL"})
+# The peer is full, or could not be asked: it may be asked again for this job.
+_PASSING = frozenset(
+    {
+        "CANCELLED",
+        "CLOSED",
+        "DISK_FULL",
+        "FULL",
+        "GUEST_NOT_FOUND",
+        "INTERNAL",
+        "LEASE_EXPIRED",
+        "OFFER_EXPIRED",
+        "PEER_BYTES",
+        "PEER_RATE",
+        "PEER_STREAMS",
+        "PEER_UNKNOWN",
+        "UNKNOWN",
+    }
+)
 _PEER_LOST = Ending(
     JOB_STATE_FAILED,
     "PEER_LOST",
@@ -154,7 +177,7 @@ class PeerDriver:
             Refusal: UNAVAILABLE with PEER_UNKNOWN: work with it was ended.
         """
         peer = self._reach.peers.get(self._forward.peer)
-        if peer is None:
+        if peer is None or peer.record.create_time != self._forward.paired:
             raise Refusal(
                 grpc.StatusCode.UNAVAILABLE,
                 "PEER_UNKNOWN",
@@ -174,7 +197,14 @@ class PeerDriver:
 
     def heard(self, peer_time: float) -> None:
         """The peer has told its lease clock."""
-        self._forward = read_clock(self._forward, peer_time, self._reach.clock.now())
+        if 0 < peer_time < LAST_MOMENT_S:
+            self._forward = read_clock(self._forward, peer_time, self._reach.clock.now())
+
+    @property
+    def most_result_bytes(self) -> int:
+        """So much is taken of what it left, in bytes."""
+        peer = self._reach.peers.get(self._forward.peer)
+        return (peer.record.terms.most_result_bytes if peer is not None else 0) or DEFAULT_RESULT_BYTES
 
     @property
     def _left_s(self) -> float:
@@ -197,7 +227,12 @@ class PeerDriver:
         return len(record.job.attempts) == self._number
 
     async def change(
-        self, *told: Happening, usage_there: Sequence[Stretch] = (), over: bool = False, **forward: Any
+        self,
+        *told: Happening,
+        usage_there: Sequence[Stretch] = (),
+        over: bool = False,
+        otherwise: Happening | None = None,
+        **forward: Any,
     ) -> None:
         """Stores what happened, and how the forward is now, in one transaction.
 
@@ -205,25 +240,38 @@ class PeerDriver:
             told: what happened to the job; nothing when it has a newer attempt.
             usage_there: what it has used at the peer, as that is now.
             over: whatever was counted as usage ends.
+            otherwise: what happened when that cannot happen to the job, or it has a newer attempt.
             forward: fields of the forward that have changed.
 
         Raises:
             IllegalTransition: it cannot happen to the job.
         """
-        await self._lasting.do(self._change(told, usage_there, over, forward))
+        await self._lasting.do(self._change(told, usage_there, over, otherwise, forward))
 
     async def _change(
-        self, told: Sequence[Happening], usage_there: Sequence[Stretch], over: bool, fields: Mapping[str, Any]
+        self,
+        told: Sequence[Happening],
+        usage_there: Sequence[Stretch],
+        over: bool,
+        otherwise: Happening | None,
+        fields: Mapping[str, Any],
     ) -> None:
         async with self._storing:
             after = replace(self._forward, **fields)
 
             def decide(record: JobRecord, _: int) -> Change:
-                events = []
-                if self.is_newest(record) or any(isinstance(one, happenings.KeptLate) for one in told):
-                    for one in told:
+                before, events = record, []
+                try:
+                    for one in told if self.is_newest(record) else ():
                         record, event = transition(record, one, now())
                         events.append(event)
+                except IllegalTransition:
+                    if otherwise is None:
+                        raise
+                    record, events = before, []
+                if otherwise is not None and not events:
+                    record, event = transition(record, otherwise, now())
+                    events.append(event)
                 ended = (AllEnded(now()),) if over else ()
                 runs = tuple(record.job.runs) if events and self.is_newest(record) else ()
                 return Change(
@@ -281,13 +329,15 @@ class PeerDriver:
                 if refusal.reason == "BUNDLE_NOT_FOUND" and self._forward.bundle_there:
                     await self.change(bundle_there=False)
                     continue
-                certain = refusal.code in _CERTAIN and refusal.reason != "UNKNOWN"
+                certain = refusal.reason in _BEFORE_BINDING
                 if certain and not tries and not self._adopted:
                     await self._bring_back(refusal.reason, refusal.message, shun=refusal.reason not in _PASSING)
                     return
                 tries += 1
-                if certain or tries >= _MOST_SENDS:
-                    await self.change(stage=ForwardStage.ENDING, why=refusal.reason or "PEER_UNREACHABLE")
+                # Another upload of the same bundle would take as long.
+                stalled = refusal.code == grpc.StatusCode.DEADLINE_EXCEEDED and not self._forward.bundle_there
+                if not is_away(refusal) or stalled or tries >= _MOST_SENDS:
+                    await self.change(stage=ForwardStage.ENDING, why="UPLOAD_STALLED" if stalled else refusal.reason)
                     return
             await self.until_contact(tries)
 
@@ -400,12 +450,22 @@ class PeerDriver:
                 if tries == 2:
                     await self._tell_away("its end is asked for again until the peer confirms it")
             await self.until_contact(tries)
-        if not answer.HasField("job"):
-            await self._bring_back(self._forward.why, "it was never begun there", shun=False)
+        if not answer.HasField("job") and self._forward.peer_job_id:
+            # It has said that it runs it, and knows nothing of that now: its word is worth nothing. Its lease is.
+            await self._outlast()
+        elif not answer.HasField("job"):
+            shun = self._forward.why not in _PASSING
+            await self._bring_back(self._forward.why, "it was never begun there", shun=shun)
         elif answer.job.state in FINAL_STATES:
             await self._ended(answer.job)
         else:
             await self.until_contact(1)
+
+    async def _outlast(self) -> None:
+        """Waits until the lease is over."""
+        await self._tell_away("it does not know any longer what it runs, so its lease is waited for")
+        await self._until_over()
+        await self._lose()
 
     async def _tell_away(self, what: str) -> None:
         words = (

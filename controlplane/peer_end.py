@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,19 +10,16 @@ import structlog
 
 from controlplane import happenings
 from controlplane.away import ending_there
-from controlplane.draft import IllegalTransition
 from controlplane.endings import Ending
 from controlplane.forwards import ForwardStage
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES
-from controlplane.peer_client import is_away
 from controlplane.peer_results import collect_from_peer
 from controlplane.results import Results
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1 import job_pb2
-from puhui.v1.job_pb2 import JOB_STATE_QUEUED
 
 if TYPE_CHECKING:
     from controlplane.peer_driver import PeerDriver
@@ -32,6 +29,10 @@ __all__ = ["PeerEnd"]
 _log = structlog.get_logger(__name__)
 
 _MOST_REFUSALS = 4
+_OFTEN = 6
+_RARELY_S = 300.0
+_FOR_CERTAIN = frozenset({"GUEST_NOT_FOUND", "RESULTS_LOST", "PEER_ANSWER_INVALID"})
+"""What makes it certain that a peer will not give results; whatever else it says may be otherwise later."""
 _TELL_AFTER_TRIES = 2
 
 
@@ -57,10 +58,10 @@ class PeerEnd:
             try:
                 answer = await self._driver.peer().client.cancel(request)
             except Refusal as refusal:
-                if not is_away(refusal):
+                if refusal.reason in _FOR_CERTAIN:
                     break
                 tries += 1
-                await self._driver.until_contact(tries)
+                await self._patiently(tries)
                 continue
             ending = ending_there(False, "", answer.job) if answer.HasField("job") else None
             if ending is None:
@@ -75,17 +76,13 @@ class PeerEnd:
             await self._driver.change(stage=ForwardStage.SETTLED)
             return
         log_bytes, artifacts, _ = got
-        stored = await self._driver.store.job(self._driver.record.id)
-        waits = stored is not None and stored.state == JOB_STATE_QUEUED and self._driver.is_newest(stored)
-        if waits:
-            with contextlib.suppress(IllegalTransition):
-                late = happenings.CameLate(self._driver.forward.attempt, job, ending)
-                results = happenings.ResultsCollected(log_bytes, artifacts)
-                await self._driver.change(late, results, happenings.Ended(), stage=ForwardStage.SETTLED)
-                self._withdraw(self._driver.record.id)
-                return
-        kept = happenings.KeptLate(self._driver.forward.attempt, job, log_bytes, artifacts)
-        await self._driver.change(kept, stage=ForwardStage.SETTLED)
+        number = self._driver.forward.attempt
+        late = happenings.CameLate(number, job, ending)
+        results = happenings.ResultsCollected(log_bytes, artifacts)
+        kept = happenings.KeptLate(number, job, log_bytes, artifacts)
+        await self._driver.change(late, results, happenings.Ended(), otherwise=kept, stage=ForwardStage.SETTLED)
+        if self._driver.record.state in FINAL_STATES:
+            self._withdraw(self._driver.record.id)
 
     async def collect(self, known: job_pb2.Job | None) -> None:
         """Brings log and artifacts here; the job has ended then.
@@ -117,8 +114,9 @@ class PeerEnd:
                 )
                 return answer.job if answer.HasField("job") else None
             except Refusal as refusal:
-                if not is_away(refusal):
+                if refusal.reason in _FOR_CERTAIN:
                     return None
+                _log.warning("a peer does not tell how an attempt ended", job=self._driver.record.id, why=str(refusal))
                 tries += 1
             await self._bear(tries)
         return None
@@ -128,13 +126,18 @@ class PeerEnd:
         tries, refusals = 0, 0
         while now() < self._driver.forward.keep_until:
             got = await collect_from_peer(
-                lambda: self._driver.peer().client, self._driver.origin, job, self._results, self._bear
+                lambda: self._driver.peer().client,
+                self._driver.origin,
+                job,
+                self._results,
+                self._bear,
+                self._driver.most_result_bytes,
             )
             if got.error is None:
                 return got.log_bytes, got.artifacts, ""
             _log.warning("results at a peer cannot be collected yet", job=self._driver.record.id, why=str(got.error))
             tries += 1
-            if isinstance(got.error, Refusal) and not is_away(got.error):
+            if isinstance(got.error, Refusal) and got.error.reason in _FOR_CERTAIN:
                 refusals += 1
                 if refusals >= _MOST_REFUSALS:
                     why = (
@@ -149,9 +152,15 @@ class PeerEnd:
         driver, name = self._driver, self._driver.forward.peer
         if driver.record.state not in FINAL_STATES and driver.forward.stage is ForwardStage.ENDED:
             if driver.is_cancelled:
-                held = f"its results are at peer {name}, which is out of contact, and come when it is back"
+                held = f"its results are at peer {name} still, and come when they can be had"
                 await driver.change(happenings.Ended(held))
             elif tries == _TELL_AFTER_TRIES:
-                what = f"peer {name} is out of contact; its results are collected when it is back"
+                what = f"its results cannot be had from peer {name} yet; they are asked for as long as it has them"
                 await driver.change(happenings.ResultsDelayed(what))
-        await driver.until_contact(tries)
+        await self._patiently(tries)
+
+    async def _patiently(self, tries: int) -> None:
+        """Waits, the longer the more often it was in vain: the peer keeps what there is."""
+        await self._driver.until_contact(tries)
+        if tries > _OFTEN:
+            await asyncio.sleep(min(_RARELY_S, 2.0 ** (tries - _OFTEN)))

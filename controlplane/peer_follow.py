@@ -33,8 +33,9 @@ _RETRY_S = 1.0
 _AWAY_AFTER_TRIES = 2
 # No honest peer tells more of one attempt in so short a time; the others are slowed down.
 _QUICK_EVENTS = 100
+_MOST_EVENTS = 10_000
+"""So many are kept of one attempt; after that only those by which its state changes."""
 _SLOW_S = 0.05
-_MOST_STRETCHES = 1000
 _TOLD_HERE = frozenset({"SUBMITTED", "PREDICTED"})
 """What was told when it was submitted here is not told again."""
 # Numbers of stretches of one attempt; those of the next begin above.
@@ -86,13 +87,14 @@ class PeerFollow:
     async def _take(self, response: wire.WatchForwardedJobResponse) -> bool:
         """Takes one event over. Returns whether it was the last."""
         event, job = response.event, response.job
-        if event.cursor <= self._driver.forward.cursor:
-            return False  # it was told before
         self._taken += 1
         if self._taken > _QUICK_EVENTS:
             await asyncio.sleep(_SLOW_S)
+        if event.cursor <= self._driver.forward.cursor:
+            return False  # it was told before
         usage = self._usage(response)
-        if event.reason in _TOLD_HERE:
+        same = event.state == self._driver.record.state
+        if event.reason in _TOLD_HERE or (same and self._taken > _MOST_EVENTS):
             await self._driver.change(cursor=event.cursor)
             return False
         if event.state in FINAL_STATES:
@@ -135,7 +137,7 @@ class PeerFollow:
                 counter_s=None,
                 reclaim_mode=one.reclaim_mode,
             )
-            for one in response.usage[:_MOST_STRETCHES]
+            for one in response.usage
             if one.kind in kinds and one.number < _PER_ATTEMPT
         ]
 
@@ -187,5 +189,6 @@ class PeerFollow:
                     return  # whoever watches is told how it ended
             else:
                 self._driver.heard(moment(answer.time))
+                await self._back()
                 return
             await asyncio.sleep(min(_RETRY_S, self._driver.reach.lease_s / 10))

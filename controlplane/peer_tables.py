@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from google.protobuf import json_format
@@ -18,6 +19,7 @@ from puhui.rpc.moment import moment
 from puhui.v1 import job_pb2, peer_service_pb2
 
 __all__ = [
+    "count_unbound",
     "delete_guest",
     "delete_peer",
     "find_guest",
@@ -105,6 +107,12 @@ def read_old_guests(db: Database, before: float) -> list[GuestRecord]:
     ]
 
 
+def count_unbound(db: Database, peer: str) -> int:
+    """Returns how many guests of a peer were never bound."""
+    (count,) = db.execute("select count(*) from guests where peer = ? and job_id = ''", [peer]).fetchone()
+    return int(count)
+
+
 def delete_guest(db: Database, key: GuestKey) -> None:
     """Forgets a guest."""
     db.execute("delete from guests where peer = ? and origin_job = ? and attempt = ?", list(key))
@@ -144,8 +152,13 @@ def _peer(kept: dict[str, Any]) -> PeerRecord:
 
 
 def delete_peer(db: Database, name: str) -> None:
-    """Removes a peer."""
+    """Removes a peer. What it had sent is left to its leases, under a name that nobody can have."""
     db.execute("delete from peers where name = ?", [name])
+    gone = f"{name}/{uuid.uuid4().hex[:12]}"
+    for (body,) in db.execute("select body from guests where peer = ?", [name]).fetchall():
+        guest = _guest(body)
+        delete_guest(db, guest.key)
+        write_guest(db, replace(guest, peer=gone))
 
 
 def write_invitation(db: Database, invitation: InvitationRecord, at: float) -> None:

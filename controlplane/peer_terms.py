@@ -12,6 +12,7 @@ __all__ = [
     "DEFAULT_BYTES_A_DAY",
     "DEFAULT_CALLS_A_SECOND",
     "DEFAULT_MOST",
+    "DEFAULT_RESULT_BYTES",
     "TermsError",
     "is_open",
     "labels_allow",
@@ -24,6 +25,7 @@ __all__ = [
 DEFAULT_MOST = 100
 """Attempts of one centre at the other at once, where the terms do not say."""
 DEFAULT_CALLS_A_SECOND = 100
+DEFAULT_RESULT_BYTES = 64 * 2**30
 DEFAULT_BYTES_A_DAY = 100 * 2**30
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")

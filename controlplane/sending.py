@@ -35,6 +35,7 @@ def send(
         job_id=record.id,
         attempt=len(after.job.attempts),
         peer=offer.peer,
+        paired=offer.paired,
         token=token,
         offer_id=offer.id,
         lease_end=offer.peer_time + (clock_s - offer.read_at) + min(lease_s, offer.longest_lease_s),

@@ -279,6 +279,10 @@ class SqliteStore:
         """Returns the guest that a job is."""
         return peer_tables.find_guest_of(self._read, job_id)
 
+    async def unbound_guests(self, peer: str) -> int:
+        """Returns how many guests of a peer were never bound, and never will be."""
+        return peer_tables.count_unbound(self._read, peer)
+
     async def change_guest(self, key: GuestKey, decide: DecideGuest) -> GuestRecord:
         """Lets `decide` change a guest, and returns it afterwards."""
 

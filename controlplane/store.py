@@ -143,6 +143,9 @@ class Store(Protocol):
     async def guest_of(self, job_id: str) -> GuestRecord | None:
         """Returns the guest that a job is; None when it was submitted here."""
 
+    async def unbound_guests(self, peer: str) -> int:
+        """Returns how many guests of a peer were never bound, and never will be."""
+
     async def change_guest(self, key: GuestKey, decide: DecideGuest) -> GuestRecord:
         """Lets `decide` change a guest, and returns it afterwards.
 

@@ -183,7 +183,7 @@ def _get(
 ) -> None:
     """Show one job."""
     with connect(server) as centre:
-        job = find_job(centre, job_id)
+        job = centre.get(find_job(centre, job_id).id)
     if terminal().as_json:
         terminal().json(job)
         return

@@ -81,6 +81,9 @@ class TermsOptions:
     most_bytes_a_day: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes that are taken from it in a day; 0 is 100GiB.")
     ] = None
+    most_result: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest results of one job that come from it; 0 is 64GiB.")
+    ] = None
     most_calls_a_second: Annotated[int | None, typer.Option(min=0, help="Calls a second; 0 is 100.")] = None
     highest_priority: Annotated[
         int | None, typer.Option(min=-100, max=100, help="The highest priority that its jobs get here.")
@@ -106,6 +109,8 @@ class TermsOptions:
         self._apply_pairs(terms)
         if self.most_bundle is not None:
             terms.most_bundle_bytes = _bytes("--most-bundle", self.most_bundle)
+        if self.most_result is not None:
+            terms.most_result_bytes = _bytes("--most-result", self.most_result)
         if self.most_bytes_a_day is not None:
             terms.most_bytes_a_day = _bytes("--most-bytes-a-day", self.most_bytes_a_day)
 

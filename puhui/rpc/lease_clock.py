@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -98,6 +99,10 @@ class LeaseClock:
         at = self._host.uptime_s() + self._kept.offset
         if at > self._kept.ceiling:
             self._keep()
+        elif at > self._kept.ceiling - _AHEAD_S / 2:
+            # In good time: a disk that is full for a moment need not stop anybody.
+            with contextlib.suppress(OSError):
+                self._keep()
         return at
 
     def _read(self) -> _Kept | None:

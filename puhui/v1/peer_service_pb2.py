@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from puhui.v1 import federation_service_pb2 as puhui_dot_v1_dot_federation__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpuhui/v1/peer_service.proto\x12\x08puhui.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!puhui/v1/federation_service.proto\"\xc4\x06\n\tPeerTerms\x12\x19\n\x08send_off\x18\x01 \x01(\x08R\x07sendOff\x12\x1f\n\x0breceive_off\x18\x02 \x01(\x08R\nreceiveOff\x12\x18\n\x07tenants\x18\x03 \x03(\tR\x07tenants\x12\x44\n\x0btenants_out\x18\x04 \x03(\x0b\x32#.puhui.v1.PeerTerms.TenantsOutEntryR\ntenantsOut\x12\x41\n\ntenants_in\x18\x05 \x03(\x0b\x32\".puhui.v1.PeerTerms.TenantsInEntryR\ttenantsIn\x12\x1b\n\tmost_sent\x18\x06 \x01(\rR\x08mostSent\x12#\n\rmost_received\x18\x07 \x01(\rR\x0cmostReceived\x12\x16\n\x06weight\x18\x08 \x01(\x01R\x06weight\x12\x14\n\x05hours\x18\t \x01(\tR\x05hours\x12\x37\n\x06labels\x18\n \x03(\x0b\x32\x1f.puhui.v1.PeerTerms.LabelsEntryR\x06labels\x12\x18\n\x07transit\x18\x0b \x01(\x08R\x07transit\x12*\n\x11most_bundle_bytes\x18\x0c \x01(\x04R\x0fmostBundleBytes\x12\'\n\x10most_bytes_a_day\x18\r \x01(\x04R\rmostBytesADay\x12-\n\x13most_calls_a_second\x18\x0e \x01(\rR\x10mostCallsASecond\x12)\n\x10highest_priority\x18\x0f \x01(\x05R\x0fhighestPriority\x12\x1a\n\x08\x64istance\x18\x10 \x01(\x01R\x08\x64istance\x12\x12\n\x04\x63ost\x18\x11 \x01(\x01R\x04\x63ost\x1a=\n\x0fTenantsOutEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a<\n\x0eTenantsInEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\x95\x06\n\x04Peer\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tcentre_id\x18\x02 \x01(\tR\x08\x63\x65ntreId\x12\x18\n\x07\x61\x64\x64ress\x18\x03 \x01(\tR\x07\x61\x64\x64ress\x12 \n\x0b\x66ingerprint\x18\x04 \x01(\tR\x0b\x66ingerprint\x12)\n\x05terms\x18\x05 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\x12\x1d\n\nin_contact\x18\x06 \x01(\x08R\tinContact\x12\x18\n\x07message\x18\x07 \x01(\tR\x07message\x12\x46\n\x11last_contact_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0flastContactTime\x12\x38\n\nround_trip\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationR\troundTrip\x12(\n\x10\x62ytes_per_second\x18\n \x01(\x01R\x0e\x62ytesPerSecond\x12\x35\n\x08profiles\x18\x0b \x03(\x0b\x32\x19.puhui.v1.CapacitySummaryR\x08profiles\x12\x1f\n\x0bqueued_jobs\x18\x0c \x01(\rR\nqueuedJobs\x12\x12\n\x04sent\x18\r \x01(\rR\x04sent\x12\x1a\n\x08received\x18\x0e \x01(\rR\x08received\x12!\n\x0coffers_asked\x18\x0f \x01(\x04R\x0boffersAsked\x12\'\n\x0foffers_accepted\x18\x10 \x01(\x04R\x0eoffersAccepted\x12!\n\x0clast_refusal\x18\x11 \x01(\tR\x0blastRefusal\x12@\n\x0e\x62roken_promise\x18\x12 \x01(\x0b\x32\x19.google.protobuf.DurationR\rbrokenPromise\x12;\n\x0b\x63reate_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08\x65mulated\x18\x14 \x01(\x08R\x08\x65mulated\"\x9d\x01\n\x11InvitePeerRequest\x12/\n\x05valid\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x05valid\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12)\n\x05terms\x18\x03 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\x12\x12\n\x04name\x18\x04 \x01(\tR\x04name\"g\n\x12InvitePeerResponse\x12\x14\n\x05token\x18\x01 \x01(\tR\x05token\x12;\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\xf9\x01\n\x0ePeerInvitation\x12\x16\n\x06\x63\x65ntre\x18\x01 \x01(\tR\x06\x63\x65ntre\x12\x1b\n\tcentre_id\x18\x02 \x01(\tR\x08\x63\x65ntreId\x12\x18\n\x07\x61\x64\x64ress\x18\x03 \x01(\tR\x07\x61\x64\x64ress\x12 \n\x0b\x63\x65rtificate\x18\x04 \x01(\x0cR\x0b\x63\x65rtificate\x12\x10\n\x03key\x18\x05 \x01(\x0cR\x03key\x12;\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12\'\n\x0fkey_certificate\x18\x07 \x01(\x0cR\x0ekeyCertificate\"\x7f\n\x0e\x41\x64\x64PeerRequest\x12\x14\n\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12)\n\x05terms\x18\x03 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\x12\x18\n\x07\x61\x64\x64ress\x18\x04 \x01(\tR\x07\x61\x64\x64ress\"5\n\x0f\x41\x64\x64PeerResponse\x12\"\n\x04peer\x18\x01 \x01(\x0b\x32\x0e.puhui.v1.PeerR\x04peer\"\x12\n\x10ListPeersRequest\"\x8d\x01\n\x11ListPeersResponse\x12$\n\x05peers\x18\x01 \x03(\x0b\x32\x0e.puhui.v1.PeerR\x05peers\x12\x16\n\x06\x63\x65ntre\x18\x02 \x01(\tR\x06\x63\x65ntre\x12\x18\n\x07\x61\x64\x64ress\x18\x03 \x01(\tR\x07\x61\x64\x64ress\x12 \n\x0b\x66ingerprint\x18\x04 \x01(\tR\x0b\x66ingerprint\"T\n\x13SetPeerTermsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12)\n\x05terms\x18\x02 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\":\n\x14SetPeerTermsResponse\x12\"\n\x04peer\x18\x01 \x01(\x0b\x32\x0e.puhui.v1.PeerR\x04peer\"=\n\x11RemovePeerRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x66orce\x18\x02 \x01(\x08R\x05\x66orce\"\x14\n\x12RemovePeerResponse2\xf4\x02\n\x0bPeerService\x12G\n\nInvitePeer\x12\x1b.puhui.v1.InvitePeerRequest\x1a\x1c.puhui.v1.InvitePeerResponse\x12>\n\x07\x41\x64\x64Peer\x12\x18.puhui.v1.AddPeerRequest\x1a\x19.puhui.v1.AddPeerResponse\x12\x44\n\tListPeers\x12\x1a.puhui.v1.ListPeersRequest\x1a\x1b.puhui.v1.ListPeersResponse\x12M\n\x0cSetPeerTerms\x12\x1d.puhui.v1.SetPeerTermsRequest\x1a\x1e.puhui.v1.SetPeerTermsResponse\x12G\n\nRemovePeer\x12\x1b.puhui.v1.RemovePeerRequest\x1a\x1c.puhui.v1.RemovePeerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpuhui/v1/peer_service.proto\x12\x08puhui.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!puhui/v1/federation_service.proto\"\xf0\x06\n\tPeerTerms\x12\x19\n\x08send_off\x18\x01 \x01(\x08R\x07sendOff\x12\x1f\n\x0breceive_off\x18\x02 \x01(\x08R\nreceiveOff\x12\x18\n\x07tenants\x18\x03 \x03(\tR\x07tenants\x12\x44\n\x0btenants_out\x18\x04 \x03(\x0b\x32#.puhui.v1.PeerTerms.TenantsOutEntryR\ntenantsOut\x12\x41\n\ntenants_in\x18\x05 \x03(\x0b\x32\".puhui.v1.PeerTerms.TenantsInEntryR\ttenantsIn\x12\x1b\n\tmost_sent\x18\x06 \x01(\rR\x08mostSent\x12#\n\rmost_received\x18\x07 \x01(\rR\x0cmostReceived\x12\x16\n\x06weight\x18\x08 \x01(\x01R\x06weight\x12\x14\n\x05hours\x18\t \x01(\tR\x05hours\x12\x37\n\x06labels\x18\n \x03(\x0b\x32\x1f.puhui.v1.PeerTerms.LabelsEntryR\x06labels\x12\x18\n\x07transit\x18\x0b \x01(\x08R\x07transit\x12*\n\x11most_bundle_bytes\x18\x0c \x01(\x04R\x0fmostBundleBytes\x12\'\n\x10most_bytes_a_day\x18\r \x01(\x04R\rmostBytesADay\x12-\n\x13most_calls_a_second\x18\x0e \x01(\rR\x10mostCallsASecond\x12)\n\x10highest_priority\x18\x0f \x01(\x05R\x0fhighestPriority\x12\x1a\n\x08\x64istance\x18\x10 \x01(\x01R\x08\x64istance\x12\x12\n\x04\x63ost\x18\x11 \x01(\x01R\x04\x63ost\x12*\n\x11most_result_bytes\x18\x12 \x01(\x04R\x0fmostResultBytes\x1a=\n\x0fTenantsOutEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a<\n\x0eTenantsInEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\x1a\x39\n\x0bLabelsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01\"\x95\x06\n\x04Peer\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n\tcentre_id\x18\x02 \x01(\tR\x08\x63\x65ntreId\x12\x18\n\x07\x61\x64\x64ress\x18\x03 \x01(\tR\x07\x61\x64\x64ress\x12 \n\x0b\x66ingerprint\x18\x04 \x01(\tR\x0b\x66ingerprint\x12)\n\x05terms\x18\x05 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\x12\x1d\n\nin_contact\x18\x06 \x01(\x08R\tinContact\x12\x18\n\x07message\x18\x07 \x01(\tR\x07message\x12\x46\n\x11last_contact_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0flastContactTime\x12\x38\n\nround_trip\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationR\troundTrip\x12(\n\x10\x62ytes_per_second\x18\n \x01(\x01R\x0e\x62ytesPerSecond\x12\x35\n\x08profiles\x18\x0b \x03(\x0b\x32\x19.puhui.v1.CapacitySummaryR\x08profiles\x12\x1f\n\x0bqueued_jobs\x18\x0c \x01(\rR\nqueuedJobs\x12\x12\n\x04sent\x18\r \x01(\rR\x04sent\x12\x1a\n\x08received\x18\x0e \x01(\rR\x08received\x12!\n\x0coffers_asked\x18\x0f \x01(\x04R\x0boffersAsked\x12\'\n\x0foffers_accepted\x18\x10 \x01(\x04R\x0eoffersAccepted\x12!\n\x0clast_refusal\x18\x11 \x01(\tR\x0blastRefusal\x12@\n\x0e\x62roken_promise\x18\x12 \x01(\x0b\x32\x19.google.protobuf.DurationR\rbrokenPromise\x12;\n\x0b\x63reate_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime\x12\x1a\n\x08\x65mulated\x18\x14 \x01(\x08R\x08\x65mulated\"\x9d\x01\n\x11InvitePeerRequest\x12/\n\x05valid\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x05valid\x12\x18\n\x07\x61\x64\x64ress\x18\x02 \x01(\tR\x07\x61\x64\x64ress\x12)\n\x05terms\x18\x03 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\x12\x12\n\x04name\x18\x04 \x01(\tR\x04name\"g\n\x12InvitePeerResponse\x12\x14\n\x05token\x18\x01 \x01(\tR\x05token\x12;\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"\xf9\x01\n\x0ePeerInvitation\x12\x16\n\x06\x63\x65ntre\x18\x01 \x01(\tR\x06\x63\x65ntre\x12\x1b\n\tcentre_id\x18\x02 \x01(\tR\x08\x63\x65ntreId\x12\x18\n\x07\x61\x64\x64ress\x18\x03 \x01(\tR\x07\x61\x64\x64ress\x12 \n\x0b\x63\x65rtificate\x18\x04 \x01(\x0cR\x0b\x63\x65rtificate\x12\x10\n\x03key\x18\x05 \x01(\x0cR\x03key\x12;\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12\'\n\x0fkey_certificate\x18\x07 \x01(\x0cR\x0ekeyCertificate\"\x7f\n\x0e\x41\x64\x64PeerRequest\x12\x14\n\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n\x04name\x18\x02 \x01(\tR\x04name\x12)\n\x05terms\x18\x03 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\x12\x18\n\x07\x61\x64\x64ress\x18\x04 \x01(\tR\x07\x61\x64\x64ress\"5\n\x0f\x41\x64\x64PeerResponse\x12\"\n\x04peer\x18\x01 \x01(\x0b\x32\x0e.puhui.v1.PeerR\x04peer\"\x12\n\x10ListPeersRequest\"\x8d\x01\n\x11ListPeersResponse\x12$\n\x05peers\x18\x01 \x03(\x0b\x32\x0e.puhui.v1.PeerR\x05peers\x12\x16\n\x06\x63\x65ntre\x18\x02 \x01(\tR\x06\x63\x65ntre\x12\x18\n\x07\x61\x64\x64ress\x18\x03 \x01(\tR\x07\x61\x64\x64ress\x12 \n\x0b\x66ingerprint\x18\x04 \x01(\tR\x0b\x66ingerprint\"T\n\x13SetPeerTermsRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12)\n\x05terms\x18\x02 \x01(\x0b\x32\x13.puhui.v1.PeerTermsR\x05terms\":\n\x14SetPeerTermsResponse\x12\"\n\x04peer\x18\x01 \x01(\x0b\x32\x0e.puhui.v1.PeerR\x04peer\"=\n\x11RemovePeerRequest\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05\x66orce\x18\x02 \x01(\x08R\x05\x66orce\"\x14\n\x12RemovePeerResponse2\xf4\x02\n\x0bPeerService\x12G\n\nInvitePeer\x12\x1b.puhui.v1.InvitePeerRequest\x1a\x1c.puhui.v1.InvitePeerResponse\x12>\n\x07\x41\x64\x64Peer\x12\x18.puhui.v1.AddPeerRequest\x1a\x19.puhui.v1.AddPeerResponse\x12\x44\n\tListPeers\x12\x1a.puhui.v1.ListPeersRequest\x1a\x1b.puhui.v1.ListPeersResponse\x12M\n\x0cSetPeerTerms\x12\x1d.puhui.v1.SetPeerTermsRequest\x1a\x1e.puhui.v1.SetPeerTermsResponse\x12G\n\nRemovePeer\x12\x1b.puhui.v1.RemovePeerRequest\x1a\x1c.puhui.v1.RemovePeerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,37 +41,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PEERTERMS_LABELSENTRY']._loaded_options = None
   _globals['_PEERTERMS_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PEERTERMS']._serialized_start=142
-  _globals['_PEERTERMS']._serialized_end=978
-  _globals['_PEERTERMS_TENANTSOUTENTRY']._serialized_start=796
-  _globals['_PEERTERMS_TENANTSOUTENTRY']._serialized_end=857
-  _globals['_PEERTERMS_TENANTSINENTRY']._serialized_start=859
-  _globals['_PEERTERMS_TENANTSINENTRY']._serialized_end=919
-  _globals['_PEERTERMS_LABELSENTRY']._serialized_start=921
-  _globals['_PEERTERMS_LABELSENTRY']._serialized_end=978
-  _globals['_PEER']._serialized_start=981
-  _globals['_PEER']._serialized_end=1770
-  _globals['_INVITEPEERREQUEST']._serialized_start=1773
-  _globals['_INVITEPEERREQUEST']._serialized_end=1930
-  _globals['_INVITEPEERRESPONSE']._serialized_start=1932
-  _globals['_INVITEPEERRESPONSE']._serialized_end=2035
-  _globals['_PEERINVITATION']._serialized_start=2038
-  _globals['_PEERINVITATION']._serialized_end=2287
-  _globals['_ADDPEERREQUEST']._serialized_start=2289
-  _globals['_ADDPEERREQUEST']._serialized_end=2416
-  _globals['_ADDPEERRESPONSE']._serialized_start=2418
-  _globals['_ADDPEERRESPONSE']._serialized_end=2471
-  _globals['_LISTPEERSREQUEST']._serialized_start=2473
-  _globals['_LISTPEERSREQUEST']._serialized_end=2491
-  _globals['_LISTPEERSRESPONSE']._serialized_start=2494
-  _globals['_LISTPEERSRESPONSE']._serialized_end=2635
-  _globals['_SETPEERTERMSREQUEST']._serialized_start=2637
-  _globals['_SETPEERTERMSREQUEST']._serialized_end=2721
-  _globals['_SETPEERTERMSRESPONSE']._serialized_start=2723
-  _globals['_SETPEERTERMSRESPONSE']._serialized_end=2781
-  _globals['_REMOVEPEERREQUEST']._serialized_start=2783
-  _globals['_REMOVEPEERREQUEST']._serialized_end=2844
-  _globals['_REMOVEPEERRESPONSE']._serialized_start=2846
-  _globals['_REMOVEPEERRESPONSE']._serialized_end=2866
-  _globals['_PEERSERVICE']._serialized_start=2869
-  _globals['_PEERSERVICE']._serialized_end=3241
+  _globals['_PEERTERMS']._serialized_end=1022
+  _globals['_PEERTERMS_TENANTSOUTENTRY']._serialized_start=840
+  _globals['_PEERTERMS_TENANTSOUTENTRY']._serialized_end=901
+  _globals['_PEERTERMS_TENANTSINENTRY']._serialized_start=903
+  _globals['_PEERTERMS_TENANTSINENTRY']._serialized_end=963
+  _globals['_PEERTERMS_LABELSENTRY']._serialized_start=965
+  _globals['_PEERTERMS_LABELSENTRY']._serialized_end=1022
+  _globals['_PEER']._serialized_start=1025
+  _globals['_PEER']._serialized_end=1814
+  _globals['_INVITEPEERREQUEST']._serialized_start=1817
+  _globals['_INVITEPEERREQUEST']._serialized_end=1974
+  _globals['_INVITEPEERRESPONSE']._serialized_start=1976
+  _globals['_INVITEPEERRESPONSE']._serialized_end=2079
+  _globals['_PEERINVITATION']._serialized_start=2082
+  _globals['_PEERINVITATION']._serialized_end=2331
+  _globals['_ADDPEERREQUEST']._serialized_start=2333
+  _globals['_ADDPEERREQUEST']._serialized_end=2460
+  _globals['_ADDPEERRESPONSE']._serialized_start=2462
+  _globals['_ADDPEERRESPONSE']._serialized_end=2515
+  _globals['_LISTPEERSREQUEST']._serialized_start=2517
+  _globals['_LISTPEERSREQUEST']._serialized_end=2535
+  _globals['_LISTPEERSRESPONSE']._serialized_start=2538
+  _globals['_LISTPEERSRESPONSE']._serialized_end=2679
+  _globals['_SETPEERTERMSREQUEST']._serialized_start=2681
+  _globals['_SETPEERTERMSREQUEST']._serialized_end=2765
+  _globals['_SETPEERTERMSRESPONSE']._serialized_start=2767
+  _globals['_SETPEERTERMSRESPONSE']._serialized_end=2825
+  _globals['_REMOVEPEERREQUEST']._serialized_start=2827
+  _globals['_REMOVEPEERREQUEST']._serialized_end=2888
+  _globals['_REMOVEPEERRESPONSE']._serialized_start=2890
+  _globals['_REMOVEPEERRESPONSE']._serialized_end=2910
+  _globals['_PEERSERVICE']._serialized_start=2913
+  _globals['_PEERSERVICE']._serialized_end=3285
 # @@protoc_insertion_point(module_scope)

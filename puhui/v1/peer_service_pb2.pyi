@@ -104,6 +104,7 @@ class PeerTerms(_message.Message):
     HIGHEST_PRIORITY_FIELD_NUMBER: _builtins.int
     DISTANCE_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    MOST_RESULT_BYTES_FIELD_NUMBER: _builtins.int
     send_off: _builtins.bool
     """No work is sent to it."""
     receive_off: _builtins.bool
@@ -132,6 +133,8 @@ class PeerTerms(_message.Message):
     """Distance for the order in which peers are asked; 0 is the measured round-trip time in milliseconds."""
     cost: _builtins.float
     """Relative cost of work there; 0 is 1."""
+    most_result_bytes: _builtins.int
+    """Largest results of one job that are taken from it, log and artifacts together, in bytes; 0 is 64 GiB."""
     @_builtins.property
     def tenants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Tenants whose jobs may be sent to it. Empty is all of them."""
@@ -170,10 +173,11 @@ class PeerTerms(_message.Message):
         highest_priority: _builtins.int = ...,
         distance: _builtins.float = ...,
         cost: _builtins.float = ...,
+        most_result_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "distance", b"distance", "highest_priority", b"highest_priority", "hours", b"hours", "labels", b"labels", "most_bundle_bytes", b"most_bundle_bytes", "most_bytes_a_day", b"most_bytes_a_day", "most_calls_a_second", b"most_calls_a_second", "most_received", b"most_received", "most_sent", b"most_sent", "receive_off", b"receive_off", "send_off", b"send_off", "tenants", b"tenants", "tenants_in", b"tenants_in", "tenants_out", b"tenants_out", "transit", b"transit", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "distance", b"distance", "highest_priority", b"highest_priority", "hours", b"hours", "labels", b"labels", "most_bundle_bytes", b"most_bundle_bytes", "most_bytes_a_day", b"most_bytes_a_day", "most_calls_a_second", b"most_calls_a_second", "most_received", b"most_received", "most_result_bytes", b"most_result_bytes", "most_sent", b"most_sent", "receive_off", b"receive_off", "send_off", b"send_off", "tenants", b"tenants", "tenants_in", b"tenants_in", "tenants_out", b"tenants_out", "transit", b"transit", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,6 +48,10 @@ class FakePeer:
         self.in_contact = True
         self.answers = True
         self.refuses: list[Refusal] = []
+        self.late_refuses: list[Refusal] = []
+        """What it says to the next binding after it has bound it."""
+        self.denies: list[Refusal] = []
+        """What it says to who reads output, in turn."""
         self.calls: list[str] = []
         self.headers: list[wire.ForwardHeader] = []
         self.bundles: list[bytes | None] = []
@@ -141,6 +145,8 @@ class FakePeer:
         if new:
             self.jobs[key] = job_pb2.Job(id=wanted.job_id, state=job_pb2.JOB_STATE_QUEUED)
             self.events[key] = []
+        if self.late_refuses:
+            raise self.late_refuses.pop(0)
         self._answer()
         guest = self.guests[key]
         return wire.ForwardJobResponse(
@@ -198,6 +204,8 @@ class FakePeer:
 
     async def read_logs(self, request: wire.ReadForwardedLogsRequest) -> AsyncGenerator[stream_pb2.LogChunk, None]:
         self._arrive("read_logs")
+        if self.denies:
+            raise self.denies.pop(0)
         output = self.logs.get(_key(request.origin), b"")
         for sent, at in enumerate(range(request.offset, len(output), 4), 1):
             self._answer()

@@ -30,7 +30,7 @@ from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, timestamp
 from puhui.v1 import federation_service_pb2 as wire
-from puhui.v1 import job_pb2, stream_pb2
+from puhui.v1 import job_pb2, peer_service_pb2, stream_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
@@ -178,6 +178,9 @@ def leave(peer: FakePeer, log: bytes = b"hello from there\n", archive: bytes = b
     manifest.files.add(path="model.bin", size_bytes=5)
     peer.logs[KEY], peer.artifacts[KEY] = log, (manifest, archive)
     peer.jobs[KEY].log_size_bytes = len(log)
+    peer.jobs[KEY].artifacts.CopyFrom(
+        job_pb2.JobArtifacts(digest=manifest.digest, file_count=1, size_bytes=manifest.size_bytes)
+    )
 
 
 async def ends(peer: FakePeer, code: int = 0) -> None:
@@ -239,7 +242,7 @@ async def test_usage_there_is_the_tenants_usage_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "shunned"), [("OFFER_EXPIRED", ()), ("SPEC_INVALID", ("b",)), ("IMAGE_NOT_FOUND", ("b",))]
+    ("reason", "shunned"), [("OFFER_EXPIRED", ()), ("SPEC_INVALID", ("b",)), ("TOO_LARGE", ("b",))]
 )
 async def test_what_the_peer_refuses_waits_again(tmp_path: Path, reason: str, shunned: tuple[str, ...]) -> None:
     peer = FakePeer()
@@ -250,6 +253,18 @@ async def test_what_the_peer_refuses_waits_again(tmp_path: Path, reason: str, sh
         record = await site.job()
         assert (record.state, record.not_at, peer.calls) == (JOB_STATE_QUEUED, shunned, ["forward"])
         assert record.job.attempts[0].HasField("release_time")
+
+
+async def test_a_refusal_that_may_have_come_after_the_binding_proves_nothing(tmp_path: Path) -> None:
+    peer = FakePeer()
+    peer.late_refuses = [refusal("DISK_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED)]
+    async with origin(tmp_path, peer) as site:
+        await site.send()
+        await site.settled()
+        assert peer.calls == ["forward", "cancel"]
+        assert peer.jobs[KEY].state == JOB_STATE_CANCELLED
+        record = await site.job()
+        assert (record.state, record.not_at) == (JOB_STATE_QUEUED, ("b",))
 
 
 async def test_an_answer_that_was_lost_is_asked_for_again_and_nothing_is_bound_twice(tmp_path: Path) -> None:
@@ -268,12 +283,12 @@ async def test_an_answer_that_was_lost_is_asked_for_again_and_nothing_is_bound_t
 async def test_a_peer_that_never_answers_is_asked_for_the_end_before_the_job_waits_again(tmp_path: Path) -> None:
     peer = FakePeer()
     unclear = Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "failed unforeseen")
-    peer.refuses = [unclear] * 4
+    peer.refuses = [unclear]
     async with origin(tmp_path, peer) as site:
         await site.send()
         await site.settled()
         assert (await site.job()).state == JOB_STATE_QUEUED
-        assert peer.calls == ["forward"] * 4 + ["cancel"]
+        assert peer.calls == ["forward", "cancel"]
         # What was late cannot be bound any longer.
         with pytest.raises(Refusal, match="a retry is a new attempt"):
             await peer.forward(peer.headers[-1], None)
@@ -416,6 +431,84 @@ async def test_a_peer_that_sends_more_output_than_it_told_of_is_cut_off(tmp_path
         record = await site.job()
         assert record.state == JOB_STATE_SUCCEEDED
         assert "more output than it told of" in record.results_lost
+
+
+async def test_a_log_that_is_cut_short_is_not_taken_for_whole(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+        await run_there(site, peer)
+        leave(peer)
+        peer.logs[KEY] = b"hello from"
+        await ends(peer)
+        await eventually(lambda: peer.calls.count("read_logs") > 2)
+        peer.logs[KEY] = b"hello from there\n"
+        await site.settled()
+        record = await site.job()
+        assert (record.results_lost, record.job.log_size_bytes) == ("", 17)
+
+
+async def test_a_refusal_that_may_pass_loses_no_result(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+        await run_there(site, peer)
+        leave(peer)
+        peer.denies = [refusal("DISK_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED)] * 5
+        await ends(peer)
+        await site.settled()
+        record = await site.job()
+        assert (record.results_lost, record.job.log_size_bytes) == ("", 17)
+
+
+async def test_more_results_than_the_terms_allow_are_not_fetched(tmp_path: Path) -> None:
+    peer = FakePeer()
+    peer.record = replace(peer.record, terms=peer_service_pb2.PeerTerms(most_result_bytes=20))
+    async with origin(tmp_path, peer) as site:
+        await run_there(site, peer)
+        leave(peer)
+        await ends(peer)
+        await site.settled()
+        assert "20 are taken of one job" in (await site.job()).results_lost
+        assert "read_logs" not in peer.calls
+
+
+async def test_the_word_of_a_peer_that_has_forgotten_is_worth_nothing(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+        await run_there(site, peer)
+        for kept in (peer.guests, peer.jobs, peer.events):
+            kept.clear()
+        await peer.set_contact(False)
+        await peer.set_contact(True)
+        await eventually(lambda: "cancel" in peer.calls)
+        await site.until("PEER_OUT_OF_CONTACT")
+        assert (await site.job()).state == JOB_STATE_RUNNING
+        site.clock.at += LEASE_S + MARGIN_S + 1
+        await site.until("BROUGHT_BACK")
+
+
+async def test_another_centre_under_the_name_of_a_peer_is_not_asked(tmp_path: Path) -> None:
+    peer, other = FakePeer(), FakePeer()
+    other.record = replace(other.record, create_time=5.0)
+    async with origin(tmp_path, peer) as site:
+        await run_there(site, peer)
+        site.peers["b"] = other
+        await peer.set_contact(False)
+        await site.until("PEER_OUT_OF_CONTACT")
+        site.clock.at += LEASE_S + MARGIN_S + 1
+        await site.until("BROUGHT_BACK")
+        assert other.calls == []
+
+
+async def test_what_a_peer_tells_is_taken_over_within_bounds(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+        await run_there(site, peer)
+        peer.jobs[KEY].runs.add(id="r-aaaaaaaaaaaa", command=["x" * 4_000_000])
+        peer.jobs[KEY].attempts[0].gpu_model = "evil\x1b[31m" * 1000
+        await peer.tell(KEY, JOB_STATE_RUNNING, "AGAIN\x1b[31m")
+        told = await site.until("AGAIN?[31m")
+        assert told.peer == "b"
+        assert (await site.job()).job.ByteSize() < 10_000
 
 
 async def test_a_peer_that_tells_what_cannot_be_is_not_believed(tmp_path: Path) -> None:
