@@ -197,7 +197,7 @@ class CarriedJobService:
                 continue
             await self._mirrored(there, value.last_cursor)
             request = wire.GetJobRequest(job_id=there.forward.job_id)
-            value.CopyFrom((await self._here.GetJob(request, context)).job)
+            value.CopyFrom((await self._get(request, context)).job)
 
     async def _mirrored(self, there: AtPeer, cursor: int) -> None:
         """Waits, not for long, until what the peer has answered has been told here too."""

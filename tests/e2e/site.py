@@ -125,6 +125,11 @@ class Story:
                 assert left_s > 0, f"no {reason} within {_PATIENCE_S:.0f} s: {[event.reason for event in self.events]}"
                 self._come.wait(left_s)
 
+    def ended(self) -> None:
+        """Waits until the job has ended and all of it is told."""
+        self._thread.join(_PATIENCE_S)
+        assert not self._thread.is_alive()
+
     @property
     def reasons(self) -> list[str]:
         with self._come:

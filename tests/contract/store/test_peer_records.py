@@ -21,7 +21,9 @@ from tests.unit.controlplane.samples import first_events, queued
 
 
 def guest_record(job_id: str = "j-1", attempt: int = 1, **fields: object) -> GuestRecord:
-    wanted = GuestRecord("b", "j-there", attempt, 1, digest="d", job_id=job_id, lease_end=500.0, at=1000.0, lease_s=400.0)
+    wanted = GuestRecord(
+        "b", "j-there", attempt, 1, digest="d", job_id=job_id, lease_end=500.0, at=1000.0, lease_s=400.0
+    )
     return replace(wanted, **fields)  # type: ignore[arg-type]
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from bench.delay_relay import relay_process
 
 _PATIENCE_S = 20.0
 
@@ -66,8 +68,23 @@ class Network:
         finally:
             self._filter("-D", rule)
 
-    def _filter(self, what: str, rule: Sequence[str]) -> None:
-        _run([*self.within("router"), "iptables", "-w", what, *rule])
+    @contextlib.contextmanager
+    def far_apart(self, port: int) -> Iterator[Callable[[float], None]]:
+        """Has the router delay every connection to a port of a host that is made while the block lasts.
+
+        Yields:
+            What sets the delay of either direction, in seconds. It is emulated, see `bench.delay_relay`.
+        """
+        upstreams = [f"{address}:{port}" for address in self.addresses]
+        _run([*self.within("router"), "sysctl", "-q", "-w", "net.ipv4.conf.all.route_localnet=1"])
+        with relay_process(upstreams, self.within("router")) as relay:
+            for address, relayed in zip(self.addresses, relay.addresses, strict=True):
+                rule = ["PREROUTING", "-d", address, "-p", "tcp", "--dport", str(port), "-j", "DNAT"]
+                self._filter("-A", [*rule, "--to-destination", relayed], table="nat")
+            yield relay.delay
+
+    def _filter(self, what: str, rule: Sequence[str], table: str = "filter") -> None:
+        _run([*self.within("router"), "iptables", "-w", "-t", table, what, *rule])
 
     def _space(self, host: str) -> str:
         return f"{self.prefix}-{host}"

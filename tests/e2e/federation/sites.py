@@ -17,13 +17,11 @@ from puhui.v1 import job_pb2
 from puhui.v1.node_service_pb2 import ListContainersRequest, ListSlicesRequest
 from puhui.v1.node_service_pb2_grpc import NodeServiceStub
 from tests.daemons import Daemon, daemon, open_folder
-from tests.e2e.federation.network import Network, network
+from tests.e2e.federation.network import Network
 from tests.e2e.site import Story
 
 CARD = "A30-24GB:1"
 PORT = 7443
-LEASE_S = 8.0
-MARGIN_S = 3.0
 _PATIENCE_S = 60.0
 _LOOK_S = 0.05
 _BEAT_S = 0.05
@@ -57,7 +55,7 @@ class Site:
     folder: Path
     network: Network
     stack: contextlib.ExitStack
-    options: tuple[str, ...]
+    lease_s: float
     daemons: dict[str, Daemon] = field(default_factory=dict)
 
     @property
@@ -70,8 +68,7 @@ class Site:
             here = f"{self.network.address(self.name)}:{PORT}"
             arguments = [
                 *("--listen", self.address, "--state", str(self.folder / "centre"), "--centre", self.name),
-                *("--federation-listen", here, "--lease", f"{LEASE_S:g}s", "--lease-margin", f"{MARGIN_S:g}s"),
-                *self.options,
+                *("--federation-listen", here, "--lease", f"{self.lease_s:g}s", "--lease-margin", "2s"),
             ]
         else:
             arguments = [
@@ -167,11 +164,18 @@ class Work:
         runs = self.runs()
         return bool(runs) and time.monotonic() - runs[-1][1] > 20 * _BEAT_S
 
-    def finished(self, target: Path, *, attempts: int = 1, runs: int = 1) -> job_pb2.Job:
-        """Waits until it has ended at its origin, and looks at all that it left there and elsewhere."""
+    def finished(self, target: Path, *, attempts: int | None = 1, runs: int = 1) -> job_pb2.Job:
+        """Waits until it has ended at its origin, and looks at all that it left there and elsewhere.
+
+        Args:
+            target: its artifacts are put there.
+            attempts: it must have had so many; None is any number.
+            runs: it must have run so often.
+        """
         job = self._centre.wait(self.id, timeout_s=_PATIENCE_S)
+        self.story.ended()
         assert (job.state, job.exit_code) == (job_pb2.JOB_STATE_FAILED, 5), job
-        assert len(job.attempts) == attempts, job.attempts
+        assert attempts is None or len(job.attempts) == attempts, job.attempts
         assert len(self.runs()) == runs
         assert b"".join(chunk.data for chunk in self._centre.logs(self.id)) == LOG
         self._centre.pull(self.id, target)  # it checks the digest
@@ -247,15 +251,20 @@ def eventually(look: Callable[[], bool], otherwise: str) -> None:
 
 
 @contextlib.contextmanager
-def pair(*options: str) -> Iterator[Pair]:
-    """Runs two centres on two hosts until the block ends."""
-    with open_folder() as folder, network("a", "b") as hosts, contextlib.ExitStack() as stack:
+def pair(hosts: Network, lease_s: float = 60.0) -> Iterator[Pair]:
+    """Runs two centres on the two hosts of a network until the block ends.
+
+    Args:
+        hosts: "a" and "b".
+        lease_s: length of their leases, in seconds.
+    """
+    with open_folder() as folder, contextlib.ExitStack() as stack:
         sites = {}
         for name in hosts.hosts:
             home = folder / name
             home.mkdir()
             home.chmod(0o711)
-            sites[name] = Site(name, home, hosts, stack, options)
+            sites[name] = Site(name, home, hosts, stack, lease_s)
             sites[name].start("controlplane")
             sites[name].start("nodedaemon")
         made = Pair(hosts, sites["a"], sites["b"], folder, stack)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.federation.network import network
 from tests.e2e.federation.sites import Pair, Work, pair
 
 pytestmark = pytest.mark.timeout(120)
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def centres() -> Iterator[Pair]:
-    with pair() as made:
+    with network("a", "b") as hosts, pair(hosts) as made:
         yield made
 
 

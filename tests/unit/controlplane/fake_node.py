@@ -29,10 +29,10 @@ class ExecCommand:
         self.start = start
         self.slice_uuids = slice_uuids
         """What its container saw when it began."""
-        self.offset = start.output_offset
         self.output = b""
+        self.input: list[node_service_pb2.ExecRequest] = []
+        """What it was given after its start, over all connections."""
         self.exit_code: int | None = None
-        self.closed = 0
         self._news = asyncio.Condition()
 
     async def write(self, data: bytes) -> None:
@@ -45,24 +45,41 @@ class ExecCommand:
         async with self._news:
             self._news.notify_all()
 
+    async def changed(self) -> None:
+        async with self._news:
+            await self._news.wait()
+
+
+class ExecConnection:
+    """One call about a command."""
+
+    def __init__(self, command: ExecCommand, offset: int, given: AsyncIterator[node_service_pb2.ExecRequest]) -> None:
+        self._command = command
+        self._offset = offset
+        self._reader = asyncio.create_task(self._read(given))
+
+    async def _read(self, given: AsyncIterator[node_service_pb2.ExecRequest]) -> None:
+        async for request in given:
+            self._command.input.append(request)
+
     async def answers(self) -> AsyncGenerator[node_service_pb2.ExecResponse, None]:
+        command = self._command
         while True:
-            if not self.node.reachable:
+            if not command.node.reachable:
                 raise away()
-            data = self.output[self.offset :]
+            data = command.output[self._offset :]
             if data:
-                chunk = stream_pb2.LogChunk(offset=self.offset, data=data, stream=stream_pb2.LOG_STREAM_STDOUT)
-                self.offset += len(data)
+                chunk = stream_pb2.LogChunk(offset=self._offset, data=data, stream=stream_pb2.LOG_STREAM_STDOUT)
+                self._offset += len(data)
                 yield node_service_pb2.ExecResponse(output=chunk)
-            elif self.exit_code is not None:
-                yield node_service_pb2.ExecResponse(exit_code=self.exit_code)
+            elif command.exit_code is not None:
+                yield node_service_pb2.ExecResponse(exit_code=command.exit_code)
                 return
             else:
-                async with self._news:
-                    await self._news.wait()
+                await command.changed()
 
     def close(self) -> None:
-        self.closed += 1
+        self._reader.cancel()
 
 
 class FakeNode:
@@ -338,17 +355,16 @@ class FakeNode:
         until = timestamp(self.leases[key]) if key in self.leases else None
         return node_service_pb2.RenewContainerLeaseResponse(time=timestamp(self.clock_s), lease_expire_time=until)
 
-    async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecCommand:
+    async def exec(self, requests: AsyncIterator[node_service_pb2.ExecRequest]) -> ExecConnection:
         start = (await anext(requests)).start
         await self._called("exec", start.owner)
         known = [one for one in self.commands if start.request_id and one.start.request_id == start.request_id]
         if known:
-            known[0].offset = start.output_offset
-            return known[0]
+            return ExecConnection(known[0], start.output_offset, requests)
         container = self.containers[start.owner.job_id, start.owner.attempt]
         command = ExecCommand(self, start, list(container.slice_uuids))
         self.commands.append(command)
-        return command
+        return ExecConnection(command, start.output_offset, requests)
 
     async def read_workspace(
         self, owner: card_pb2.AttemptRef, offset: int
