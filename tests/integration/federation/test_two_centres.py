@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from puhui.v1 import job_pb2
 from puhui.v1 import job_service_pb2 as wire
 from tests.integration.federation.neighbourhood import neighbour, pair
 from tests.unit.controlplane.centres import eventually
+
+
+async def _all(answers: AsyncIterator[wire.RunJobResponse]) -> list[wire.RunJobResponse]:
+    return [answer async for answer in answers]
 
 
 async def test_what_does_not_fit_here_runs_there_and_comes_home(tmp_path: Path) -> None:
@@ -62,15 +68,17 @@ async def test_runs_are_carried_to_a_session_at_a_peer(tmp_path: Path) -> None:
         guest = await there.guest("guest")
         await here.until(job_id, job_pb2.JOB_STATE_RUNNING)
         start = wire.RunStart(job_id=job_id, command=["echo", job_id], request_id="run-1")
-        call = here.jobs.RunJob(wait_for_ready=True, timeout=30)
-        await call.write(wire.RunJobRequest(start=start))
+
+        async def asked() -> AsyncIterator[wire.RunJobRequest]:
+            yield wire.RunJobRequest(start=start)
+
+        call = asyncio.create_task(_all(here.jobs.RunJob(asked(), wait_for_ready=True, timeout=30)))
         await eventually(lambda: bool(there.node.commands))
         command = there.node.commands[0]
         assert list(command.start.command) == ["echo", job_id]
         await command.write(b"hello\n")
         await command.end(3)
-        await call.done_writing()
-        answers = [answer async for answer in call]
+        answers = await call
         runs = [answer.run for answer in answers if answer.HasField("run")]
         assert {(run.job_id, run.attempt) for run in runs} <= {(job_id, 0), (job_id, 1)}
         assert b"".join(answer.output.data for answer in answers) == b"hello\n"
