@@ -222,7 +222,7 @@ def _row(peer: Peer, now_s: float) -> list[str | Text]:
         contact,
         f"{seconds(peer.round_trip) / _MILLISECOND:.1f} ms" if peer.HasField("round_trip") else "-",
         f"{size(peer.bytes_per_second)}/s" if peer.bytes_per_second else "-",
-        _count_of(best) if best is not None else "none" if peer.in_contact else "?",
+        _count_of(best) if best is not None else "none" if peer.profiles else "?",
         str(peer.queued_jobs) if peer.in_contact else "?",
         str(peer.sent),
         str(peer.received),
