@@ -42,7 +42,7 @@ from puhui.rpc.quantities import parse_duration
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
 
-__all__ = ["add_commands", "show_jobs"]
+__all__ = ["add_commands", "job_facts", "show_jobs", "where_it_is"]
 
 _TIMED_OUT = 124
 _COLOURS = {
@@ -110,9 +110,9 @@ def show_jobs(jobs: list[job_pb2.Job]) -> None:
     moment_s = now()
     headings: tuple[str, ...] = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
     rows = [_row(job, moment_s) for job in jobs]
-    if any(map(_where, jobs)):
+    if any(map(where_it_is, jobs)):
         headings = (*headings, "PEER")
-        rows = [(*row, _where(job)) for row, job in zip(rows, jobs, strict=True)]
+        rows = [(*row, where_it_is(job)) for row, job in zip(rows, jobs, strict=True)]
     shown = table(*headings, right=("AGE", "TIME", "EXIT"))
     # A name may be longer than the line; everything else is short, and must not be cut.
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
@@ -157,7 +157,7 @@ def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
     )
 
 
-def _where(job: job_pb2.Job) -> str:
+def where_it_is(job: job_pb2.Job) -> str:
     """Returns at which peer a job is, or from which it came; "" for one that is this centre's own business."""
     there = job.attempts[-1].peer if job.attempts else ""
     came = f"of {job.guest.peer}" if job.HasField("guest") else ""
@@ -189,13 +189,18 @@ def _get(
         return
     shown = table("", "")
     shown.show_header = False
-    for key, value in _facts(job):
+    for key, value in job_facts(job, now()):
         shown.add_row(Text(key, style="bold"), value)
     terminal().show(shown)
 
 
-def _facts(job: job_pb2.Job) -> list[tuple[str, str]]:
-    now_s = now()
+def job_facts(job: job_pb2.Job, now_s: float) -> list[tuple[str, str]]:
+    """Returns what is known of a job: lines, each a label and a text.
+
+    Args:
+        job: the job.
+        now_s: now, in seconds since the epoch.
+    """
     facts = [
         ("job", f"{job.id} at centre {job.centre}"),
         ("name", job.spec.name or "-"),
