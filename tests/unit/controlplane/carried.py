@@ -17,14 +17,16 @@ from controlplane.carried_calls import CarriedJobService
 from controlplane.forwards import ForwardRecord, ForwardStage
 from controlplane.guests import GuestRecord
 from controlplane.jobs import transition
+from controlplane.log_reader import LogReader
 from controlplane.offers import Offer
 from controlplane.reach import Reach
 from controlplane.records import Change, JobRecord
+from controlplane.results import Results
 from controlplane.sending import send
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1 import federation_service_pb2 as federation
-from puhui.v1 import job_pb2
+from puhui.v1 import job_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
 from tests.unit.controlplane.centres import RunningCentre, eventually, running
 from tests.unit.controlplane.fake_node import ExecCommand, FakeNode
@@ -42,8 +44,10 @@ class Connection(FakePeer):
         spoil: changes what comes back, as a hostile peer may.
     """
 
-    def __init__(self, carrier: CallCarrier) -> None:
+    def __init__(self, carrier: CallCarrier, there: RunningCentre, job_there: str) -> None:
         super().__init__("b")
+        self._there = there
+        self._job_there = job_there
         self.requests: list[federation.CallForwardedJobRequest] = []
         self.spoil: Callable[[bytes], bytes] = lambda data: data
         self._carrier = carrier
@@ -68,9 +72,25 @@ class Connection(FakePeer):
                 yield request
 
         self._arrive("call")
+        async with contextlib.aclosing(self._until_cut(self._carrier.serve("a", noted()))) as answers:
+            async for answer in answers:
+                yield federation.CallForwardedJobResponse(message=self.spoil(answer.message))
+
+    async def read_logs(
+        self, request: federation.ReadForwardedLogsRequest
+    ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
+        self._arrive("read_logs")
+        asked = wire.ReadLogsRequest(job_id=self._job_there, offset=request.offset, follow=request.follow)
+        output: Any = self._there.centre._jobs.ReadLogs(asked, cast("Any", None))
+        async with contextlib.aclosing(self._until_cut(output)) as answers:
+            async for answer in answers:
+                yield stream_pb2.LogChunk.FromString(self.spoil(answer.chunk.SerializeToString()))
+
+    async def _until_cut(self, answers: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        """Yields what comes until the connection is cut."""
         cut = asyncio.create_task(self._cut.wait())
-        async with contextlib.aclosing(self._carrier.serve("a", noted())) as answers:
-            coming: asyncio.Future[federation.CallForwardedJobResponse] | None = None
+        async with contextlib.aclosing(answers):
+            coming: asyncio.Future[Any] | None = None
             try:
                 while True:
                     coming = asyncio.ensure_future(anext(answers))
@@ -81,7 +101,7 @@ class Connection(FakePeer):
                         answer = coming.result()
                     except StopAsyncIteration:
                         return
-                    yield federation.CallForwardedJobResponse(message=self.spoil(answer.message))
+                    yield answer
             finally:
                 pending: list[asyncio.Future[Any]] = [cut] if coming is None else [cut, coming]
                 for task in pending:
@@ -101,6 +121,9 @@ class Ends:
         job_there: the job that it is at the other side.
         node: where that one runs.
         peer: the connection between them.
+        logs: reads output for the origin.
+        results: what the origin has collected.
+        book: the peers of the origin.
     """
 
     here: RunningCentre
@@ -110,6 +133,8 @@ class Ends:
     job_there: str
     node: FakeNode
     peer: Connection
+    logs: LogReader
+    results: Results
     book: dict[str, Connection] = field(default_factory=dict)
 
     async def job(self) -> job_pb2.Job:
@@ -152,6 +177,14 @@ class Ends:
             return Change(record, tuple(events), forward=after)
 
         await self.here.centre._store.change_job(self.job_id, decide)
+
+    async def begin(self) -> None:
+        """It is at the peer, and the origin was told that it runs there."""
+        await self.send()
+        await self.bind()
+        job = await self.there.job(self.job_there)
+        event = job_pb2.JobEvent(reason="CONTAINER_STARTED", state=job_pb2.JOB_STATE_RUNNING, message="it runs")
+        await self.change(happenings.PeerTold(event, job))
 
     def run(self, request_id: str = "", **start: Any) -> Conversation:
         """Gives a run instruction at the origin."""
@@ -212,8 +245,10 @@ async def ends(folder: Path) -> AsyncIterator[Ends]:
         job_there = await there.submit(**session)
         await there.until(job_there, job_pb2.JOB_STATE_RUNNING)
         store = here.centre._store
-        peer = Connection(CallCarrier(there.centre._store, there.centre._jobs))
+        peer = Connection(CallCarrier(there.centre._store, there.centre._jobs), there, job_there)
         book = {"b": peer}
         reach = Reach(cast("Any", book), TestClock(), "id-of-a", 90.0, 30.0, 600.0)
         jobs = CarriedJobService("a", here.centre._jobs, store, here.centre._feed, reach)
-        yield Ends(here, there, jobs, await here.submit(**session), job_there, node, peer, book)
+        results = Results(folder / "results")
+        logs = LogReader("a", store, here.centre._feed, here.centre._nodes, results, reach)
+        yield Ends(here, there, jobs, await here.submit(**session), job_there, node, peer, logs, results, book)
