@@ -33,10 +33,6 @@ class Network:
         """Of every host, in order."""
         return [self.address(host) for host in self.hosts]
 
-    def enter(self, number: int) -> list[str]:
-        """Returns the command that enters a host's network, by its number."""
-        return self.within(self.hosts[number])
-
     def within(self, host: str) -> list[str]:
         """Returns the command that enters a host's network, and nothing else of it."""
         return ["nsenter", f"--net=/run/netns/{self._space(host)}"]
@@ -76,7 +72,7 @@ class Network:
             What sets the delay of either direction, in seconds. It is emulated, see `bench.delay_relay`.
         """
         upstreams = [f"{address}:{port}" for address in self.addresses]
-        _run([*self.within("router"), "sysctl", "-q", "-w", "net.ipv4.conf.all.route_localnet=1"])
+        self._route("conf/all/route_localnet")
         with relay_process(upstreams, self.within("router")) as relay:
             for address, relayed in zip(self.addresses, relay.addresses, strict=True):
                 rule = ["PREROUTING", "-d", address, "-p", "tcp", "--dport", str(port), "-j", "DNAT"]
@@ -85,6 +81,9 @@ class Network:
 
     def _filter(self, what: str, rule: Sequence[str], table: str = "filter") -> None:
         _run([*self.within("router"), "iptables", "-w", "-t", table, what, *rule])
+
+    def _route(self, setting: str) -> None:
+        _run([*self.within("router"), "sh", "-c", f"echo 1 > /proc/sys/net/ipv4/{setting}"])
 
     def _space(self, host: str) -> str:
         return f"{self.prefix}-{host}"
@@ -97,7 +96,7 @@ class Network:
             self._ip("netns", "add", self._space(host))
             self._ip("-n", self._space(host), "link", "set", "lo", "up")
         router = self._space("router")
-        _run([*self.within("router"), "sysctl", "-q", "-w", "net.ipv4.ip_forward=1"])
+        self._route("ip_forward")
         for number, host in enumerate(self.hosts, 1):
             space = self._space(host)
             pair = ["type", "veth", "peer", "name", "uplink", "netns", space]
@@ -122,7 +121,7 @@ def _run(command: Sequence[str]) -> None:
 @contextlib.contextmanager
 def network(*hosts: str) -> Iterator[Network]:
     """Makes hosts and a router; all of it is gone when the block ends."""
-    made = Network(f"puhui-{os.getpid()}", hosts or ("a", "b"))
+    made = Network(f"puhui-{os.getpid()}", hosts)
     try:
         made._make()
         yield made

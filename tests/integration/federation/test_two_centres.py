@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from pathlib import Path
 
 from puhui.v1 import job_pb2
@@ -12,7 +12,7 @@ from tests.integration.federation.neighbourhood import neighbour, pair
 from tests.unit.controlplane.centres import eventually
 
 
-async def _all(answers: AsyncIterator[wire.RunJobResponse]) -> list[wire.RunJobResponse]:
+async def _all(answers: AsyncIterable[wire.RunJobResponse]) -> list[wire.RunJobResponse]:
     return [answer async for answer in answers]
 
 
