@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import typer
 from rich.text import Text
 
@@ -18,6 +19,7 @@ from puhui.cli.message_json import json_of
 from puhui.cli.spec_options import pair, takes_options
 from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import age, size, span
+from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import moment, seconds
 from puhui.rpc.quantities import parse_duration, parse_size
 from puhui.v1.federation_service_pb2 import CapacitySummary
@@ -268,6 +270,8 @@ def _agreed(terms: PeerTerms) -> list[str]:
         said.append("tenants " + ", ".join(terms.tenants))
     if terms.hours:
         said.append(terms.hours)
+    said += [f"our {ours} is their {theirs}" for ours, theirs in sorted(terms.tenants_out.items())]
+    said += [f"their {theirs} is our {ours}" for theirs, ours in sorted(terms.tenants_in.items())]
     said += [f"{key}={value}" for key, value in sorted(terms.labels.items())]
     return said
 
@@ -283,6 +287,8 @@ def _invite(options: InviteOptions) -> None:
         valid_s = parse_duration(options.valid)
     except ValueError as error:
         raise Mistake("USAGE", f"--valid {error}") from error
+    if not valid_s > 0:
+        raise Mistake("USAGE", f"--valid {options.valid}: nobody could take it; write 1h or 30m")
     with connect(options.server) as centre:
         made = centre.invite_peer(name=options.name, address=options.address, valid_s=valid_s, terms=terms)
     if terminal().as_json:
@@ -324,7 +330,7 @@ def _set(options: SetOptions) -> None:
         known = {peer.name: peer for peer in centre.peers().peers}
         if options.peer not in known:
             names = ", ".join(known) or "none"
-            raise Mistake("PEER_NOT_FOUND", f"no peer {options.peer!r}; there are: {names}")
+            raise Refusal(grpc.StatusCode.NOT_FOUND, "PEER_NOT_FOUND", f"no peer {options.peer!r}; there are: {names}")
         terms = known[options.peer].terms
         options.apply(terms)
         peer = centre.set_peer_terms(options.peer, terms)

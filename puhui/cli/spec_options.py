@@ -165,6 +165,11 @@ class SpecOptions:
             spec.idle.on_reclaim.extend(words)
 
     def _apply_peers(self, spec: job_pb2.JobSpec) -> None:
+        if self.here_only and self.prefer:
+            raise Mistake("USAGE", "--here-only and --prefer: it cannot be both")
+        both = set(self.peer_label or ()) & set(self.not_peer_label or ())
+        if both:
+            raise Mistake("USAGE", f"--peer-label and --not-peer-label {min(both)}: it cannot be both")
         if self.here_only is not None:
             spec.peers.here_only = self.here_only
         if self.prefer:

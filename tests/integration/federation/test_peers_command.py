@@ -104,7 +104,7 @@ async def test_what_cannot_be_done_is_said_in_one_line(tmp_path: Path) -> None:
             (await here("invite", "--valid", "30d"), 1, "VALIDITY_INVALID", "7 days"),
             (await here("invite", "--label", "region"), 2, "USAGE", "KEY=VALUE"),
             (await here("invite", "--hours", "nights"), 1, "TERMS_INVALID", "mon-fri 20:00-08:00"),
-            (await here("set", "nobody", "--no-send"), 2, "PEER_NOT_FOUND", "there are: none"),
+            (await here("set", "nobody", "--no-send"), 1, "PEER_NOT_FOUND", "there are: none"),
             (await here("set", "nobody"), 2, "USAGE", "say what is to change"),
             (await here("remove", "nobody"), 1, "PEER_NOT_FOUND", "nobody"),
         ):
