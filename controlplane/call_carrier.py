@@ -38,9 +38,11 @@ class CallCarrier:
     Args:
         store: where guests are.
         jobs: JobService, as this centre serves it.
+        silent_s: who does not say what is called is not waited for any longer, in seconds.
     """
 
-    def __init__(self, store: Store, jobs: object) -> None:
+    def __init__(self, store: Store, jobs: object, silent_s: float = 30.0) -> None:
+        self._silent_s = silent_s
         self._store = store
         self._jobs = jobs
 
@@ -50,11 +52,17 @@ class CallCarrier:
         """Carries one call: its header, its request messages, and back its responses.
 
         Raises:
-            Refusal: INVALID_ARGUMENT with HEADER_MISSING or MESSAGE_INVALID; UNIMPLEMENTED with METHOD_NOT_CARRIED;
+            Refusal: INVALID_ARGUMENT with HEADER_MISSING or MESSAGE_INVALID; DEADLINE_EXCEEDED with HEADER_MISSING;
+                UNIMPLEMENTED with METHOD_NOT_CARRIED;
                 NOT_FOUND with GUEST_NOT_FOUND; FAILED_PRECONDITION with STALE_FENCING_TOKEN; and what the method
                 refuses.
         """
-        first = await anext(requests, None)
+        try:
+            async with asyncio.timeout(self._silent_s):
+                first = await anext(requests, None)
+        except TimeoutError as error:
+            why = f"nothing has come for {self._silent_s:.0f} s"
+            raise Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "HEADER_MISSING", why) from error
         if first is None or first.WhichOneof("part") != "header":
             raise _invalid("HEADER_MISSING", "the first message says what is called")
         header = first.header

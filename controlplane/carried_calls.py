@@ -137,6 +137,9 @@ class CarriedJobService:
         job_id = job_id_of(first) if first is not None else ""
         told = False
         while True:
+            peer = await self._on_its_way_to(job_id)
+            if peer:
+                yield _forwarding(job_id, peer)
             there = await self._arrived(job_id)
             if there is None or first is None:
                 answers: Any = self._here.RunJob(_after(first, messages), context)
@@ -169,7 +172,7 @@ class CarriedJobService:
         if forward is None or forward.stage not in _THERE:
             return None
         peer = self._reach.peers.get(forward.peer)
-        if peer is None:
+        if peer is None or peer.record.create_time != forward.paired:
             raise unreachable(forward, self._reach.clock, "is no peer of this centre any longer")
         return AtPeer(forward, peer, self._reach.clock)
 
@@ -179,16 +182,17 @@ class CarriedJobService:
             while True:
                 news.clear()
                 there = await self._at_peer(job_id)
-                if there is not None or not await self._is_on_its_way(job_id):
+                if there is not None or not await self._on_its_way_to(job_id):
                     return there
                 await news.wait()
 
-    async def _is_on_its_way(self, job_id: str) -> bool:
+    async def _on_its_way_to(self, job_id: str) -> str:
+        """Returns the peer to which a job is being sent; "" when it is not."""
         record = await self._store.job(job_id) if job_id else None
-        if record is None or not record.job.attempts or not record.attempt.peer:
-            return False
+        if record is None or not record.job.attempts or not record.attempt.peer or record.cancel_requested:
+            return ""
         forward = await self._store.forward(job_id, record.attempt.number)
-        return forward is not None and forward.stage is ForwardStage.SENDING and not record.cancel_requested
+        return forward.peer if forward is not None and forward.stage is ForwardStage.SENDING else ""
 
     async def _as_here(self, there: AtPeer, response: Any, context: Any) -> None:
         """Puts the job as this centre knows it in the place of the job as the peer does."""
@@ -210,6 +214,18 @@ class CarriedJobService:
                     if forward is None or forward.stage not in _THERE or forward.cursor >= cursor:
                         return
                     await news.wait()
+
+
+def _forwarding(job_id: str, peer: str) -> wire.RunJobResponse:
+    return wire.RunJobResponse(
+        event=job_pb2.JobEvent(
+            time=timestamp(now()),
+            job_id=job_id,
+            state=job_pb2.JOB_STATE_STARTING,
+            reason="FORWARDING",
+            message=f"the session is on its way to peer {peer}; the run begins there",
+        )
+    )
 
 
 async def _begun(method: Method, request: Any) -> tuple[Message | None, Any]:

@@ -162,7 +162,7 @@ class LogReader:
         """Yields output of an attempt at a peer."""
         forward = await self._store.forward(record.id, number)
         peer = self._reach.peers.get(forward.peer) if self._reach is not None and forward is not None else None
-        if forward is None or peer is None:
+        if forward is None or peer is None or peer.record.create_time != forward.paired:
             raise Refusal(
                 grpc.StatusCode.UNAVAILABLE, "PEER_UNKNOWN", "work with the peer that has the output was ended"
             )

@@ -296,3 +296,13 @@ async def test_a_refusal_says_of_the_guest_what_its_origin_calls_it_and_of_other
         assert OWN not in text
         assert OTHER not in text
         assert "10.1.2.3" not in text
+
+
+async def test_who_says_nothing_is_not_waited_for() -> None:
+    async def silent() -> AsyncIterator[wire.CallForwardedJobRequest]:
+        await asyncio.Event().wait()
+        yield header()
+
+    carrier: Any = CallCarrier(Guests(GUEST), Jobs(), silent_s=0.0)  # type: ignore[arg-type]
+    with refused(grpc.StatusCode.DEADLINE_EXCEEDED, "HEADER_MISSING"):
+        await anext(carrier.serve("a", silent()))
