@@ -268,7 +268,7 @@ class Peers:
         loop = asyncio.get_running_loop()
 
         async def told() -> AsyncIterator[wire.ExchangeCapacityRequest]:
-            async for profiles, queued, emulated, number in self._summaries():
+            async for profiles, queued, emulated, number in self._summaries(peer):
                 yield wire.ExchangeCapacityRequest(
                     centre=self._centre,
                     profiles=profiles,
@@ -304,17 +304,25 @@ class Peers:
                 with contextlib.suppress(OSError):  # it is measured again
                     await self._store.put_peer(peer.record)
 
-    async def _summaries(self) -> AsyncGenerator[tuple[Sequence[wire.CapacitySummary], int, bool, int], None]:
+    def _for(self, peer: Peer) -> Summary:
+        """Returns this centre's capacity for a peer: one from which nothing is taken has none here."""
+        profiles, queued, emulated = self._summary()
+        # Once its work is taken again, that is news to it, and it asks at once.
+        return ((), 0, emulated) if peer.record.terms.receive_off else (profiles, queued, emulated)
+
+    async def _summaries(
+        self, peer: Peer
+    ) -> AsyncGenerator[tuple[Sequence[wire.CapacitySummary], int, bool, int], None]:
         """Yields this centre's capacity: at once, then when it has changed, and every now and then."""
         number, loop = 0, asyncio.get_running_loop()
         while True:
-            last = self._summary()
+            last = self._for(peer)
             number += 1
             yield (*last, number)
             due = loop.time() + _AT_LEAST_EVERY_S * random.uniform(0.8, 1.0)  # noqa: S311
             while (left_s := due - loop.time()) > 0:
                 await asyncio.sleep(min(left_s, _SOON_S * random.uniform(0.8, 1.2)))  # noqa: S311
-                if is_news(last, self._summary()):
+                if is_news(last, self._for(peer)):
                     break
 
     async def exchange(
@@ -332,7 +340,7 @@ class Peers:
         if before is not None:
             before.set()
         self._exchanges[name] = ended
-        summaries = self._summaries()
+        summaries = self._summaries(peer)
         # One of these ends the exchange.
         listening = asyncio.create_task(self._listen(peer, requests))
         ending = asyncio.create_task(ended.wait())

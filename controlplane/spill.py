@@ -30,7 +30,8 @@ __all__ = ["Ask", "Spill", "Step"]
 
 _OF_THE_JOB = frozenset({"LOOP", "LABELS_DIFFER", "BUNDLE_TOO_LARGE"})
 """Refused so, another job with the same need may be taken."""
-_NO_ROOM = frozenset({"FULL", "DRAINING"})
+_NO_ROOM = frozenset({"FULL", "DRAINING", "NOT_RECEIVING", "TOO_MANY_GUESTS"})
+"""Refused so, a job is asked for again as soon as the peer tells another capacity."""
 _MOST_TOLD = 5
 _LEAST_S = 0.01
 """Steps that only time asks for are this far apart at least."""

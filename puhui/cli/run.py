@@ -108,7 +108,8 @@ def _note_unplaceable(centre: Centre, job: job_pb2.Job) -> None:
     """Says so when no card of the centre is large enough for a job."""
     if job.sizing.reason and not job.sizing.choices and centre.capacity().profiles:
         terminal().note(
-            f"{job.id} cannot start until a larger card joins this centre ({readable(job.sizing.reason)}); "
+            f"{job.id} fits on no card of this centre ({readable(job.sizing.reason)}); it starts at a peer that has a "
+            "larger one, if any does, or once one joins; "
             f"`puhui cancel {job.id}` ends it",
             "note",
         )
