@@ -370,7 +370,9 @@ class Hosting:
             Refusal: as `_commanded`, and as `LogReader.read`.
         """
         guest = await self._commanded(peer, request.origin)
-        asked = job_service_pb2.ReadLogsRequest(job_id=guest.job_id, offset=request.offset, follow=request.follow)
+        asked = job_service_pb2.ReadLogsRequest(
+            job_id=guest.job_id, offset=request.offset, tail_lines=request.tail_lines, follow=request.follow
+        )
         async for chunk in self._logs.read(asked):
             yield wire.ReadForwardedLogsResponse(chunk=chunk)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
@@ -166,17 +165,15 @@ class LogReader:
             raise Refusal(
                 grpc.StatusCode.UNAVAILABLE, "PEER_UNKNOWN", "work with the peer that has the output was ended"
             )
-        request = wire.ReadForwardedLogsRequest(origin=origin_of(self._centre, forward), offset=offset)
-        if tail_lines:
-            async with contextlib.aclosing(peer.client.read_logs(request)) as chunks:
-                request.offset = await _offset_of_tail(chunks, offset, tail_lines)
-        request.follow = follow
-        at = request.offset
+        request = wire.ReadForwardedLogsRequest(
+            origin=origin_of(self._centre, forward), offset=offset, tail_lines=tail_lines, follow=follow
+        )
+        at = None if tail_lines else offset
         async with contextlib.aclosing(peer.client.read_logs(request)) as chunks:
             async for chunk in chunks:
-                if chunk.offset != at:
+                if at is not None and chunk.offset != at:
                     raise invalid_answer("left out output, or sent it twice")
-                at += len(chunk.data)
+                at = chunk.offset + len(chunk.data)
                 yield chunk
 
     async def _after(
@@ -225,14 +222,3 @@ class LogReader:
             with contextlib.suppress(TimeoutError):
                 # The output may come here in another way meanwhile.
                 await asyncio.wait_for(peer.contact(), _LOOK_AGAIN_S)
-
-
-async def _offset_of_tail(chunks: AsyncIterator[stream_pb2.LogChunk], offset: int, lines: int) -> int:
-    """Returns where the last lines of some output begin."""
-    starts, end = deque([offset], maxlen=lines + 1), offset
-    async for chunk in chunks:
-        end = chunk.offset + len(chunk.data)
-        starts.extend(chunk.offset + at + 1 for at, byte in enumerate(chunk.data) if byte == ord("\n"))
-    if starts[-1] == end and len(starts) > 1:
-        starts.pop()  # nothing follows the last line's end
-    return starts[0] if len(starts) <= lines else starts[len(starts) - lines]

@@ -623,10 +623,13 @@ class ReadForwardedLogsRequest(_message.Message):
     ORIGIN_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    TAIL_LINES_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     """First byte wanted."""
     follow: _builtins.bool
     """Stay until the command has ended and all is sent."""
+    tail_lines: _builtins.int
+    """Start at most this many lines before the end instead of at `offset`. 0 is not to."""
     @_builtins.property
     def origin(self) -> _card_pb2.AttemptRef:
         """The forwarded attempt."""
@@ -637,10 +640,11 @@ class ReadForwardedLogsRequest(_message.Message):
         origin: _card_pb2.AttemptRef | None = ...,
         offset: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        tail_lines: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["origin", b"origin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "offset", b"offset", "origin", b"origin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "offset", b"offset", "origin", b"origin", "tail_lines", b"tail_lines"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

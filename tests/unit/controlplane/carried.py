@@ -80,7 +80,9 @@ class Connection(FakePeer):
         self, request: federation.ReadForwardedLogsRequest
     ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
         self._arrive("read_logs")
-        asked = wire.ReadLogsRequest(job_id=self._job_there, offset=request.offset, follow=request.follow)
+        asked = wire.ReadLogsRequest(
+            job_id=self._job_there, offset=request.offset, tail_lines=request.tail_lines, follow=request.follow
+        )
         output: Any = self._there.centre._jobs.ReadLogs(asked, cast("Any", None))
         async with contextlib.aclosing(self._until_cut(output)) as answers:
             async for answer in answers:

@@ -387,6 +387,9 @@ class FakeNode:
     ) -> AsyncGenerator[stream_pb2.LogChunk, None]:
         await self._called("read_logs")
         key = (owner.job_id, owner.attempt)
+        if tail_lines:
+            output = self.output.get(key, b"")
+            offset = len(output) - len(b"".join(output.splitlines(keepends=True)[-tail_lines:]))
         while True:
             if not self.reachable:
                 raise away()

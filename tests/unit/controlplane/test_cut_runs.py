@@ -33,7 +33,7 @@ class Scissors:
         self._call = connection.call
         self._answer = answer
         self._request = request
-        connection.call = self  # type: ignore[assignment, method-assign]
+        connection.call = self  # type: ignore[method-assign]
 
     async def __call__(
         self, requests: AsyncIterator[federation.CallForwardedJobRequest]
