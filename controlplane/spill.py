@@ -122,7 +122,7 @@ class Spill:
         """
         step = Step()
         busy, held = Counter(sending), Counter(sent)
-        waiting = {job.id for job in jobs}
+        waiting, known = {job.id for job in jobs}, {peer.record.name: peer for peer in peers}
         self._searches = {key: one for key, one in self._searches.items() if key in waiting or one.taking}
         self._none = {}
         closed: dict[Hashable, float] = {}
@@ -138,7 +138,8 @@ class Spill:
             if at < search.starts_at:
                 step.wake(search.starts_at)
                 continue
-            if self._take(search, at, clock_s, step, busy) or search.asked:
+            self._drop(search, clock_s, known, held)
+            if self._take(search, at, step, busy, held) or search.asked:
                 continue
             if job.need in closed:
                 step.wake(closed[job.need])
@@ -160,11 +161,15 @@ class Spill:
 
     # -- taking
 
-    def _take(self, search: _Search, at: float, clock_s: float, step: Step, busy: Counter[str]) -> bool:
-        """Takes the best promise, once its round is over; returns whether the job is spoken for, or waits for that."""
+    def _drop(self, search: _Search, clock_s: float, peers: Mapping[str, Neighbour], held: Mapping[str, int]) -> None:
+        """Drops promises that hold no longer, are worth nothing, or that may not be taken any more."""
         for name, (offer, stands) in list(search.offers.items()):
-            if offer.expire_at - _LEFT_S <= clock_s or not is_worth(search.job, offer, stands, self.rules):
+            gone = name not in peers or why_not(search.job, peers[name], held.get(name, 0))
+            if gone or offer.expire_at - _LEFT_S <= clock_s or not is_worth(search.job, offer, stands, self.rules):
                 del search.offers[name]
+
+    def _take(self, search: _Search, at: float, step: Step, busy: Counter[str], held: Counter[str]) -> bool:
+        """Takes the best promise, once its round is over; returns whether the job is spoken for, or waits for that."""
         if not search.offers:
             return False
         if search.asked and at < search.decide_at:
@@ -179,6 +184,7 @@ class Spill:
         chosen = best(room.values())
         if chosen is not None:
             busy[chosen.peer] += 1
+            held[chosen.peer] += 1
             search.taking = True
             step.takes.append((search.job.id, chosen))
         return True
