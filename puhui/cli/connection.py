@@ -20,7 +20,10 @@ def connect(server: str | None) -> Centre:
 
 
 def _tell(trouble: Trouble) -> None:
-    if trouble.waited_s == 0:
+    if trouble.answered:
+        if trouble.waited_s == 0:
+            terminal().note(trouble.failure, "waiting")
+    elif trouble.waited_s == 0:
         terminal().note(f"{trouble.address} does not answer; trying again. Jobs run on without it.", "waiting")
     elif trouble.waited_s > 30:
         terminal().note(f"{trouble.address} has not answered for {span(trouble.waited_s)}", "waiting")

@@ -35,14 +35,16 @@ class Patience:
 
 @dataclass(frozen=True)
 class Trouble:
-    """A centre could not be reached, and will be tried again."""
+    """A centre could not be reached, or said that it cannot answer yet, and will be tried again."""
 
     address: str
     """Address of the centre."""
     failure: str
-    """What gRPC said."""
+    """What gRPC said, or the centre."""
     waited_s: float
     """Time since it was last heard of, in seconds."""
+    answered: bool = False
+    """It was the centre that said so: it is something behind it that is away."""
 
 
 _FIRST_PAUSE_S = 0.1
@@ -152,7 +154,7 @@ class Contact:
     def tell(self, refusal: Refusal, waited_s: float) -> None:
         """Tells whoever listens that another try follows."""
         if self._on_trouble is not None and self._answered:
-            self._on_trouble(Trouble(self._address, refusal.message, waited_s))
+            self._on_trouble(Trouble(self._address, refusal.message, waited_s, refusal.reason != "UNKNOWN"))
 
 
 class _Wait:
