@@ -94,10 +94,7 @@ def forwarding(draft: Draft, it: h.Forwarding) -> None:
     attempt = draft.job.attempts[-1]
     draft.job.state = JOB_STATE_STARTING
     draft.job.executing_centre = attempt.peer
-    for run in draft.job.runs:
-        if not run.HasField("end_time"):
-            run.end_time.CopyFrom(timestamp(draft.at))
-            run.message = f"the session went to peer {attempt.peer} before it began, and it with it"
+    _end_runs(draft, f"the session went to peer {attempt.peer} before it began, and it with it")
     card = f", {attempt.profile} of a {attempt.gpu_model}" if attempt.profile else ""
     draft.tell(
         "FORWARDING",
@@ -143,6 +140,7 @@ def peer_ended(draft: Draft, it: h.PeerEnded) -> None:
     """It has ended at its peer."""
     _take_over(draft, it.job)
     draft.job.ClearField("idleness")
+    _end_runs(draft, "it ended with its session")
     _end(draft, it.job, it.ending)
     peer = draft.job.attempts[-1].peer
     draft.tell(
@@ -163,6 +161,7 @@ def brought_back(draft: Draft, it: h.BroughtBack) -> None:
     """It waits again."""
     attempt = draft.job.attempts[-1]
     draft.end_attempt(attempt)
+    _end_runs(draft, f"the session is no longer at peer {attempt.peer}, where it was; what became of it is not known")
     shunned = (*draft.record.not_at, attempt.peer) if it.shun else draft.record.not_at
     draft.record = replace(draft.record, not_at=shunned, ending=None)
     draft.job.state = JOB_STATE_QUEUED
@@ -217,15 +216,7 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
         draft.job.idleness.CopyFrom(job.idleness)
     else:
         draft.job.ClearField("idleness")
-    del draft.job.runs[:]
-    for run in job.runs[-_MOST_RUNS:]:
-        if _RUN_ID.fullmatch(run.id) and run.ByteSize() <= _MOST_RUN_BYTES:
-            mine = draft.job.runs.add()
-            mine.CopyFrom(run)
-            mine.DiscardUnknownFields()
-            mine.message = plain_text(run.message, _MOST_TEXT)
-            mine.job_id, mine.attempt = draft.job.id, draft.attempt
-    draft.job.run_count = job.run_count
+    _take_over_runs(draft, job)
     if not job.attempts:
         return
     there = job.attempts[-1]
@@ -246,6 +237,35 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
     attempt.shares.extend(one for one in there.shares[-MOST_SHARES:] if one.ByteSize() <= _MOST_TEXT)
     if there.HasField("start_time") and not draft.job.HasField("start_time"):
         draft.job.start_time.CopyFrom(there.start_time)
+
+
+def _take_over_runs(draft: Draft, job: job_pb2.Job) -> None:
+    """Takes over the runs that the peer tells of. Those of other attempts stay as they are."""
+    elsewhere = {run.id for run in draft.job.runs if run.attempt != draft.attempt}
+    known = {run.id for run in draft.job.runs}
+    told = [
+        run
+        for run in job.runs[-_MOST_RUNS:]
+        if _RUN_ID.fullmatch(run.id) and run.ByteSize() <= _MOST_RUN_BYTES and run.id not in elsewhere
+    ]
+    for run in [run for run in draft.job.runs if run.id not in elsewhere]:
+        draft.job.runs.remove(run)
+    for run in told:
+        mine = draft.job.runs.add()
+        mine.CopyFrom(run)
+        mine.DiscardUnknownFields()
+        mine.message = plain_text(run.message, _MOST_TEXT)
+        mine.job_id, mine.attempt = draft.job.id, draft.attempt
+    del draft.job.runs[:-_MOST_RUNS]
+    draft.job.run_count += len({run.id for run in told} - known)
+
+
+def _end_runs(draft: Draft, why: str) -> None:
+    """Whatever was being run in it is not any longer."""
+    for run in draft.job.runs:
+        if not run.HasField("end_time"):
+            run.end_time.CopyFrom(timestamp(draft.at))
+            run.message = why
 
 
 def _tell_of(draft: Draft, event: job_pb2.JobEvent) -> None:
