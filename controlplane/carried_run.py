@@ -246,7 +246,8 @@ async def _back(there: AtPeer, find: Callable[[], Awaitable[AtPeer | None]], tri
         if found.peer.in_contact:
             return found
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(found.peer.contact(), _LOOK_AGAIN_S)
+            async with asyncio.timeout(_LOOK_AGAIN_S):
+                await found.peer.contact()
 
 
 def _hung_up(there: AtPeer) -> Refusal:

@@ -176,7 +176,8 @@ class Forwarder:
                     wait_s = 1.0
                 await asyncio.sleep(_LEAST_PAUSE_S)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), wait_s if wait_s < math.inf else None)
+                    async with asyncio.timeout(wait_s if wait_s < math.inf else None):
+                        await self._wake.wait()
         finally:
             for task in self._asks:
                 task.cancel()

@@ -149,7 +149,8 @@ class NodeLink:
             self._nudge.clear()
             # Jitter keeps a fleet from coming back all at once.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nudge.wait(), retry_s * random.uniform(0.5, 1.0))  # noqa: S311
+                async with asyncio.timeout(retry_s * random.uniform(0.5, 1.0)):  # noqa: S311
+                    await self._nudge.wait()
             retry_s = min(retry_s * 2, _LAST_RETRY_S)
 
     async def _follow(self) -> None:

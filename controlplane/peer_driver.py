@@ -193,7 +193,8 @@ class PeerDriver:
             await asyncio.sleep(delay_s)
             return
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(peer.contact(), delay_s)
+            async with asyncio.timeout(delay_s):
+                await peer.contact()
 
     def heard(self, peer_time: float) -> None:
         """The peer has told its lease clock."""

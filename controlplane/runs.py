@@ -283,7 +283,8 @@ class Runs:
                         )
                     )
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), _LOOK_AGAIN_S)
+                    async with asyncio.timeout(_LOOK_AGAIN_S):
+                        await news.wait()
 
     def _link(self, record: JobRecord) -> NodeLink:
         link = self._nodes.link(record.attempt.node_id)

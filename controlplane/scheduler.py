@@ -159,7 +159,8 @@ class Scheduler:
                 wake_at = now() + 1.0
             timeout_s = None if wake_at is None else max(0.01, wake_at - now())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._wake.wait()
 
     async def _place(self, attempts: Attempts) -> float | None:
         if not self._queue:

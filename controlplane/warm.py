@@ -65,7 +65,8 @@ class WarmShares:
                         left_s = held.warm_until - at
                         next_s = left_s if next_s is None else min(next_s, left_s)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), next_s)
+                    async with asyncio.timeout(next_s):
+                        await self._changed.wait()
         finally:
             tasks = list(self._dropping.values())
             for task in tasks:
