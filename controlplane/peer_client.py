@@ -32,8 +32,11 @@ _BUSY = frozenset({"PEER_RATE", "PEER_STREAMS", "PEER_BYTES"})
 
 
 def is_away(refusal: Refusal) -> bool:
-    """Returns whether the peer gave no answer to what it was asked, or asks for patience: it may be asked again."""
-    return refusal.code in _AWAY or refusal.reason in _BUSY
+    """Returns whether the peer gave no answer to what it was asked, or asks for patience: it may be asked again.
+
+    One that knows us no longer gives no answers either, and may know us again.
+    """
+    return refusal.code in _AWAY or refusal.code == grpc.StatusCode.UNAUTHENTICATED or refusal.reason in _BUSY
 
 
 class PeerClient(Protocol):

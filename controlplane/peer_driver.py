@@ -62,6 +62,7 @@ _BEFORE_BINDING = frozenset(
         "PEER_BYTES",
         "PEER_RATE",
         "PEER_STREAMS",
+        "PEER_UNKNOWN",
         "PROFILE_NOT_AVAILABLE",
         "SPEC_INVALID",
         "TENANT_INVALID",
