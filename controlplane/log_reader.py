@@ -221,4 +221,5 @@ class LogReader:
         if peer is not None and not peer.in_contact:
             with contextlib.suppress(TimeoutError):
                 # The output may come here in another way meanwhile.
-                await asyncio.wait_for(peer.contact(), _LOOK_AGAIN_S)
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await peer.contact()
