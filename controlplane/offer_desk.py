@@ -218,7 +218,7 @@ class OfferDesk:
     def _terms(self, request: wire.GetOfferRequest, peer: PeerRecord) -> _No | None:
         terms, name = peer.terms, peer.name
         if terms.receive_off:
-            return _No("NOT_RECEIVING", "this centre takes no work from you; its operator has turned that off", 3600.0)
+            return _No("NOT_RECEIVING", "this centre takes no work from you; its operator has turned that off", 60.0)
         if self._centre_id in request.visited_centres:
             return _No("LOOP", "this job has been at this centre before", 86400.0)
         if terms.hours and not self._is_open(terms.hours, self._wall()):

@@ -306,6 +306,8 @@ class Peers:
 
     def _for(self, peer: Peer) -> Summary:
         """Returns this centre's capacity for a peer: one from which nothing is taken has none here."""
+        # What it is now: since its exchange began, it may have been paired again, and its terms changed.
+        peer = self._peers.get(peer.record.name, peer)
         profiles, queued, emulated = self._summary()
         # Once its work is taken again, that is news to it, and it asks at once.
         return ((), 0, emulated) if peer.record.terms.receive_off else (profiles, queued, emulated)
