@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,9 @@ ASSUMED_ROUND_TRIP_S = 0.05
 ASSUMED_BYTES_PER_SECOND = 12.5e6
 """100 Mbit/s, until something was carried there."""
 _SMALLEST_MEASURE = 256 * 1024
+_MOST_LATE_S = 120.0
+"""What is later says more about an outage than about its promises."""
+_FORGIVEN_S = 300.0
 _WEIGHT = 0.3
 """Of a new measurement in a running mean."""
 _MOST_PROFILES = 512
@@ -49,8 +53,9 @@ class Peer:
     asked: int = 0
     accepted: int = 0
     last_refusal: str = ""
-    broken_s: float = 0.0
-    """How late its work began, in the mean of the last ones, in seconds."""
+    _late_s: float = 0.0
+    _late_at: float = 0.0
+    """How late its work began, in the mean of the last ones, in seconds, and when that was last so."""
     trouble: str = ""
     """Why it is not in contact."""
     _client: PeerClient | None = None
@@ -118,7 +123,14 @@ class Peer:
 
     def began(self, promised_s: float, actual_s: float) -> None:
         """Work there began so many seconds after it was sent."""
-        self.broken_s += _WEIGHT * (max(0.0, actual_s - promised_s) - self.broken_s)
+        late_s = min(max(0.0, actual_s - promised_s), _MOST_LATE_S)
+        self._late_s = self.broken_s + _WEIGHT * (late_s - self.broken_s)
+        self._late_at = time.monotonic()
+
+    @property
+    def broken_s(self) -> float:
+        """How late its work begins, in seconds; halved every few minutes, or nobody would learn of its recovery."""
+        return float(self._late_s * 0.5 ** ((time.monotonic() - self._late_at) / _FORGIVEN_S))
 
     def heard(self, said: wire.ExchangeCapacityRequest | wire.ExchangeCapacityResponse) -> bool:
         """It has told its capacity. Returns whether that is news; what is older than what it told last is not."""
