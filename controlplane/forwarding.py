@@ -48,6 +48,11 @@ class Rules:
     """Peers that are asked at first for a job; each round after that is twice as large."""
     round_s: float = 1.0
     """Once there is a promise that is worth it, the slower ones of its round are waited for no longer than this."""
+    long_wait_s: float = 15.0
+    """A promise to begin later than this is taken only when it is made again after `hesitates_s`: offers that nobody
+    takes hold for ten seconds, and until then others are promised what comes after them."""
+    hesitates_s: float = 12.0
+    asks_again_s: float = 10.5
     first_delay_s: tuple[float, float] = (0.0, 0.1)
     """A job waits for a random time between these before its first round: it may be placed here meanwhile."""
     offers_in_flight: int = 16

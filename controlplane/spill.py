@@ -69,6 +69,9 @@ class _Search:
 
     job: Candidate
     starts_at: float
+    """Nobody is asked before."""
+    since: float = 0.0
+    """It was first looked at."""
     round: int = 0
     asked: dict[str, None] = field(default_factory=dict)
     """Peers that have not answered yet."""
@@ -135,7 +138,7 @@ class Spill:
             search = self._search(job, at)
             if search.taking:
                 continue
-            if at < search.starts_at:
+            if at < search.starts_at and not search.offers:
                 step.wake(search.starts_at)
                 continue
             self._drop(search, clock_s, known, held)
@@ -155,7 +158,8 @@ class Spill:
     def _search(self, job: Candidate, at: float) -> _Search:
         search = self._searches.get(job.id)
         if search is None:
-            search = self._searches[job.id] = _Search(job, at + self._chance.uniform(*self.rules.first_delay_s))
+            starts_at = at + self._chance.uniform(*self.rules.first_delay_s)
+            search = self._searches[job.id] = _Search(job, starts_at, since=at)
         search.job = job
         return search
 
@@ -251,7 +255,13 @@ class Spill:
         if search is None:
             return
         stands = standing(search.job, peer)
-        if is_worth(search.job, offer, stands, self.rules):
+        worth, long = is_worth(search.job, offer, stands, self.rules), offer.expected_wait_s > self.rules.long_wait_s
+        if worth and long and at < search.since + self.rules.hesitates_s:
+            # Much of what a peer has may be promised to those who will not take it: asked again, it may say otherwise.
+            search.starts_at = max(search.starts_at, at + self.rules.asks_again_s)
+            search.told[ask.peer] = f"{ask.peer} promises a start in {offer.total_s:.0f} s; it is asked once more"
+            return
+        if worth:
             search.offers[ask.peer] = offer, stands
             search.told[ask.peer] = f"{ask.peer} promises a start in {offer.total_s:.0f} s"
             search.decide_at = min(search.decide_at, at + self.rules.round_s)
