@@ -34,9 +34,12 @@ _BUSY = frozenset({"PEER_RATE", "PEER_STREAMS", "PEER_BYTES"})
 def is_away(refusal: Refusal) -> bool:
     """Returns whether the peer gave no answer to what it was asked, or asks for patience: it may be asked again.
 
-    One that knows us no longer gives no answers either, and may know us again.
+    One that knows us no longer gives no answers either, and may know us again. INTERNAL without a reason of ours is
+    gRPC's own word for a connection that broke under a message.
     """
-    return refusal.code in _AWAY or refusal.code == grpc.StatusCode.UNAUTHENTICATED or refusal.reason in _BUSY
+    broke = refusal.code == grpc.StatusCode.INTERNAL and refusal.reason == "UNKNOWN"
+    unknown = refusal.code == grpc.StatusCode.UNAUTHENTICATED
+    return refusal.code in _AWAY or broke or unknown or refusal.reason in _BUSY
 
 
 class PeerClient(Protocol):
@@ -116,6 +119,19 @@ class GrpcPeerClient:
                 # Whoever stops reading must not leave the peer writing.
                 call.cancel()
 
+    async def _both_ways(
+        self, call: grpc.aio.StreamStreamCall[Any, Any], requests: AsyncIterator[Any]
+    ) -> AsyncGenerator[Any, None]:
+        """Sends requests and yields responses. gRPC itself would read on in `requests` when the call has ended."""
+        sending = asyncio.create_task(_sent(call, requests))
+        try:
+            async with contextlib.aclosing(self._stream(call)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
         try:
@@ -178,7 +194,8 @@ class GrpcPeerClient:
         self, requests: AsyncIterator[wire.CallForwardedJobRequest]
     ) -> AsyncGenerator[wire.CallForwardedJobResponse, None]:
         """Carries a call of JobService to a forwarded job."""
-        async with contextlib.aclosing(self._stream(self._stub.CallForwardedJob(requests))) as responses:
+        start: Any = self._stub.CallForwardedJob
+        async with contextlib.aclosing(self._both_ways(start(), requests)) as responses:
             async for response in responses:
                 yield response
 
@@ -186,7 +203,8 @@ class GrpcPeerClient:
         self, summaries: AsyncIterator[wire.ExchangeCapacityRequest]
     ) -> AsyncGenerator[wire.ExchangeCapacityResponse, None]:
         """Tells it this centre's capacity, and yields its own."""
-        async with contextlib.aclosing(self._stream(self._stub.ExchangeCapacity(summaries))) as responses:
+        start: Any = self._stub.ExchangeCapacity
+        async with contextlib.aclosing(self._both_ways(start(), summaries)) as responses:
             async for response in responses:
                 yield response
 
@@ -204,6 +222,23 @@ class GrpcPeerClient:
         """Is its peer no longer."""
         with self._refusals():
             await self._stub.Unpair(wire.UnpairRequest(), timeout=_ASK_S)
+
+
+async def _sent(call: grpc.aio.StreamStreamCall[Any, Any], requests: AsyncIterator[Any]) -> None:
+    """Sends requests until there are no more, or the call has ended; whoever reads is told how."""
+    try:
+        async for request in requests:
+            await call.write(request)
+        await call.done_writing()
+    except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+        return
+    except BaseException:
+        call.cancel()
+        raise
+    finally:
+        close = getattr(requests, "aclose", None)
+        if close is not None:
+            await close()
 
 
 async def _parts(header: wire.ForwardHeader, archive: Path | None) -> AsyncIterator[wire.ForwardJobRequest]:

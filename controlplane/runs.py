@@ -319,25 +319,24 @@ class Runs:
         known = await self._store.run(run.id)
         if known is None or known[0].HasField("end_time"):
             return
-        given = RunInput(_nothing())
         tries = 0
         try:
-            while True:
-                try:
-                    record = await require_job(self._store, run.job_id)
-                    start = self._exec(record, known[1], run, offset)
-                    with contextlib.closing(await self._link(record).client.exec(given.for_node(start))) as call:
-                        async for answer in call.answers():
-                            if answer.HasField("exit_code"):
-                                await self._book.over(run, answer.exit_code)
-                                return
-                            offset = answer.output.offset + len(answer.output.data)
-                except Refusal as refusal:
-                    if not is_unreachable(refusal):
-                        await self._book.tell(run.job_id, happenings.RunEnded(run.id, None, refusal.message))
-                        return
-                tries += 1
-                await self._until_back(run.job_id, tries)
+            async with contextlib.aclosing(RunInput(_nothing())) as given:
+                while True:
+                    try:
+                        record = await require_job(self._store, run.job_id)
+                        start = self._exec(record, known[1], run, offset)
+                        with contextlib.closing(await self._link(record).client.exec(given.for_node(start))) as call:
+                            async for answer in call.answers():
+                                if answer.HasField("exit_code"):
+                                    await self._book.over(run, answer.exit_code)
+                                    return
+                                offset = answer.output.offset + len(answer.output.data)
+                    except Refusal as refusal:
+                        if not is_unreachable(refusal):
+                            raise
+                    tries += 1
+                    await self._until_back(run.job_id, tries)
         except Refusal as refusal:
             await self._book.tell(run.job_id, happenings.RunEnded(run.id, None, refusal.message))
 
