@@ -128,6 +128,10 @@ class GrpcPeerClient:
             async with contextlib.aclosing(self._stream(call)) as responses:
                 async for response in responses:
                     yield response
+        except Refusal:
+            if sending.done() and not sending.cancelled() and (fault := sending.exception()) is not None:
+                raise fault from None  # which has ended the call
+            raise
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
