@@ -270,7 +270,8 @@ def _attempt(attempt: job_pb2.Attempt, now_s: float) -> str:
         share = f"{attempt.profile} {short_uuid(attempt.slice_uuid)} on GPU {attempt.gpu_index}"
         parts = [share, card, place, where]
     elif attempt.profile:
-        parts = [attempt.profile, where]
+        card = card_name(attempt.gpu_model, attempt.emulated) if attempt.gpu_model else ""
+        parts = [part for part in (attempt.profile, card, where) if part]
     if attempt.container_id:
         parts.append(f"{attempt.runtime} {attempt.container_id[:12]}")
     if attempt.HasField("exit_code"):
