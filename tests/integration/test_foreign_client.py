@@ -52,7 +52,7 @@ def call(address: str, method: str, request: dict[str, Any]) -> list[dict[str, A
 def test_both_servers_list_their_services_by_reflection(centre: RunningCentre) -> None:
     controlplane = curl("--list-services", f"http://{centre.address}").stdout.split()
     node = curl("--list-services", f"http://{centre.node.address}").stdout.split()
-    assert {"puhui.v1.JobService", "puhui.v1.FleetService", "puhui.v1.FederationService"} <= set(controlplane)
+    assert {"puhui.v1.JobService", "puhui.v1.FleetService", "puhui.v1.PeerService"} <= set(controlplane)
     assert {"grpc.health.v1.Health"} <= set(controlplane) & set(node)
     assert "puhui.v1.NodeService" in node
 

@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from controlplane.entrypoint import LARGEST_PARSED_BYTES
 from puhui.rpc.bundle import pack_files
-from puhui.v1 import federation_service_pb2, fleet_service_pb2, job_pb2, stream_pb2
+from puhui.v1 import fleet_service_pb2, job_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
 from tests.unit.controlplane.centres import RunningCentre, eventually, refused, running
 
@@ -277,18 +277,6 @@ async def test_what_is_not_served_yet_says_so(centre: RunningCentre) -> None:
         lambda: centre.fleet.DrainNode(fleet_service_pb2.DrainNodeRequest()),
         lambda: centre.fleet.UndrainNode(fleet_service_pb2.UndrainNodeRequest()),
         lambda: anext(aiter(centre.fleet.WatchFleet(fleet_service_pb2.WatchFleetRequest()))),
-        lambda: centre.federation.GetOffer(federation_service_pb2.GetOfferRequest()),
-        lambda: centre.federation.ForwardJob(iter([federation_service_pb2.ForwardJobRequest()])),
-        lambda: anext(aiter(centre.federation.WatchForwardedJob(federation_service_pb2.WatchForwardedJobRequest()))),
-        lambda: centre.federation.RenewLease(federation_service_pb2.RenewLeaseRequest()),
-        lambda: centre.federation.CancelForwardedJob(federation_service_pb2.CancelForwardedJobRequest()),
-        lambda: anext(aiter(centre.federation.ReadForwardedLogs(federation_service_pb2.ReadForwardedLogsRequest()))),
-        lambda: anext(
-            aiter(centre.federation.GetForwardedArtifacts(federation_service_pb2.GetForwardedArtifactsRequest()))
-        ),
-        lambda: anext(
-            aiter(centre.federation.ExchangeCapacity(iter([federation_service_pb2.ExchangeCapacityRequest()])))
-        ),
     ]
     for call in calls:
         async with refused(grpc.StatusCode.UNIMPLEMENTED, "RPC_NOT_IMPLEMENTED"):
