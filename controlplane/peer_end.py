@@ -160,7 +160,9 @@ class PeerEnd:
         await self._patiently(tries)
 
     async def _patiently(self, tries: int) -> None:
-        """Waits, the longer the more often it was in vain: the peer keeps what there is."""
+        """Waits: for a peer that is away until it is back, for one that refuses the longer the more often it has."""
+        peer = self._driver.reach.peers.get(self._driver.forward.peer)
+        was_there = peer is not None and peer.in_contact
         await self._driver.until_contact(tries)
-        if tries > _OFTEN:
+        if was_there and tries > _OFTEN:
             await asyncio.sleep(min(_RARELY_S, 2.0 ** (tries - _OFTEN)))
