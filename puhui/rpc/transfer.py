@@ -23,6 +23,8 @@ CHUNK_BYTES = 256 * 2**10
 """Size of the chunks that Puhui sends. Receivers take up to 1 MiB."""
 
 _MOST_CHUNK_BYTES = 2**20
+_HEARD_BYTES = 4 * 2**20
+_HEARD_S = 1.0
 
 
 class UploadPart(Protocol):
@@ -103,7 +105,22 @@ async def receive(parts: AsyncIterator[UploadPart], folder: Path, most_bytes: in
     Raises:
         Refusal: INVALID_ARGUMENT with UPLOAD_MALFORMED; RESOURCE_EXHAUSTED with BUNDLE_TOO_LARGE.
     """
-    first = await anext(parts, None)
+    try:
+        header = _header(await anext(parts, None), most_bytes)
+        handle, name = tempfile.mkstemp(prefix="upload-", dir=folder)
+        os.close(handle)
+        path = Path(name)
+        try:
+            yield Upload(header, parts, path)
+        finally:
+            path.unlink(missing_ok=True)
+    except (Refusal, OSError):
+        await _hear_out(parts)
+        raise
+    await _hear_out(parts)
+
+
+def _header(first: UploadPart | None, most_bytes: int) -> BundleHeader:
     if first is None or not first.header.bundle_id:
         raise _malformed("the first message must be the header, with bundle_id and size_bytes")
     header = first.header
@@ -117,13 +134,22 @@ async def receive(parts: AsyncIterator[UploadPart], folder: Path, most_bytes: in
             size_bytes=str(header.size_bytes),
             limit_bytes=str(most_bytes),
         )
-    handle, name = tempfile.mkstemp(prefix="upload-", dir=folder)
-    os.close(handle)
-    path = Path(name)
-    try:
-        yield Upload(header, parts, path)
-    finally:
-        path.unlink(missing_ok=True)
+    return header
+
+
+async def _hear_out(parts: AsyncIterator[UploadPart]) -> None:
+    """Reads on, for a while, what a caller still sends though its answer is known.
+
+    gRPC's asynchronous client takes the end of a call that it is writing to for a fault of its own, "Internal error
+    from Core", and tells that instead of the answer.
+    """
+    left = _HEARD_BYTES
+    with contextlib.suppress(TimeoutError, Refusal, grpc.RpcError):
+        async with asyncio.timeout(_HEARD_S):
+            async for part in parts:
+                left -= len(part.chunk)
+                if left < 0:
+                    return
 
 
 def read_chunks(path: Path, offset: int = 0) -> Iterator[bytes]:

@@ -11,13 +11,14 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import pynvml
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nodedaemon.bundles import Bundles
 from nodedaemon.driver import Driver
@@ -34,10 +35,11 @@ from puhui.v1.node_service_pb2 import NodeServicePutBundleRequest
 from puhui.v1.stream_pb2 import BundleHeader
 from tests.contract.slices.world import Life, World
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 CARDS = "A100-40GB:1,H100-80GB-SXM5:1"
-EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "45"))
+EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "60"))
 STEPS = 50
 LEAST_STEPS = 2000
 
@@ -63,6 +65,28 @@ _CODES = st.sampled_from([pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_GPU_IS_LO
 _LINES = st.sampled_from([None] * 3 + [1]).flatmap(lambda dies: st.none() if dies is None else st.integers(0, 12))
 _SELDOM = st.integers(0, 3)
 _PICK = st.integers(0, 10_000)
+
+
+def _only_if(condition: Callable[[SliceMachine], object]) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Has a rule do nothing where it cannot do anything; that is no step then.
+
+    Not hypothesis's precondition: what it draws would depend on where a death at some line left the node, and that
+    is not the same each time: it takes that for a faulty test.
+    """
+
+    def wrap(act: Callable[P, None]) -> Callable[P, None]:
+        @wraps(act)
+        def acts(*arguments: P.args, **named: P.kwargs) -> None:
+            global _steps_taken
+            machine = cast("SliceMachine", arguments[0])
+            if condition(machine):
+                act(*arguments, **named)
+            else:
+                _steps_taken -= 1
+
+        return acts
+
+    return wrap
 
 
 class SliceMachine(RuleBasedStateMachine):
@@ -142,8 +166,8 @@ class SliceMachine(RuleBasedStateMachine):
             assert free, "a taken place was given"
             assert made in [compute.uuid for one in self._instances() for compute in one.compute_instances]
 
-    @precondition(lambda self: self._mine())
     @rule(pick=_PICK, lines=_LINES)
+    @_only_if(lambda self: self._mine())
     def destroy(self, pick: int, lines: int | None) -> None:
         record = self._pick(pick)
         faulty = bool(self.world.faults)
@@ -162,8 +186,8 @@ class SliceMachine(RuleBasedStateMachine):
         else:
             assert faulty or attached, repr(refusal)
 
-    @precondition(lambda self: self._mine())
     @rule(pick=_PICK, lines=_LINES)
+    @_only_if(lambda self: self._mine())
     def run_container(self, pick: int, lines: int | None) -> None:
         record = self._pick(pick)
 
@@ -172,8 +196,8 @@ class SliceMachine(RuleBasedStateMachine):
 
         self._may_refuse(act, lines, "SLICE_NOT_FOUND", "CONTAINER_EXISTS", "CAP_NODE_MISSING")
 
-    @precondition(lambda self: self._mine() and self.world.running)
     @rule(pick=_PICK, lines=_LINES)
+    @_only_if(lambda self: self._mine() and self.world.running)
     def attach(self, pick: int, lines: int | None) -> None:
         record = self._pick(pick)
 
@@ -184,8 +208,8 @@ class SliceMachine(RuleBasedStateMachine):
             act, lines, "CONTAINER_NOT_FOUND", "CONTAINER_NOT_RUNNING", "SLICE_NOT_FOUND", "CAP_NODE_MISSING"
         )
 
-    @precondition(lambda self: self._mine() and self.world.running)
     @rule(pick=_PICK, lines=_LINES)
+    @_only_if(lambda self: self._mine() and self.world.running)
     def detach(self, pick: int, lines: int | None) -> None:
         record = self._pick(pick)
 
@@ -197,14 +221,15 @@ class SliceMachine(RuleBasedStateMachine):
             reasons.append("SLICE_IN_USE")
         self._may_refuse(act, lines, *reasons)
 
-    @precondition(lambda self: self._mine())
     @rule(pick=_PICK, lines=_LINES, live=st.booleans())
+    @_only_if(lambda self: self._mine())
     def transfer(self, pick: int, lines: int | None, live: bool) -> None:
         """Gives a slice to an attempt that is new, or whose container runs."""
         record = self._pick(pick)
         alive = [one.owner for one in self.world.life.journal.containers() if one.stage.is_alive]
         heir = alive[pick % len(alive)] if live and alive else self._new_owner()
         faulty, held, attached = bool(self.world.faults), set(self.world.held), self._attached()
+        whole = record.uuid in [compute.uuid for one in self._instances() for compute in one.compute_instances]
 
         async def act(life: Life) -> str:
             return (await life.transfers.transfer(record.owner, record.uuid, heir, 1)).uuid
@@ -212,7 +237,8 @@ class SliceMachine(RuleBasedStateMachine):
         given, refusal = self._do(act, lines)
         now = next((one.owner for one in self.world.records() if one.uuid == record.uuid), None)
         if refusal is None:
-            assert given is None or now == heir
+            # One that was destroyed by hand is missed, at the latest by the daemon that comes after this one.
+            assert given is None or now == heir or (now is None and not whole)
             assert given is None or heir == record.owner or record.uuid not in held | attached, "it was in use"
         elif refusal.reason == "SLICE_IN_USE":
             assert held | attached >= {record.uuid}, refusal.message
@@ -232,8 +258,8 @@ class SliceMachine(RuleBasedStateMachine):
         except Refusal as refusal:
             return None, refusal
 
-    @precondition(lambda self: self.world.running)
     @rule(pick=_PICK, lines=_LINES)
+    @_only_if(lambda self: self.world.running)
     def remove_container(self, pick: int, lines: int | None) -> None:
         containers = self.world.life.journal.containers()
         if not containers:
@@ -295,14 +321,14 @@ class SliceMachine(RuleBasedStateMachine):
     def let_lists_lag(self, function: str, count: int) -> None:
         self.world.faults.append(Fault(function, count=count, stale=True))
 
-    @precondition(lambda self: self._mine())
     @rule(pick=_PICK)
+    @_only_if(lambda self: self._mine())
     def hold(self, pick: int) -> None:
         if any(self._pick(pick).uuid in [c.uuid for c in i.compute_instances] for i in self._instances()):
             self.world.hold(self._pick(pick))
 
-    @precondition(lambda self: self.world.held)
     @rule(pick=_PICK)
+    @_only_if(lambda self: self.world.held)
     def let_go(self, pick: int) -> None:
         self.world.let_go(sorted(self.world.held)[pick % len(self.world.held)])
 
@@ -385,7 +411,9 @@ class SliceMachine(RuleBasedStateMachine):
                         meant |= self.world.nodes_of(records[uuid])
                 seen = self.world.seen(container.owner)
                 assert not seen - meant, "a container sees a slice that is not its own"
-                assert seen == meant, "a container does not see what is attached to it"
+                # Of a slice that was destroyed by hand there may be nothing to see any more, before that is noticed.
+                there = {name for name in meant if (self.world.emulated.caps.directory / name).exists()}
+                assert seen >= there, "a container does not see what is attached to it"
 
     # Help
 

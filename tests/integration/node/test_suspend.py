@@ -49,7 +49,8 @@ def states(container: Container) -> list[str]:
     """Returns the states of a container's processes, as the kernel tells them."""
     found = []
     for process, _ in processes_in_namespace(container.pid):
-        found.append(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # those that run come and go
+            found.append(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0])
     return found
 
 

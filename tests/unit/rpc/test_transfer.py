@@ -57,6 +57,26 @@ async def test_a_wrong_upload_is_refused_and_leaves_nothing(case: str, tmp_path:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("code", [chunks(), []])
+async def test_whoever_never_stops_sending_is_told_why_it_is_refused(
+    code: list[PutBundleRequest], tmp_path: Path
+) -> None:
+    never = asyncio.Event()
+
+    async def parts() -> AsyncIterator[PutBundleRequest]:
+        yield header("sha256:../../x")
+        for part in code:
+            yield part
+        await never.wait()
+
+    async with serving(tmp_path) as (_, stub, _):
+        call = stub.PutBundle(parts())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call, 30)
+        assert Refusal.of(caught.value).reason == "UPLOAD_MALFORMED"
+        assert list(tmp_path.iterdir()) == []
+
+
 async def test_a_right_upload_arrives(tmp_path: Path) -> None:
     async with serving(tmp_path) as (echo, stub, _):
         echo.most_bytes = len(DATA)
