@@ -10,7 +10,9 @@ from typing import Annotated
 import grpc
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
@@ -45,6 +47,10 @@ from puhui.v1.job_service_pb2 import JobFilter
 __all__ = ["add_commands", "job_facts", "show_jobs", "where_it_is"]
 
 _TIMED_OUT = 124
+_EXIT = 6
+"""Place of the column of exit codes, which is left out where the line is short and nothing has ended."""
+_LEAST_NAME = 8
+"""Characters of a name that are shown at least."""
 _COLOURS = {
     job_pb2.JOB_STATE_RUNNING: "green",
     job_pb2.JOB_STATE_FAILED: "red",
@@ -113,16 +119,27 @@ def show_jobs(jobs: list[job_pb2.Job]) -> None:
     if any(map(where_it_is, jobs)):
         headings = (*headings, "PEER")
         rows = [(*row, where_it_is(job)) for row, job in zip(rows, jobs, strict=True)]
+    width = terminal().out.width
+    if terminal().cuts and _width_of(headings, rows) > width and not any(job.HasField("exit_code") for job in jobs):
+        headings, *rows = [(*row[:_EXIT], *row[_EXIT + 1 :]) for row in (headings, *rows)]
+    # A name may be longer than the line; everything else is short, and must not be cut: two peers would look alike.
+    least = _width_of(headings, rows)
+    name_width = max(width - least, 0) + _LEAST_NAME
     shown = table(*headings, right=("AGE", "TIME", "EXIT"))
-    # A name may be longer than the line; everything else is short, and must not be cut.
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    left = terminal().out.width - sum(widths) + widths[1] - 2 * (len(headings) - 1)
     for column in shown.columns:
         column.no_wrap = True
-    shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", max(left, 4)
+    if terminal().cuts:
+        shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", name_width
     for job, (job_id, name, state, *rest) in zip(jobs, rows, strict=True):
         shown.add_row(job_id, name, Text(state, style=_COLOURS.get(job.state, "")), *rest)
-    terminal().show(_WithRemarks(shown, ["", *map(_why_it_waits, jobs)]))
+    terminal().show(_WithRemarks(shown, ["", *map(_why_it_waits, jobs)]), least)
+
+
+def _width_of(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> int:
+    """Returns the columns that a table of jobs takes at least: names are cut, and nothing else."""
+    widths = [max(map(cell_len, column)) for column in zip(headings, *rows, strict=True)]
+    widths[1] = min(widths[1], _LEAST_NAME)
+    return sum(widths) + 2 * (len(headings) - 1)
 
 
 def _why_it_waits(job: job_pb2.Job) -> str:
@@ -142,6 +159,11 @@ class _WithRemarks:
             yield Segments([*line, Segment.line()])
             if remark:
                 yield Text(f"  {remark}", style="dim", no_wrap=True, overflow="ellipsis")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        shown = Measurement.get(console, options, self._shown)
+        remarks = max(2 + cell_len(remark) for remark in self._remarks)
+        return Measurement(shown.minimum, max(shown.maximum, remarks))
 
 
 def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:

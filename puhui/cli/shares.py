@@ -106,7 +106,8 @@ def _runs(
     shown = table("RUN", "COMMAND", "ENDED", "SLICE", "AGE", "TIME", right=("AGE", "TIME"))
     for column in shown.columns:
         column.no_wrap = True
-    shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", max(terminal().out.width - 60, 10)
+    if terminal().cuts:
+        shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", max(terminal().out.width - 60, 10)
     for run in runs:
         slice_name = f"{short_uuid(run.slice_uuid)}" if run.slice_uuid else "-"
         shown.add_row(

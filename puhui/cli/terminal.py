@@ -13,8 +13,10 @@ from typing import Any, TextIO
 
 import grpc
 from google.protobuf.message import Message
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleDimensions, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from puhui.cli.message_json import json_of
 from puhui.rpc.errors import Refusal
@@ -22,6 +24,7 @@ from puhui.rpc.errors import Refusal
 __all__ = ["LABEL_WIDTH", "Mistake", "Terminal", "UnreadError", "table", "terminal"]
 
 _PLAIN_WIDTH = 80
+_MOST_WIDTH = 10_000
 LABEL_WIDTH = 10
 """Width of the column of labels, in characters."""
 
@@ -53,8 +56,33 @@ class Terminal:
         self.err = _console(sys.stderr)
         self._lock = threading.Lock()
 
-    def show(self, answer: RenderableType) -> None:
-        """Writes an answer for people."""
+    @property
+    def cuts(self) -> bool:
+        """Whether lines have to fit into a width: a terminal's, or the one that COLUMNS names."""
+        return self.out.is_terminal or bool(_named_width())
+
+    def show(self, answer: RenderableType, least_width: int = 0) -> None:
+        """Writes an answer for people.
+
+        Tables are written whole where nobody has said how wide they may be, into a file or a pipe.
+
+        Args:
+            answer: what is written.
+            least_width: columns that it takes at least, also where the terminal has fewer and folds its lines.
+        """
+        if not self.cuts and not (isinstance(answer, Table) and not answer.show_header):
+            least_width = max(least_width, _whole_width(answer))
+        size = self.out.size
+        if least_width > size.width:
+            # A width alone does not count where TERM is dumb.
+            self.out.size = ConsoleDimensions(least_width, size.height)
+        try:
+            self._show(answer)
+        finally:
+            if least_width > size.width:
+                self.out.size = size
+
+    def _show(self, answer: RenderableType) -> None:
         if self.out.is_terminal:
             self.out.print(answer)
             return
@@ -124,11 +152,23 @@ def _console(stream: TextIO) -> Console:
         force_terminal=on_terminal,
         color_system="auto" if coloured else None,
         no_color=not coloured,
-        width=None if on_terminal else _PLAIN_WIDTH,
+        width=_named_width() or (None if on_terminal else _PLAIN_WIDTH),
         highlight=False,
         markup=False,
         emoji=False,
     )
+
+
+def _named_width() -> int | None:
+    named = os.environ.get("COLUMNS", "")
+    return int(named) or None if named.isascii() and named.isdigit() else None
+
+
+def _whole_width(answer: RenderableType) -> int:
+    """Returns how wide a table is of which nothing is cut; 0 of prose, which is folded everywhere."""
+    if isinstance(answer, str | Text):
+        return 0
+    return Measurement.get(Console(width=_MOST_WIDTH), Console(width=_MOST_WIDTH).options, answer).maximum
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
