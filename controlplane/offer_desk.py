@@ -17,6 +17,7 @@ from typing import Protocol
 import grpc
 
 from controlplane.durations import JUST_BEGUN_S
+from controlplane.offer_refusals import OfferRefusal
 from controlplane.outlook import LAST, Outlook
 from controlplane.peer_terms import is_open
 from controlplane.queue_model import Wait
@@ -82,7 +83,7 @@ class _Open:
 class _No:
     """Why there is no offer."""
 
-    reason: str
+    reason: OfferRefusal
     message: str
     retry_s: float
 
@@ -150,7 +151,7 @@ class OfferDesk:
         self._forget()
         refused = self._terms(request, peer.record)
         if refused is None and not self._affordable():
-            refused = _No("BUSY", "more offers are asked for than this centre can work out; ask again", 1.0)
+            refused = _No(OfferRefusal.BUSY, "more offers are asked for than this centre can work out; ask again", 1.0)
         if refused is not None:
             return self._refusal(refused)
         began = self._meter()
@@ -175,7 +176,11 @@ class OfferDesk:
             return self._refusal(self._full(wait))
         if sum(one.peer == peer.name for one in self._open.values()) >= _MOST_OPEN:
             return self._refusal(
-                _No("TOO_MANY_OFFERS", f"{_MOST_OPEN} offers to you are open; take them, or let them expire", HOLDS_S)
+                _No(
+                    OfferRefusal.TOO_MANY_OFFERS,
+                    f"{_MOST_OPEN} offers to you are open; take them, or let them expire",
+                    HOLDS_S,
+                )
             )
         expected_s = seconds(request.expected_duration) if request.HasField("expected_duration") else JUST_BEGUN_S
         offer = _Open(
@@ -218,21 +223,31 @@ class OfferDesk:
     def _terms(self, request: wire.GetOfferRequest, peer: PeerRecord) -> _No | None:
         terms, name = peer.terms, peer.name
         if terms.receive_off:
-            return _No("NOT_RECEIVING", "this centre takes no work from you; its operator has turned that off", 60.0)
+            return _No(
+                OfferRefusal.NOT_RECEIVING, "this centre takes no work from you; its operator has turned that off", 60.0
+            )
         if self._centre_id in request.visited_centres:
-            return _No("LOOP", "this job has been at this centre before", 86400.0)
+            return _No(OfferRefusal.LOOP, "this job has been at this centre before", 86400.0)
         if terms.hours and not self._is_open(terms.hours, self._wall()):
-            return _No("OUT_OF_HOURS", f"this centre takes your work only at these times: {terms.hours}", 600.0)
+            return _No(
+                OfferRefusal.OUT_OF_HOURS, f"this centre takes your work only at these times: {terms.hours}", 600.0
+            )
         for label, value in request.required_labels.items():
             if self._labels.get(label, value) != value:
-                return _No("LABELS_DIFFER", f"{label[:64]} of this centre is {self._labels[label]}", 86400.0)
+                return _No(OfferRefusal.LABELS_DIFFER, f"{label[:64]} of this centre is {self._labels[label]}", 86400.0)
         there = self._received(name) + sum(one.peer == name for one in self._open.values())
         most = terms.most_received or _MOST_RECEIVED
         if there >= most:
-            return _No("TOO_MANY_GUESTS", f"{there} jobs of yours are here or promised; this centre takes {most}", 30.0)
+            return _No(
+                OfferRefusal.TOO_MANY_GUESTS,
+                f"{there} jobs of yours are here or promised; this centre takes {most}",
+                30.0,
+            )
         bundle = min(self._most_bundle_bytes, terms.most_bundle_bytes or self._most_bundle_bytes)
         if request.bundle_bytes > bundle:
-            return _No("BUNDLE_TOO_LARGE", f"this centre takes bundles of at most {bundle} bytes from you", 86400.0)
+            return _No(
+                OfferRefusal.BUNDLE_TOO_LARGE, f"this centre takes bundles of at most {bundle} bytes from you", 86400.0
+            )
         return None
 
     def _need(self, request: wire.GetOfferRequest) -> _No | None:
@@ -242,20 +257,20 @@ class OfferDesk:
         if choices_for(profile, required_mib, geometries):
             return None
         if choices_for(profile, required_mib, {gpu.geometry for gpu in gpus}):
-            return _No("DRAINING", "the nodes that could run this take no work now", 60.0)
+            return _No(OfferRefusal.DRAINING, "the nodes that could run this take no work now", 60.0)
         if not gpus:
-            return _No("NO_GPUS", "no node of this centre has a GPU that can be cut", 300.0)
+            return _No(OfferRefusal.NO_GPUS, "no node of this centre has a GPU that can be cut", 300.0)
         top = largest(gpu.geometry for gpu in gpus)
         has = f"; its largest slice is {top.profile} ({top.memory_mib} MiB)" if top is not None else ""
         if profile:
-            return _No("PROFILE_NOT_AVAILABLE", f"no GPU of this centre offers {profile[:32]}{has}", 3600.0)
-        return _No("TOO_LARGE", f"no slice of this centre has {required_mib} MiB{has}", 3600.0)
+            return _No(OfferRefusal.PROFILE_NOT_AVAILABLE, f"no GPU of this centre offers {profile[:32]}{has}", 3600.0)
+        return _No(OfferRefusal.TOO_LARGE, f"no slice of this centre has {required_mib} MiB{has}", 3600.0)
 
     @staticmethod
     def _full(wait: Wait) -> _No:
         if wait.seconds is None:
-            return _No("FULL", "there is no room for this, and nobody knows when there will be", 30.0)
-        return _No("FULL", f"there is room for this only in {wait.seconds / 3600:.0f} h", 300.0)
+            return _No(OfferRefusal.FULL, "there is no room for this, and nobody knows when there will be", 30.0)
+        return _No(OfferRefusal.FULL, f"there is room for this only in {wait.seconds / 3600:.0f} h", 300.0)
 
     def _refusal(self, no: _No) -> wire.GetOfferResponse:
         # Spread, so that those who are refused together do not come again together.

@@ -24,13 +24,16 @@ from controlplane.forwarding import (
     why_none,
     why_not,
 )
+from controlplane.offer_refusals import OfferRefusal, refused_clause, unanswered_clause
 from controlplane.offers import Offer, Standing, best, judged_s
 
 __all__ = ["Ask", "Spill", "Step"]
 
-_OF_THE_JOB = frozenset({"LOOP", "LABELS_DIFFER", "BUNDLE_TOO_LARGE"})
+_OF_THE_JOB = frozenset({OfferRefusal.LOOP, OfferRefusal.LABELS_DIFFER, OfferRefusal.BUNDLE_TOO_LARGE})
 """Refused so, another job with the same need may be taken."""
-_NO_ROOM = frozenset({"FULL", "DRAINING", "NOT_RECEIVING", "TOO_MANY_GUESTS"})
+_NO_ROOM = frozenset(
+    {OfferRefusal.FULL, OfferRefusal.DRAINING, OfferRefusal.NOT_RECEIVING, OfferRefusal.TOO_MANY_GUESTS}
+)
 """Refused so, a job is asked for again as soon as the peer tells another capacity."""
 _MOST_TOLD = 5
 _LEAST_S = 0.01
@@ -280,14 +283,14 @@ class Spill:
         else:
             self._budget.refused(at, ask.peer, ask.need, retry_after_s, no_room=reason in _NO_ROOM)
         if search is not None:
-            search.told[ask.peer] = f"{ask.peer} refused: {reason}"
+            search.told[ask.peer] = refused_clause(ask.peer, reason)
 
     def failed(self, at: float, ask: Ask, reason: str, retry_after_s: float = 0.0) -> None:
         """A peer has not answered, or nothing of sense."""
         self._budget.failed(at, ask.peer, ask.need, retry_after_s)
         search = self._answered(ask)
         if search is not None:
-            search.told[ask.peer] = f"{ask.peer} did not answer: {reason}"
+            search.told[ask.peer] = unanswered_clause(ask.peer, reason)
 
     def news(self, at: float, peer: str) -> None:
         """A peer has told its capacity."""
@@ -303,7 +306,7 @@ class Spill:
     # -- why
 
     def why(self, job_id: str) -> str:
-        """Returns why a job was not sent to a peer, in a clause such as "peers: b refused: FULL"; "" when unknown."""
+        """Returns why a job was not sent to a peer, in a clause such as "peers: b: out of contact"; "" when unknown."""
         none = self._none.get(job_id)
         if none is not None:
             return f"peers: not asked, because {none}"

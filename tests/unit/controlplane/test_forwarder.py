@@ -221,10 +221,17 @@ async def test_what_a_peer_is_asked(store: SqliteStore) -> None:
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (refuses("FULL"), "peers: b refused: FULL"),
-        (refuses("no such\x00reason"), "peers: b refused: UNKNOWN"),
+        (refuses("FULL"), "peers: b has no room for it within a day, or does not know when (FULL)"),
+        (
+            refuses("no such\x00reason"),
+            "peers: b makes no offer, for a reason that this version does not know (UNKNOWN)",
+        ),
         (accepts(1e6), "peers: b promises a start in 1000000 s, which is not worth it"),
-        (raises(Refusal(grpc.StatusCode.UNAVAILABLE, "PEER_NOT_CALLED", "x")), "b did not answer: PEER_NOT_CALLED"),
+        (
+            raises(Refusal(grpc.StatusCode.UNAVAILABLE, "PEER_NOT_CALLED", "x")),
+            "b only sends work, and cannot be asked",
+        ),
+        (raises(Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "x")), "b could not be reached, or was too slow"),
         (raises(RuntimeError("a bug")), "peers: b did not answer: its answer made no sense"),
         (accepts(offer_id=""), "peers: b did not answer: its offer made no sense"),
         (accepts(offer_id="x" * 1000), "its offer made no sense"),

@@ -327,7 +327,8 @@ def test_why_a_job_was_not_sent_is_told() -> None:
     world.jobs = crowd(1) | {"j-x": candidate("j-x", policy=policy(here_only=True))}
     assert world.spill.why("j-0") == ""
     world.run(2)
-    assert world.spill.why("j-0") == "peers: b refused: FULL; c: nothing is sent there"
+    full = "b has no room for it within a day, or does not know when (FULL)"
+    assert world.spill.why("j-0") == f"peers: {full}; c: nothing is sent there"
     assert world.spill.why("j-x") == "peers: not asked, because it is to run here only"
 
 
