@@ -42,7 +42,7 @@ def test_a_refusal_of_a_later_version_is_told_as_far_as_it_is_known() -> None:
 
 def refusals_of_the_call() -> set[str]:
     """Returns every reason with which a peer, or this centre, refuses the call itself."""
-    record = PeerRecord("b", "c-b", b"", "", PeerTerms(most_calls_a_second=1), 0.0)
+    record = PeerRecord("b", "c-b", "", b"", PeerTerms(most_calls_a_second=1), 0.0)
     limits, reasons = peer_limits.PeerLimits(lambda: 0.0), {unknown_peer().reason}
     with pytest.raises(Refusal) as missing:
         certificate_of(SimpleNamespace(auth_context=dict))
