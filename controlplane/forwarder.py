@@ -12,7 +12,6 @@ import math
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from controlplane.forwarding import Candidate, Neighbour, Rules, transfer_s
-from controlplane.forwards import LAST_MOMENT_S, ForwardRecord, ForwardStage
+from controlplane.forwards import LAST_MOMENT_S, count_at_peers, unheard_of
 from controlplane.offers import Offer
 from controlplane.outlook import Outlook
 from controlplane.peer_client import PeerClient
@@ -52,7 +51,6 @@ _LONGEST_RETRY_S = 3600.0
 _MOST_ID = 128
 _MOST_COST = 1e6
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,62}")
-_THERE = frozenset({ForwardStage.SENDING, ForwardStage.BOUND, ForwardStage.ENDING})
 
 
 class ForwardingPeer(Neighbour, Protocol):
@@ -193,8 +191,9 @@ class Forwarder:
             return math.inf
         await self._outlook.refresh()
         await self._read()
-        there, sending = _counts(await self._store.forwards())
-        jobs = self._candidates()
+        forwards = await self._store.forwards()
+        there, sending = count_at_peers(forwards)
+        jobs = self._candidates(unheard_of(forwards))
         step = self._spill.step(self._meter(), self._reach.clock.now(), jobs, peers, there, sending)
         for ask in step.asks:
             task = asyncio.create_task(self._ask(ask), name=f"offer for {ask.job_id} of {ask.peer}")
@@ -234,7 +233,7 @@ class Forwarder:
             inputs = sum(data.size_bytes for data in record.job.spec.inputs)
             self._known[job.id] = _Known(record, bundle.size_bytes if bundle is not None else 0, inputs)
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self, unheard_of_at: Mapping[str, Sequence[str]]) -> list[Candidate]:
         queue = self._line.queue
         waits, at = self._outlook.waits([job.id for job in queue[:_MOST_CANDIDATES]]).waits, self._wall()
         settled = self._meter() - self._began >= self._settle_s
@@ -246,12 +245,14 @@ class Forwarder:
             # A wait that was not worked out yet is not an unknown one, and what nodes have is not known at first.
             if wait is None or (wait.seconds is None and not settled):
                 continue
-            found.append(self._candidate(job, known, wait.seconds, at))
+            found.append(self._candidate(job, known, wait.seconds, at, unheard_of_at.get(job.id, ())))
             if len(found) >= _MOST_CANDIDATES:
                 break
         return found
 
-    def _candidate(self, job: QueuedJob, known: _Known, wait_s: float | None, at: float) -> Candidate:
+    def _candidate(
+        self, job: QueuedJob, known: _Known, wait_s: float | None, at: float, unheard_of_at: Sequence[str]
+    ) -> Candidate:
         record = known.record
         guest = record.job.guest if record.job.HasField("guest") else None
         sender = self._peers.get(guest.peer) if guest is not None else None
@@ -269,6 +270,7 @@ class Forwarder:
             guest is None or (sender is not None and sender.record.terms.transit),
             guest is not None,
             record.not_at,
+            tuple(unheard_of_at),
         )
 
     # -- asking
@@ -398,15 +400,6 @@ class Forwarder:
             _log.error("a job could not be sent to a peer; it waits on", job=job_id, peer=offer.peer, exc_info=error)
         finally:
             self._spill.taken(job_id)
-
-
-def _counts(forwards: Iterable[ForwardRecord]) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """Returns our attempts at each peer, and those of them that are on their way."""
-    there = [forward for forward in forwards if forward.stage in _THERE]
-    return (
-        Counter(forward.peer for forward in there),
-        Counter(forward.peer for forward in there if forward.stage is ForwardStage.SENDING),
-    )
 
 
 def _reason(said: str) -> str:

@@ -126,6 +126,8 @@ class Candidate:
     is_guest: bool = False
     not_at: tuple[str, ...] = ()
     """Peers that could not run it."""
+    unheard_of_at: tuple[str, ...] = ()
+    """Peers at which it may have ended: its lease there was over before they could be asked."""
 
     @property
     def need(self) -> Hashable:
@@ -164,6 +166,7 @@ def why_not(job: Candidate, peer: Neighbour, sent: int = 0) -> str:
         (not peer.in_contact, "out of contact"),
         (record.centre_id in job.visited, "it has been there"),
         (record.name in job.not_at, "it could not run it before"),
+        (record.name in job.unheard_of_at, "it may have ended there, which is asked first"),
         (job.is_guest and not terms.transit, "what came from other peers is not sent there"),
         (tenant_out(terms, job.tenant) is None, f"jobs of tenant {job.tenant} are not sent there"),
         (not labels_allow(terms.labels, job.policy), "its labels are not those that the job asks for"),

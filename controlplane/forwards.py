@@ -9,6 +9,8 @@ attempt is over and cannot start, may the job start elsewhere.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -17,10 +19,12 @@ __all__ = [
     "LAST_MOMENT_S",
     "ForwardRecord",
     "ForwardStage",
+    "count_at_peers",
     "is_surely_over",
     "lease_to_ask",
     "read_clock",
     "rebooted",
+    "unheard_of",
 ]
 
 LAST_MOMENT_S = 253402300799.0
@@ -132,3 +136,24 @@ def is_surely_over(forward: ForwardRecord, at: float, margin_s: float) -> bool:
         margin_s: time in which the peer ends what its lease no longer covers.
     """
     return forward.peer_time + (at - forward.read_at) * (1 - CLOCK_DRIFT) > forward.lease_end + margin_s
+
+
+_THERE = frozenset({ForwardStage.SENDING, ForwardStage.BOUND, ForwardStage.ENDING})
+
+
+def count_at_peers(forwards: Iterable[ForwardRecord]) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Returns our attempts at each peer, by name, and those of them that are on their way."""
+    there = [forward for forward in forwards if forward.stage in _THERE]
+    return (
+        Counter(forward.peer for forward in there),
+        Counter(forward.peer for forward in there if forward.stage is ForwardStage.SENDING),
+    )
+
+
+def unheard_of(forwards: Iterable[ForwardRecord]) -> Mapping[str, Sequence[str]]:
+    """Returns by job the peers at which it was when its lease there was over, and of whose end nothing is known yet."""
+    found: dict[str, list[str]] = {}
+    for forward in forwards:
+        if forward.stage is ForwardStage.LOST:
+            found.setdefault(forward.job_id, []).append(forward.peer)
+    return found

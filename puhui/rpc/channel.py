@@ -52,6 +52,9 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # A centre comes back within seconds of a restart; clients should notice as soon.
     ("grpc.max_reconnect_backoff_ms", 5_000),
+    # One attempt to connect lasts so long at most: those that it sends again come ever more rarely, and after a cut a
+    # new attempt is sooner there. Three round trips of the slowest network fit in.
+    ("grpc.min_reconnect_backoff_ms", 12_000),
     ("grpc.enable_http_proxy", 0),
 ]
 

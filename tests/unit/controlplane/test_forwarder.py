@@ -16,7 +16,7 @@ from controlplane.durations import Durations
 from controlplane.fleet import GpuView, Use
 from controlplane.forwarder import Forwarder
 from controlplane.forwarding import Rules
-from controlplane.forwards import ForwardStage
+from controlplane.forwards import ForwardRecord, ForwardStage
 from controlplane.outlook import Outlook
 from controlplane.peer_client import PeerClient
 from controlplane.queued_job import QueuedJob
@@ -305,6 +305,26 @@ async def test_what_lives_here_stays(store: SqliteStore) -> None:
         await eventually(lambda: bool(here.driven))
     assert [record.id for record in here.driven] == ["j-last"]
     assert [request.origin.job_id for request in there.asked] == ["j-last"]
+
+
+async def test_where_it_may_have_ended_it_goes_again_only_once_that_is_known(store: SqliteStore) -> None:
+    there = peer("b", accepts())
+    here = Here(store, Peers([there]))
+    await here.submit()
+
+    async def note(stage: ForwardStage) -> None:
+        await store.change_job(
+            "j-1", lambda record, _: Change(record, forward=ForwardRecord("j-1", 1, "b", 1, stage=stage))
+        )
+
+    await note(ForwardStage.LOST)
+    for _ in range(5):
+        await here.forwarder.look()
+    assert not there.asked
+    assert "may have ended there" in here.forwarder.why_here("j-1")
+    await note(ForwardStage.SETTLED)
+    async with here.running():
+        await eventually(lambda: bool(here.driven))
 
 
 async def test_a_guest_goes_on_only_when_both_peers_let_it(store: SqliteStore) -> None:

@@ -68,6 +68,8 @@ EU = {"region": "eu"}
         ({"in_contact": False}, {}, "out of contact"),
         ({}, {"visited": ("c-a", "c-b")}, "has been there"),
         ({}, {"not_at": ("b",)}, "could not run it"),
+        ({}, {"unheard_of_at": ("b",)}, "may have ended there"),
+        ({}, {"unheard_of_at": ("c",)}, ""),
         ({}, {"is_guest": True}, "not sent there"),
         ({"transit": True}, {"is_guest": True}, ""),
         ({"tenants": ["other"]}, {}, "tenant lab"),
@@ -426,6 +428,7 @@ def _candidates(draw: st.DrawFn) -> list[Candidate]:
             ),
             visited=("c-here", *draw(st.lists(st.sampled_from(["c-p0", "c-p1", "c-p2"]), max_size=2))),
             not_at=tuple(draw(st.lists(st.sampled_from(["p3", "p4"]), max_size=2))),
+            unheard_of_at=tuple(draw(st.lists(st.sampled_from(["p1", "p4"]), max_size=1))),
             is_guest=draw(st.booleans()),
             transit=draw(st.booleans()),
             hops_left=draw(st.integers(-1, 1)),
@@ -442,7 +445,7 @@ def _allowed(job: Candidate, peer: Neighbour) -> bool:
         and job.hops_left >= 0
         and job.transit
         and peer.record.centre_id not in job.visited
-        and peer.record.name not in job.not_at
+        and peer.record.name not in (*job.not_at, *job.unheard_of_at)
         and not terms.send_off
         and peer.in_contact
         and (terms.transit or not job.is_guest)
