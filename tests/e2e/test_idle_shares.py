@@ -115,6 +115,7 @@ def test_a_run_keeps_its_share_until_it_ends_however_late_it_opens_its_card(cent
     story = session(centre)
     code, output = ran(centre, job_of(story), "sh", "-c", "sleep 2; python3 user.py; sleep 2; exec python3 user.py")
     assert (code, [line.split()[1] for line in output.splitlines()]) == (0, [b"2", b"2"])
+    story.heard("RUN_ENDED")
     assert "RECLAIMED" not in story.reasons[: story.reasons.index("RUN_ENDED")]
     story.heard("RECLAIMED", after="RUN_ENDED")
 
