@@ -189,6 +189,7 @@ class Centre:
             runs,
             Resumption(store, feed, centre._lasting),
             federation.why_here,
+            federation.elsewhere,
         )
         everywhere = CarriedJobService(settings.centre, job_service, store, feed, federation.reach)
         centre._server = server = RpcServer(settings.listen)

@@ -14,8 +14,10 @@ from controlplane.cancelling import Cancelling
 from controlplane.carried_calls import CarriedJobService
 from controlplane.certificates import CentreIdentity
 from controlplane.durations import Durations
+from controlplane.elsewhere import elsewhere
 from controlplane.federation_service import FederationService
 from controlplane.forwarder import Forwarder
+from controlplane.forwarding import Candidate
 from controlplane.guest_leases import GuestLeases
 from controlplane.hosting import Hosting
 from controlplane.idle_policy import CentrePolicy
@@ -37,6 +39,7 @@ from controlplane.watch import Feed
 from puhui.rpc.lease_clock import LeaseClock
 from puhui.rpc.server import RpcServer
 from puhui.rpc.tls import MutualTls
+from puhui.v1 import job_pb2, prediction_pb2
 from puhui.v1.federation_service_pb2_grpc import add_FederationServiceServicer_to_server
 from puhui.v1.peer_service_pb2_grpc import add_PeerServiceServicer_to_server
 
@@ -159,6 +162,16 @@ class Federation:
     def why_here(self, job_id: str) -> str:
         """Returns why a waiting job was not sent to a peer, in a clause; "" when nothing is known about that."""
         return self._forwarder.why_here(job_id) if self._forwarder is not None else ""
+
+    def elsewhere(self, spec: job_pb2.JobSpec, sizing: prediction_pb2.Sizing) -> str:
+        """Returns which peers would have room for a job now, in a clause; "" when there are none, or none may have it.
+
+        Args:
+            spec: what is asked for.
+            sizing: what it needs.
+        """
+        needed = Candidate("", spec.resources.profile, sizing.required_mib, spec.tenant, spec.peers, None)
+        return elsewhere(needed, self.peers.all())
 
     def offered(self) -> dict[str, list[str]]:
         """Returns the peers there are now, by name, each with the profiles that it has."""

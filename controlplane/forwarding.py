@@ -22,6 +22,7 @@ __all__ = [
     "has_room",
     "in_order",
     "is_worth",
+    "room_at",
     "standing",
     "transfer_s",
     "why_none",
@@ -190,7 +191,17 @@ def _suits(job: Candidate, summary: federation_service_pb2.CapacitySummary) -> b
 
 def has_room(job: Candidate, peer: Neighbour) -> bool:
     """Returns whether a peer, by its last word, has room for a job now."""
-    return any((one.free or one.idle) and _suits(job, one) for one in peer.profiles)
+    return bool(room_at(job, peer))
+
+
+def room_at(job: Candidate, peer: Neighbour) -> list[federation_service_pb2.CapacitySummary]:
+    """Returns what a peer, by its last word, has free or idle for a job now, the smallest slices first."""
+    return sorted((one for one in peer.profiles if (one.free or one.idle) and _suits(job, one)), key=_gigabytes)
+
+
+def _gigabytes(summary: federation_service_pb2.CapacitySummary) -> float:
+    size = _GB.match(summary.profile)
+    return int(size[1]) if size is not None else float("inf")
 
 
 def distance(peer: Neighbour) -> float:

@@ -30,7 +30,7 @@ from controlplane.submission import Submission
 from controlplane.watch import Feed
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import moment
-from puhui.v1 import idle_pb2, job_pb2, stream_pb2
+from puhui.v1 import idle_pb2, job_pb2, prediction_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
 from puhui.v1.job_service_pb2_grpc import JobServiceServicer
 
@@ -62,6 +62,7 @@ class JobService(JobServiceServicer):
         runs: Runs,
         resumption: Resumption,
         why_here: Callable[[str], str],
+        elsewhere: Callable[[job_pb2.JobSpec, prediction_pb2.Sizing], str],
     ) -> None:
         self._store = store
         self._feed = feed
@@ -77,6 +78,7 @@ class JobService(JobServiceServicer):
         self._runs = runs
         self._resumption = resumption
         self._why_here = why_here
+        self._elsewhere = elsewhere
 
     async def PutBundle(  # noqa: N802 - named by the contract
         self, request_iterator: AsyncIterator[wire.PutBundleRequest], context: _Context
@@ -99,6 +101,8 @@ class JobService(JobServiceServicer):
             message = f"{need.sizing.choices[0].profile} is not free now; the job would wait"
         else:
             message = f"the job would wait: {need.sizing.reason}"
+        if decision is None and (there := self._elsewhere(need.spec, need.sizing)):
+            message += f"; {there}"
         return wire.PredictJobResponse(
             prediction=need.prediction, sizing=need.sizing, fits_now=decision is not None, message=message
         )

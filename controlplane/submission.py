@@ -48,6 +48,8 @@ class Need:
     sizing: prediction_pb2.Sizing
     policy: job_pb2.IdlePolicy
     """When its unused share is taken back."""
+    spec: job_pb2.JobSpec
+    """What was asked for, with what is usual where nothing was said."""
 
 
 class Submission:
@@ -159,7 +161,7 @@ class Submission:
         if spec.kind == job_pb2.JOB_KIND_SESSION:
             async with self._session_code(request) as (bundle, path):
                 sizing = size_of_session(spec.resources, geometries, self._session_memory_mib)
-                yield Need(bundle, path, None, sizing, policy)
+                yield Need(bundle, path, None, sizing, policy, spec)
             return
         async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
@@ -168,7 +170,7 @@ class Submission:
             code = Code(sources, bundle.sizes, spec.command, sum(data.size_bytes for data in spec.inputs))
             prediction = await self._prediction.of(code)
             prediction.reason = unparsed + prediction.reason
-            yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries), policy)
+            yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries), policy, spec)
 
     @contextlib.asynccontextmanager
     async def _session_code(

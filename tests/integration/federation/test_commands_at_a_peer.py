@@ -139,3 +139,15 @@ async def test_a_job_at_a_peer_is_cancelled_as_any(tmp_path: Path, code: Path) -
         assert "not needed" in gone.message
         assert there.node.empty
         assert "cancelled" in await user.right("get", guest.guest.job_id)
+
+
+async def test_who_asks_beforehand_is_told_what_peers_have_free(tmp_path: Path, code: Path) -> None:
+    async with full(tmp_path) as (here, there):
+        user = Shell(here, tmp_path / "home")
+        await eventually(lambda: bool(here.centre._federation.peers.all()[0].profiles))
+        said = await user.right("predict", "--profile", "7g.80gb", str(code / "train.py"))
+        free = "as far as is known, peer b has 7g.80gb (emulated) for it now: 1 free"
+        assert f"7g.80gb is not free now; the job would wait; {free}" in said
+        assert not (await user("predict", "--json", "--profile", "7g.80gb", str(code / "train.py"))).json["fits_now"]
+        assert "peer" not in await user.right("predict", "--here-only", str(code / "train.py"))
+        assert there.node.has.slices == []

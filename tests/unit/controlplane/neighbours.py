@@ -20,6 +20,7 @@ class FakeNeighbour:
     round_trip_s: float = 0.01
     bytes_per_second: float = 1e6
     broken_s: float = 0.0
+    emulated: bool = False
 
 
 def neighbour(name: str = "b", address: str = "127.0.0.1:1", **fields: Any) -> FakeNeighbour:
