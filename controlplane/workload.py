@@ -39,6 +39,7 @@ def container_request(
             **share,
             "PUHUI_CENTRE": owner.centre,
             "PUHUI_JOB_ID": job.id,
+            **_origin(job),
             "PUHUI_ATTEMPT": str(owner.attempt),
             **({"PUHUI_EMULATED": "1"} if piece.emulated else {}),
         },
@@ -56,6 +57,13 @@ def container_request(
     if spec.HasField("stop_grace"):
         request.stop_grace.CopyFrom(spec.stop_grace)
     return request
+
+
+def _origin(job: job_pb2.Job) -> dict[str, str]:
+    """Returns under which name its user knows a job that came from a peer."""
+    if not job.HasField("guest"):
+        return {}
+    return {"PUHUI_ORIGIN_CENTRE": job.guest.peer, "PUHUI_ORIGIN_JOB_ID": job.guest.job_id}
 
 
 def stop_request(
