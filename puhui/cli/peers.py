@@ -16,6 +16,7 @@ from rich.text import Text
 from puhui.cli.connection import connect
 from puhui.cli.job_options import json_flag, server_option
 from puhui.cli.message_json import json_of
+from puhui.cli.peer_terms import agreed
 from puhui.cli.spec_options import pair, takes_options
 from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import age, size, span
@@ -70,7 +71,11 @@ class TermsOptions:
     ] = None
     hours: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help='When its work is taken, "mon-fri 20:00-08:00, sat-sun 00:00-24:00".'),
+        typer.Option(
+            metavar="TEXT",
+            help='When its work is taken, "mon-fri 20:00-08:00, sat-sun 00:00-24:00"; "mon 20:00-20:00" is 24 hours; '
+            '"" is always.',
+        ),
     ] = None
     label: Annotated[
         list[str] | None,
@@ -253,27 +258,8 @@ def _notes(peer: Peer) -> list[str]:
     late_s = seconds(peer.broken_promise)
     if late_s > _LATE_S:
         said.append(f"its work begins {span(late_s)} later than it promises")
-    agreed = _agreed(peer.terms)
-    return [*said, "agreed: " + "; ".join(agreed)] if agreed else said
-
-
-def _agreed(terms: PeerTerms) -> list[str]:
-    """Returns the terms that are not the usual, a line each."""
-    said = []
-    if terms.send_off:
-        said.append("nothing is sent")
-    if terms.receive_off:
-        said.append("nothing is taken")
-    if terms.transit:
-        said.append("may be passed on")
-    if terms.tenants:
-        said.append("tenants " + ", ".join(terms.tenants))
-    if terms.hours:
-        said.append(terms.hours)
-    said += [f"our {ours} is their {theirs}" for ours, theirs in sorted(terms.tenants_out.items())]
-    said += [f"their {theirs} is our {ours}" for theirs, ours in sorted(terms.tenants_in.items())]
-    said += [f"{key}={value}" for key, value in sorted(terms.labels.items())]
-    return said
+    unusual = agreed(peer.terms)
+    return [*said, "agreed: " + "; ".join(unusual)] if unusual else said
 
 
 def _invite(options: InviteOptions) -> None:
@@ -337,7 +323,7 @@ def _set(options: SetOptions) -> None:
     if terminal().as_json:
         terminal().json({"peer": json_of(peer)})
     else:
-        terminal().note(f"{peer.name}: " + ("; ".join(_agreed(peer.terms)) or "the usual terms"))
+        terminal().note(f"{peer.name}: " + ("; ".join(agreed(peer.terms)) or "the usual terms"))
 
 
 def _remove(
