@@ -39,6 +39,7 @@ __all__ = [
     "peer_away",
     "peer_ended",
     "peer_told",
+    "waits_there",
 ]
 
 _LIVING = frozenset({JOB_STATE_STARTING, JOB_STATE_RUNNING, JOB_STATE_IDLE, JOB_STATE_RESUMING})
@@ -86,6 +87,17 @@ def ending_there(record_cancelled: bool, message: str, job: job_pb2.Job) -> Endi
     if not any(attempt.HasField("start_time") for attempt in job.attempts):
         return cancelled(message) if record_cancelled else None
     return Ending(JOB_STATE_FAILED, plain_text(job.reason, _REASON_LENGTH) or "FAILED", text)
+
+
+def waits_there(job: job_pb2.Job) -> str:
+    """Returns what a job waits for in the queue of its peer, as told last; "" when it does not wait there.
+
+    Its state here is STARTING all the same: this centre has found it a place, and looks for no other.
+    """
+    if job.state != JOB_STATE_STARTING or job.reason != "WAITING_FOR_SLICE" or not job.attempts:
+        return ""
+    peer = job.attempts[-1].peer
+    return f"in the queue of peer {peer}: {job.message}" if peer else ""
 
 
 def forwarding(draft: Draft, it: h.Forwarding) -> None:

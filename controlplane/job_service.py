@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from controlplane.artifact_reader import read_artifacts
+from controlplane.away import waits_there
 from controlplane.bundles import Bundles
 from controlplane.cancelling import Cancelling
 from controlplane.idempotency import earlier_answer, request_of, reused
@@ -256,6 +257,8 @@ class JobService(JobServiceServicer):
         note = ""
         if job.state in (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RESUMING):
             note = self._why_waiting(job.id)
+        elif there := waits_there(job):
+            note = there
         elif job.state in PLACED_STATES:
             link = self._nodes.link(record.attempt.node_id)
             if link is not None and not link.in_contact:

@@ -44,7 +44,7 @@ from puhui.rpc.quantities import parse_duration
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
 
-__all__ = ["add_commands", "job_facts", "show_jobs", "where_it_is"]
+__all__ = ["add_commands", "job_facts", "job_row", "show_jobs", "waits_at_peer", "where_it_is", "why_it_waits"]
 
 _TIMED_OUT = 124
 _EXIT = 6
@@ -115,7 +115,7 @@ def show_jobs(jobs: list[job_pb2.Job]) -> None:
     """Writes a table of jobs, with why they wait below those that do."""
     moment_s = now()
     headings: tuple[str, ...] = ("JOB", "NAME", "STATE", "SLICE", "AGE", "TIME", "EXIT")
-    rows = [_row(job, moment_s) for job in jobs]
+    rows = [job_row(job, moment_s) for job in jobs]
     if any(map(where_it_is, jobs)):
         headings = (*headings, "PEER")
         rows = [(*row, where_it_is(job)) for row, job in zip(rows, jobs, strict=True)]
@@ -132,7 +132,7 @@ def show_jobs(jobs: list[job_pb2.Job]) -> None:
         shown.columns[1].overflow, shown.columns[1].max_width = "ellipsis", name_width
     for job, (job_id, name, state, *rest) in zip(jobs, rows, strict=True):
         shown.add_row(job_id, name, Text(state, style=_COLOURS.get(job.state, "")), *rest)
-    terminal().show(_WithRemarks(shown, ["", *map(_why_it_waits, jobs)]), least)
+    terminal().show(_WithRemarks(shown, ["", *map(why_it_waits, jobs)]), least)
 
 
 def _width_of(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> int:
@@ -142,8 +142,10 @@ def _width_of(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> int:
     return sum(widths) + 2 * (len(headings) - 1)
 
 
-def _why_it_waits(job: job_pb2.Job) -> str:
-    return " ".join(readable(job.message).split()) if job.state in _WITH_REASON else ""
+def why_it_waits(job: job_pb2.Job) -> str:
+    """Returns what a job waits for, in one line; "" when it does not wait."""
+    waits = job.state in _WITH_REASON or waits_at_peer(job)
+    return " ".join(readable(job.message).split()) if waits else ""
 
 
 class _WithRemarks:
@@ -166,13 +168,19 @@ class _WithRemarks:
         return Measurement(shown.minimum, max(shown.maximum, remarks))
 
 
-def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
-    attempt = job.attempts[-1] if job.attempts else None
+def waits_at_peer(job: job_pb2.Job) -> str:
+    """Returns the peer in whose queue a job waits, which is STARTING here; "" when it is in none."""
+    waits = job.state == job_pb2.JOB_STATE_STARTING and job.reason == "WAITING_FOR_SLICE" and job.attempts
+    return job.attempts[-1].peer if waits else ""
+
+
+def job_row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
+    """Returns the cells of a job in a table: id, name, state, slice, age, time and exit code."""
     return (
         job.id,
         job.spec.name or "-",
         job_state(job.state),
-        f"{attempt.profile}{' (emulated)' if attempt.emulated else ''}" if attempt else _wanted(job),
+        _slice(job),
         age(job.create_time, now_s),
         _ran(job, now_s),
         str(job.exit_code) if job.HasField("exit_code") else "-",
@@ -181,21 +189,36 @@ def _row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
 
 def where_it_is(job: job_pb2.Job) -> str:
     """Returns at which peer a job is, or from which it came; "" for one that is this centre's own business."""
-    there = job.attempts[-1].peer if job.attempts else ""
+    attempt = _attempt_of(job)
+    there = attempt.peer if attempt is not None else ""
     came = f"of {job.guest.peer}" if job.HasField("guest") else ""
     return ", ".join(filter(None, (came, there)))
 
 
-def _wanted(job: job_pb2.Job) -> str:
-    return job.sizing.choices[0].profile + "?" if job.sizing.choices else "-"
+def _attempt_of(job: job_pb2.Job) -> job_pb2.Attempt | None:
+    """Returns the attempt that a job is at, or ended with; None while it waits, when those that it had are over."""
+    return job.attempts[-1] if job.attempts and job.state != job_pb2.JOB_STATE_QUEUED else None
+
+
+def _slice(job: job_pb2.Job) -> str:
+    attempt = _attempt_of(job)
+    if attempt is None:
+        wanted = job.sizing.choices[0].profile if job.sizing.choices else job.spec.resources.profile
+        return f"{wanted}?" if wanted else "-"
+    doubt = "?" if waits_at_peer(job) else ""
+    return f"{attempt.profile}{doubt}{' (emulated)' if attempt.emulated else ''}"
 
 
 def _ran(job: job_pb2.Job, now_s: float) -> str:
-    if not job.HasField("start_time"):
+    attempt = _attempt_of(job)
+    if attempt is None or not job.HasField("start_time"):
         return "-"
+    if not attempt.HasField("start_time") and job.state == job_pb2.JOB_STATE_STARTING:
+        return "-"
+    start = attempt.start_time if attempt.HasField("start_time") else job.start_time
     end_s = moment(job.end_time) if job.HasField("end_time") else now_s
     # The start is by the node's clock; a job never ran longer than it has been there.
-    return span(max(min(end_s - moment(job.start_time), now_s - moment(job.create_time)), 0))
+    return span(max(min(end_s - moment(start), now_s - moment(job.create_time)), 0))
 
 
 def _get(

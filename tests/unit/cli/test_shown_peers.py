@@ -4,7 +4,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from puhui.cli.jobs import job_facts, where_it_is
+from puhui.cli.jobs import job_facts, job_row, where_it_is, why_it_waits
 from puhui.cli.story import tell
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
@@ -38,6 +38,39 @@ def test_a_job_at_a_peer_is_shown_with_its_id_there_and_its_lease() -> None:
     job.attempts[0].lease_expire_time.CopyFrom(Timestamp(seconds=1720))
     assert facts_of(job)["attempt 1"] == "1g.10gb, peer b (job j-9 there), under a lease for 12m more"
     assert facts_of(job, 2000.0)["attempt 1"].endswith("under a lease for 0.0s more")
+
+
+def test_what_waits_in_a_peers_queue_is_shown_to_wait_there() -> None:
+    job = at_peer()
+    job.state, job.reason, job.message = job_pb2.JOB_STATE_STARTING, "WAITING_FOR_SLICE", "in the queue of peer b: full"
+    assert why_it_waits(job) == "in the queue of peer b: full"
+    assert job_row(job, 1000.0)[2:4] == ("starting", "1g.10gb?")
+    job.reason = "RESERVED"
+    assert why_it_waits(job) == ""
+    assert job_row(job, 1000.0)[2:4] == ("starting", "1g.10gb")
+
+
+def test_what_was_brought_back_shows_nothing_of_the_attempt_that_is_over() -> None:
+    job = at_peer()
+    job.start_time.CopyFrom(Timestamp(seconds=900))
+    job.create_time.CopyFrom(Timestamp(seconds=800))
+    job.attempts[0].emulated = True
+    job.attempts[0].start_time.CopyFrom(Timestamp(seconds=900))
+    job.attempts[0].release_time.CopyFrom(Timestamp(seconds=950))
+    job.state = job_pb2.JOB_STATE_QUEUED
+    job.sizing.choices.add(profile="2g.20gb")
+    assert (job_row(job, 1000.0)[3], job_row(job, 1000.0)[5], where_it_is(job)) == ("2g.20gb?", "-", "")
+    del job.sizing.choices[:]
+    job.spec.resources.profile = "7g.80gb"
+    assert job_row(job, 1000.0)[3] == "7g.80gb?"
+    assert facts_of(job)["attempt 1"].endswith("released"), "what was is still told of, as over"
+
+    job.attempts.add(number=2, profile="2g.20gb")
+    job.state = job_pb2.JOB_STATE_STARTING
+    assert job_row(job, 1000.0)[3:6:2] == ("2g.20gb", "-")
+    job.state = job_pb2.JOB_STATE_RUNNING
+    job.attempts[1].start_time.CopyFrom(Timestamp(seconds=990))
+    assert job_row(job, 1000.0)[5] == "10s", "of this attempt, and not of all"
 
 
 def test_a_guest_is_shown_with_its_sender_its_lease_and_its_hops() -> None:

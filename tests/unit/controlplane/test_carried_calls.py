@@ -194,6 +194,25 @@ async def test_an_answer_waits_until_what_it_says_is_known_here(tmp_path: Path) 
         assert (await asked).job.state == job_pb2.JOB_STATE_IDLE
 
 
+async def test_what_waits_in_the_queue_of_its_peer_is_shown_to_wait_there(tmp_path: Path) -> None:
+    async with ends(tmp_path) as both:
+        await both.send()
+        await both.bind()
+        job = await both.there.job(both.job_there)
+        event = job_pb2.JobEvent(
+            reason="WAITING_FOR_SLICE", state=job_pb2.JOB_STATE_QUEUED, message="waits for 1g.10gb"
+        )
+        await both.change(happenings.PeerTold(event, job))
+        shown = await both.here.job(both.job_id)
+        assert (shown.state, shown.message) == (
+            job_pb2.JOB_STATE_STARTING,
+            "in the queue of peer b: waits for 1g.10gb",
+        )
+        event = job_pb2.JobEvent(reason="RESERVED", state=job_pb2.JOB_STATE_STARTING, message="1g.10gb reserved")
+        await both.change(happenings.PeerTold(event, job))
+        assert (await both.here.job(both.job_id)).message == "1g.10gb reserved"
+
+
 async def test_why_it_waits_is_said_by_its_peer_or_from_memory(tmp_path: Path) -> None:
     async with at_peer(tmp_path) as both:
         request = wire.ExplainJobRequest(job_id=both.job_id)
