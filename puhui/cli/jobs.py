@@ -44,7 +44,16 @@ from puhui.rpc.quantities import parse_duration
 from puhui.v1 import job_pb2
 from puhui.v1.job_service_pb2 import JobFilter
 
-__all__ = ["add_commands", "job_facts", "job_row", "show_jobs", "waits_at_peer", "where_it_is", "why_it_waits"]
+__all__ = [
+    "add_commands",
+    "job_facts",
+    "job_row",
+    "peer_of",
+    "show_jobs",
+    "waits_at_peer",
+    "where_it_is",
+    "why_it_waits",
+]
 
 _TIMED_OUT = 124
 _EXIT = 6
@@ -189,10 +198,14 @@ def job_row(job: job_pb2.Job, now_s: float) -> tuple[str, ...]:
 
 def where_it_is(job: job_pb2.Job) -> str:
     """Returns at which peer a job is, or from which it came; "" for one that is this centre's own business."""
-    attempt = _attempt_of(job)
-    there = attempt.peer if attempt is not None else ""
     came = f"of {job.guest.peer}" if job.HasField("guest") else ""
-    return ", ".join(filter(None, (came, there)))
+    return ", ".join(filter(None, (came, peer_of(job))))
+
+
+def peer_of(job: job_pb2.Job) -> str:
+    """Returns the peer at which a job is, or where it ended; "" when that is here, or nowhere yet."""
+    attempt = _attempt_of(job)
+    return attempt.peer if attempt is not None else ""
 
 
 def _attempt_of(job: job_pb2.Job) -> job_pb2.Attempt | None:

@@ -12,6 +12,7 @@ import typer
 from puhui.cli.connection import connect
 from puhui.cli.find_job import find_job
 from puhui.cli.job_options import json_flag, server_option
+from puhui.cli.jobs import peer_of, waits_at_peer
 from puhui.cli.message_json import json_of
 from puhui.cli.spec_options import reclaim_mode
 from puhui.cli.terminal import Mistake, table, terminal
@@ -133,11 +134,13 @@ def _explain(
         job = find_job(centre, word)
         answer = centre.explain(job.id)
     if terminal().as_json:
-        terminal().json(answer)
+        named = {"job_id": job.id, "state": job_pb2.JobState.Name(job.state), "peer": peer_of(job) or None}
+        terminal().json({**named, **json_of(answer)})
         return
     terminal().show(f"{job.id}  {job_state(job.state)}")
     if answer.queue_position:
-        terminal().show(f"place      {answer.queue_position} in the queue")
+        whose = f" of peer {waits_at_peer(job)}" if waits_at_peer(job) else ""
+        terminal().show(f"place      {answer.queue_position} in the queue{whose}")
     if answer.message:
         terminal().show(f"reason     {readable(answer.message)}")
     if answer.HasField("expected_wait") and job.state not in FINAL_STATES:
