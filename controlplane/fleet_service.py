@@ -107,4 +107,5 @@ class FleetService(FleetServiceServicer):
         now_s = now()
         interval = interval_of(request, now_s)
         stretches = await self._store.usage(interval.start, interval.end, request.tenant, request.job_id)
-        return added_up(stretches, interval, request.group_by, request.point_count, now_s)
+        at_peers = await self._store.attempts_at_peers(interval.start, interval.end)
+        return added_up(stretches, interval, request.group_by, request.point_count, now_s, at_peers)

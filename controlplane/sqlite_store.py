@@ -34,7 +34,7 @@ from controlplane.records import (
     TakeOver,
 )
 from controlplane.store import DecideGuest, RequestReused, ShareTaken
-from controlplane.usage_table import put_usage, read_usage, write_usage
+from controlplane.usage_table import put_usage, read_attempts_at_peers, read_usage, write_usage
 from controlplane.watch import Feed
 from puhui.rpc.moment import moment, now
 from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
@@ -227,6 +227,10 @@ class SqliteStore:
     async def usage(self, start: float, end: float, tenant: str = "", job_id: str = "") -> list[Stretch]:
         """Returns the stretches of usage that overlap a time, in the order in which they began."""
         return read_usage(self._read, start, end, tenant, job_id)
+
+    async def attempts_at_peers(self, start: float, end: float) -> set[tuple[str, int]]:
+        """Returns job and number of every attempt at a peer whose usage overlaps a time."""
+        return read_attempts_at_peers(self._read, start, end)
 
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""

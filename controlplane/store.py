@@ -113,6 +113,9 @@ class Store(Protocol):
             job_id: only those of this job; "" is all of them.
         """
 
+    async def attempts_at_peers(self, start: float, end: float) -> set[tuple[str, int]]:
+        """Returns job and number of every attempt at a peer whose usage overlaps a time; see `usage`."""
+
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -39,6 +39,7 @@ class _Piece:
     end: float
     busy_share: float
     """Share of the whole stretch that was busy. When in it is not known, so that every part gets as much."""
+    at_peer: bool
 
     @property
     def length_s(self) -> float:
@@ -60,7 +61,12 @@ def interval_of(request: wire.GetUsageRequest, now_s: float) -> Interval:
 
 
 def added_up(
-    stretches: Iterable[Stretch], interval: Interval, group: wire.UsageGroup.ValueType, point_count: int, now_s: float
+    stretches: Iterable[Stretch],
+    interval: Interval,
+    group: wire.UsageGroup.ValueType,
+    point_count: int,
+    now_s: float,
+    at_peers: Collection[tuple[str, int]] = (),
 ) -> wire.GetUsageResponse:
     """Returns what was used in an interval.
 
@@ -73,8 +79,9 @@ def added_up(
         group: what a row is about.
         point_count: number of equal times to tell of; 0 is none.
         now_s: stretches that last still count until then, in seconds since the epoch.
+        at_peers: job and number of every attempt that was at a peer.
     """
-    pieces = [piece for stretch in stretches if (piece := _within(stretch, interval, now_s)) is not None]
+    pieces = [piece for stretch in stretches if (piece := _within(stretch, interval, now_s, at_peers)) is not None]
     shares = [piece for piece in pieces if piece.stretch.kind is not Kind.RUN]
     by_tenant = _rows(shares, interval, _tenant_row)
     if group == wire.USAGE_GROUP_RUN:
@@ -101,14 +108,14 @@ def added_up(
     )
 
 
-def _within(stretch: Stretch, interval: Interval, now_s: float) -> _Piece | None:
+def _within(stretch: Stretch, interval: Interval, now_s: float, at_peers: Collection[tuple[str, int]]) -> _Piece | None:
     last = stretch.end if stretch.end is not None else max(now_s, stretch.start)
     start, end = max(stretch.start, interval.start), min(last, interval.end)
     if end <= start:
         return None
     length_s = last - stretch.start
     share = min(stretch.busy_s, length_s) / length_s if length_s > 0 else 0.0
-    return _Piece(stretch, start, end, share)
+    return _Piece(stretch, start, end, share, (stretch.job_id, stretch.attempt) in at_peers)
 
 
 def _tenant_row(stretch: Stretch) -> wire.UsageRow:
@@ -146,6 +153,7 @@ def _add(row: wire.UsageRow, piece: _Piece, interval: Interval) -> None:
     row.busy_seconds += busy_s
     row.held_slice_seconds += piece.length_s * slices
     row.busy_slice_seconds += busy_s * slices
+    row.peer_slice_seconds += piece.length_s * slices * piece.at_peer
     row.tflops_hours += slice_tflops(stretch.gpu_model, slices, stretch.gpu_slices) * piece.length_s / _HOUR_S
     taken = stretch.end is not None and stretch.reclaim_mode != job_pb2.RECLAIM_MODE_UNSPECIFIED
     row.reclaims += taken and interval.start < (stretch.end or 0.0) <= interval.end

@@ -10,7 +10,7 @@ from sqlite_utils import Database
 from controlplane.metering import Kind, Owner, Stretch, UsageChange, meter
 from puhui.v1 import job_pb2
 
-__all__ = ["put_usage", "read_usage", "write_usage"]
+__all__ = ["put_usage", "read_attempts_at_peers", "read_usage", "write_usage"]
 
 _COLUMNS = ", ".join(f'"{field.name}"' for field in fields(Stretch))
 _MARKS = ", ".join("?" for _ in fields(Stretch))
@@ -44,6 +44,17 @@ def read_usage(db: Database, start: float, end: float, tenant: str, job_id: str)
         [end, start, tenant, tenant, job_id, job_id],
     )
     return [_stretch(row) for row in rows]
+
+
+def read_attempts_at_peers(db: Database, start: float, end: float) -> set[tuple[str, int]]:
+    """Returns job and number of every attempt at a peer whose usage overlaps a time."""
+    rows = db.execute(
+        "select distinct usage.job_id, usage.attempt from usage join forwards "
+        "on forwards.job_id = usage.job_id and forwards.attempt = usage.attempt "
+        'where usage.start < ? and (usage."end" is null or usage."end" > ?)',
+        [end, start],
+    )
+    return {(str(job_id), int(attempt)) for job_id, attempt in rows}
 
 
 def _stretch(row: Sequence[object]) -> Stretch:

@@ -26,7 +26,7 @@ from puhui.v1.fleet_service_pb2 import (
     UsageRow,
 )
 
-__all__ = ["add_commands"]
+__all__ = ["By", "add_commands", "remarks", "usage_table"]
 
 _POINTS = 40
 _HOUR_S = 3600.0
@@ -74,15 +74,20 @@ def _usage(
         what = "no run used a share" if by is By.RUN else "nobody held a share"
         terminal().note(f"{what} in the last {span(length_s)}")
         return
-    terminal().show(_table(usage, by))
+    terminal().show(usage_table(usage, by))
     terminal().show("")
     terminal().show(_chart(usage))
-    _remarks(usage)
+    for remark in remarks(usage):
+        terminal().note(remark)
 
 
-def _table(usage: GetUsageResponse, by: By) -> Table:
+def usage_table(usage: GetUsageResponse, by: By) -> Table:
+    """Returns a line for each row; what was held at peers has a column where there is any."""
     named = {By.TENANT: ["TENANT"], By.JOB: ["JOB", "NAME"], By.RUN: ["RUN", "JOB"]}[by]
     figures = ["HELD", "USED", "SHARE-H", "TFLOPS·H", "SAVED-H", "TAKEN"]
+    peers = any(row.peer_slice_seconds for row in usage.rows)
+    if peers:
+        figures.insert(figures.index("SHARE-H") + 1, "PEERS-H")
     shown = table(*named, *figures, right=tuple(figures))
     for column in (shown.columns[0], *shown.columns[len(named) :]):
         column.no_wrap = True
@@ -95,6 +100,7 @@ def _table(usage: GetUsageResponse, by: By) -> Table:
             span(row.held_seconds),
             f"{100 * row.busy_seconds / row.held_seconds:.0f} %" if row.held_seconds else "-",
             _hours(row.held_slice_seconds),
+            *([_hours(row.peer_slice_seconds)] if peers else ()),
             "?" if _unknown(row) else f"{row.tflops_hours:.1f}",
             "-" if by is By.RUN else _hours(row.reclaimed_slice_seconds),
             "-" if by is By.RUN else str(row.reclaims),
@@ -122,20 +128,27 @@ def _chart(usage: GetUsageResponse) -> Table:
     return grid
 
 
-def _remarks(usage: GetUsageResponse) -> None:
+def remarks(usage: GetUsageResponse) -> list[str]:
+    """Returns what else there is to say of it, a sentence each."""
+    said = []
     saved = sum(tenant.reclaimed_slice_seconds for tenant in usage.tenants)
     held = sum(tenant.held_slice_seconds for tenant in usage.tenants)
     if saved:
         percent = 100 * saved / (saved + held)
-        terminal().note(
+        said.append(
             f"reclaim gave back {_hours(saved)} share-hours (one compute slice for an hour each): "
             f"{percent:.0f} % of what would have been held without it"
         )
+    away = sum(row.peer_slice_seconds for row in usage.rows)
+    if away:
+        percent = 100 * away / sum(row.held_slice_seconds for row in usage.rows)
+        said.append(f"{_hours(away)} of these share-hours were held at peers: {percent:.0f} %")
     unknown = sum(_unknown(row) for row in usage.rows)
     if unknown:
-        terminal().note(f"TFLOPS·h of {count(unknown, 'line')} are not known: no data sheet of the GPU is at hand")
+        said.append(f"TFLOPS·h of {count(unknown, 'line')} are not known: no data sheet of the GPU is at hand")
     if any(row.emulated for row in usage.rows):
-        terminal().note("figures of emulated cards are of time on the emulation; no such compute was there")
+        said.append("figures of emulated cards are of time on the emulation; no such compute was there")
+    return said
 
 
 def _unknown(row: UsageRow) -> bool:

@@ -791,6 +791,7 @@ class UsageRow(_message.Message):
     RECLAIMED_SLICE_SECONDS_FIELD_NUMBER: _builtins.int
     RECLAIMS_FIELD_NUMBER: _builtins.int
     EMULATED_FIELD_NUMBER: _builtins.int
+    PEER_SLICE_SECONDS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     """Tenant."""
     job_id: _builtins.str
@@ -815,6 +816,8 @@ class UsageRow(_message.Message):
     """Times that a share was taken back."""
     emulated: _builtins.bool
     """True when any of it was on emulated cards."""
+    peer_slice_seconds: _builtins.float
+    """Of held_slice_seconds, those that were held at peers."""
     def __init__(
         self,
         *,
@@ -830,10 +833,11 @@ class UsageRow(_message.Message):
         reclaimed_slice_seconds: _builtins.float = ...,
         reclaims: _builtins.int = ...,
         emulated: _builtins.bool = ...,
+        peer_slice_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "busy_slice_seconds", b"busy_slice_seconds", "emulated", b"emulated", "held_seconds", b"held_seconds", "held_slice_seconds", b"held_slice_seconds", "job_id", b"job_id", "job_name", b"job_name", "reclaimed_slice_seconds", b"reclaimed_slice_seconds", "reclaims", b"reclaims", "run_id", b"run_id", "tenant", b"tenant", "tflops_hours", b"tflops_hours"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "busy_slice_seconds", b"busy_slice_seconds", "emulated", b"emulated", "held_seconds", b"held_seconds", "held_slice_seconds", b"held_slice_seconds", "job_id", b"job_id", "job_name", b"job_name", "peer_slice_seconds", b"peer_slice_seconds", "reclaimed_slice_seconds", b"reclaimed_slice_seconds", "reclaims", b"reclaims", "run_id", b"run_id", "tenant", b"tenant", "tflops_hours", b"tflops_hours"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

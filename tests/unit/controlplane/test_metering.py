@@ -142,6 +142,18 @@ def test_points_add_up_to_the_rows(changes: list[UsageChange], start: float, len
     assert sum(point.reclaimed_slices for point in usage.points) * step == pytest.approx(reclaimed, abs=1e-6)
 
 
+@pytest.mark.parametrize("group", [wire.USAGE_GROUP_TENANT, wire.USAGE_GROUP_JOB])
+def test_what_was_held_at_peers_is_told_apart(group: wire.UsageGroup.ValueType) -> None:
+    (there,) = metered(BEGUN, HoldEnded(20.0))
+    here = replace(there, number=2, attempt=2, start=30.0, end=35.0)
+    (row,) = added_up([there, here], Interval(0.0, 100.0), group, 0, 100.0, {("j-1", 1), ("j-2", 2)}).rows
+    assert (row.held_slice_seconds, row.peer_slice_seconds) == (30.0, 20.0)
+    (row,) = added_up([there, here], Interval(15.0, 100.0), group, 0, 100.0, {("j-1", 1)}).rows
+    assert row.peer_slice_seconds == 10.0
+    (row,) = added_up([there, here], Interval(0.0, 100.0), group, 0, 100.0).rows
+    assert row.peer_slice_seconds == 0.0
+
+
 def totals(usage: wire.GetUsageResponse) -> list[float]:
     names = [
         "held_seconds",

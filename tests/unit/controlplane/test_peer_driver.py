@@ -239,6 +239,8 @@ async def test_usage_there_is_the_tenants_usage_here(tmp_path: Path) -> None:
         await site.settled()
         (stretch,) = await site.store.usage(0, 1e12)
         assert (stretch.tenant, stretch.start, stretch.end, stretch.busy_s) == ("astro", 100.0, 105.0, 3.0)
+        assert await site.store.attempts_at_peers(0, 1e12) == {("j-1", 1)}
+        assert await site.store.attempts_at_peers(105.0, 1e12) == set()
 
 
 @pytest.mark.parametrize(
