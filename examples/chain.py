@@ -285,12 +285,19 @@ def main() -> int:
     parser = argparse.ArgumentParser("demo", description="Runs the whole chain on emulated cards.")
     parser.add_argument("--runtime", choices=["podman", "process"], default="podman")
     parser.add_argument("--python", default="python3", help="interpreter, in the container or (process) on this host")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what happened here")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write what happened to a file; without one to standard output, and what is told meanwhile to the other",
+    )
     options = parser.parse_args()
-    if options.json and not os.access(options.json.absolute().parent, os.W_OK):
+    alone = options.json == "-"
+    if options.json and not alone and not os.access(Path(options.json).absolute().parent, os.W_OK):
         parser.error(f"{options.json} cannot be written")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=alone)
     screen = Screen(console)
     console.print(f"Two centres with [bold]emulated[/] cards: {CARDS}, and {PEER_CARDS}. No GPU is used.")
     if options.runtime == "process":
@@ -322,7 +329,11 @@ def main() -> int:
             for run in runs
         ]
         document = {"steps": steps, "jobs": jobs, "leftover": leftover, "nodes": played.nodes, "emulated": True}
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        text = json.dumps(document, indent=2) + "\n"
+        if alone:
+            sys.stdout.write(text)
+        else:
+            Path(options.json).write_text(text)
     for run in runs:
         if run.problem:
             console.print(f"[bold red]{run.name}: {run.problem}[/]")
