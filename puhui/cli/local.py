@@ -20,7 +20,7 @@ from puhui.cli.job_options import json_flag
 from puhui.cli.local_centre import MOST_CENTRES, LocalOptions
 from puhui.cli.local_centres import LocalCentres
 from puhui.cli.local_facts import announce
-from puhui.cli.local_state import Record, StateFolder, default_state, local_command
+from puhui.cli.local_state import Record, StateFolder, default_state, local_command, own_state
 from puhui.cli.terminal import Mistake, table, terminal
 from puhui.cli.words import count
 from puhui.client import Centre, Refusal
@@ -248,16 +248,25 @@ def _centres(
     state: State = None,
     json: Annotated[bool, json_flag] = False,
 ) -> None:
-    """List the centres that `puhui up` runs on this machine. `--server NAME` talks to one of them."""
-    record = StateFolder((state or default_state()).absolute()).read()
+    """List the centres that `puhui up` runs on this machine. `--server NAME` talks to one of them.
+
+    Those that were started with --state are found by the same --state, or by PUHUI_LOCAL_STATE.
+    """
+    folder = StateFolder((state or default_state()).absolute())
+    record = folder.read()
     running = record.centres if record is not None and record.supervisor.runs() else ()
     if terminal().as_json:
         terminal().json({"centres": [{**asdict(centre), "emulated": True} for centre in running]})
         return
     if not running:
-        terminal().note("no local centre runs; start one with `puhui up`")
+        terminal().note(
+            f"no local centre runs with its state in {folder.path}; start one with `puhui up`, or name the --state "
+            "that a running one has"
+        )
         return
     listed = table("NAME", "SERVER", "CARDS (EMULATED)", "PEERS REACH IT AT")
     for centre in running:
         listed.add_row(centre.name, centre.address, centre.emulate, centre.federation_address)
     terminal().show(listed)
+    if folder.path != own_state().absolute():
+        terminal().note(f"with PUHUI_LOCAL_STATE={folder.path}, `--server NAME` talks to one of them")

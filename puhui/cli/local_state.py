@@ -19,7 +19,16 @@ import grpc
 
 from puhui.rpc.errors import Refusal
 
-__all__ = ["CentreRecord", "ProcessId", "Record", "StateFolder", "default_state", "local_addresses", "local_command"]
+__all__ = [
+    "CentreRecord",
+    "ProcessId",
+    "Record",
+    "StateFolder",
+    "default_state",
+    "local_addresses",
+    "local_command",
+    "own_state",
+]
 
 
 def default_state(environment: Mapping[str, str] = os.environ) -> Path:
@@ -30,14 +39,18 @@ def default_state(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(base, "puhui", "local")
 
 
+def own_state(environment: Mapping[str, str] = os.environ) -> Path:
+    """Returns where the state is of the centres that names stand for: PUHUI_LOCAL_STATE, then the default."""
+    return Path(environment.get("PUHUI_LOCAL_STATE") or default_state(environment))
+
+
 def local_addresses(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns where each centre serves that `puhui up` runs for this user, by its name.
 
     Raises:
         Refusal: FAILED_PRECONDITION with STATE_UNREADABLE.
     """
-    folder = StateFolder(Path(environment.get("PUHUI_LOCAL_STATE") or default_state(environment)))
-    record = folder.read()
+    record = StateFolder(own_state(environment)).read()
     if record is None or not record.supervisor.runs():
         return {}
     return {centre.name: centre.address for centre in record.centres if centre.address}

@@ -72,7 +72,11 @@ def _checked(server: str, source: str, environment: Mapping[str, str]) -> str:
         return server
     local = local_addresses(environment)
     if server not in local:
-        names = f", or the name of a local centre that runs: {', '.join(local)}" if local else ""
+        names = (
+            f", or the name of a local centre that runs: {', '.join(local)}"
+            if local
+            else "; names stand for centres of `puhui up` where PUHUI_LOCAL_STATE names the --state that they have"
+        )
         raise Mistake(
             "ADDRESS_INVALID",
             f"{server!r} (from {source}) is no address; "

@@ -183,6 +183,28 @@ class SpecOptions:
         for text in self.not_peer_label or ():
             key, value = pair("--not-peer-label", text)
             spec.peers.forbidden_labels[key] = value
+        _require_one_mind(spec.peers)
+
+
+def _require_one_mind(peers: job_pb2.PeerPolicy) -> None:
+    """Refuses what command line and job file say together and cannot be meant, in the words of both."""
+    preferred = list(peers.preferred_peers)
+    twice = next((name for name in preferred if preferred.count(name) > 1), "")
+    if twice:
+        raise Mistake("USAGE", f"--prefer {twice} is there twice; name each peer once, the dearest first")
+    if peers.here_only and preferred:
+        raise Mistake(
+            "USAGE",
+            f"it is to run here only, and to prefer {', '.join(preferred)}: it cannot be both; leave out one of "
+            "--here-only and --prefer, or of here_only and preferred in the job file",
+        )
+    labels = sorted(set(peers.required_labels.items()) & set(peers.forbidden_labels.items()))
+    if labels:
+        raise Mistake(
+            "USAGE",
+            f"{'='.join(labels[0])} is asked for and forbidden: it cannot be both; leave out one of --peer-label and "
+            "--not-peer-label, or of labels and not_labels in the job file",
+        )
 
 
 def takes_options(kind: type[Any], command: Callable[..., None]) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -144,3 +145,34 @@ def test_addresses(address: str) -> None:
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(Mistake, match="HOST:PORT"):
         server_address(address, {})
+
+
+def centres(own: Path, *arguments: str) -> tuple[str, str]:
+    """Returns what `puhui centres` writes for a user whose centres, if any, are in `own`, to stdout and stderr."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "puhui.cli", "centres", *arguments],
+        env={**os.environ, "PUHUI_LOCAL_STATE": str(own)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return asked.stdout, " ".join(asked.stderr.split())
+
+
+def test_where_no_centre_runs_another_state_folder_is_thought_of(tmp_path: Path) -> None:
+    _, said = centres(tmp_path / "none")
+    assert f"no local centre runs with its state in {tmp_path}/none" in said
+    assert "name the --state" in said
+    with pytest.raises(Mistake, match="where PUHUI_LOCAL_STATE names the --state"):
+        server_address("local-2", {"PUHUI_LOCAL_STATE": str(tmp_path / "none")})
+
+
+def test_who_lists_centres_of_another_folder_is_told_how_their_names_are_known(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    folder.write(record(ProcessId.of(os.getpid())))
+    listed, said = centres(tmp_path / "none", "--state", str(tmp_path))
+    assert "127.0.0.1:1" in listed
+    assert f"with PUHUI_LOCAL_STATE={tmp_path}, `--server NAME`" in said
+    assert "PUHUI_LOCAL_STATE" not in "".join(centres(tmp_path))
+    assert server_address("local", {"PUHUI_LOCAL_STATE": str(tmp_path)}) == "127.0.0.1:1"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
@@ -56,3 +59,23 @@ def test_a_file_that_keeps_a_job_here_is_overruled() -> None:
 def test_what_cannot_be_meant_is_refused(options: SpecOptions, said: str) -> None:
     with pytest.raises(Mistake, match=said):
         options.apply(job_pb2.JobSpec())
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "said"),
+    [
+        ({}, SpecOptions(here_only=True, prefer=["b"]), "--here-only and --prefer"),
+        ({"here_only": True}, SpecOptions(prefer=["b"]), "leave out one of --here-only and --prefer, or of here_only"),
+        ({"preferred_peers": ["b"]}, SpecOptions(here_only=True), "to prefer b: it cannot be both"),
+        ({}, SpecOptions(prefer=["b", "c", "b"]), "--prefer b is there twice"),
+        ({}, SpecOptions(peer_label=["a=b"], not_peer_label=["a=b"]), "--peer-label and --not-peer-label a=b"),
+        ({"required_labels": {"a": "b"}}, SpecOptions(not_peer_label=["a=b"]), "leave out one of --peer-label and"),
+    ],
+)
+def test_what_is_said_both_ways_is_refused_in_the_words_of_the_command_line(
+    file: dict[str, Any], options: SpecOptions, said: str
+) -> None:
+    spec = job_pb2.JobSpec(peers=job_pb2.PeerPolicy(**file))
+    with pytest.raises(Mistake, match=re.escape(said)) as refused:
+        options.apply(spec)
+    assert not re.search(r"peers\.|_peers|_labels\.", refused.value.message)
