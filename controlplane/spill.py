@@ -101,6 +101,8 @@ class Spill:
         self._budget = Budget(self.rules, self._chance)
         self._searches: dict[str, _Search] = {}
         self._none: dict[str, str] = {}
+        self._said: dict[Hashable, dict[str, str]] = {}
+        """Why a peer has made no offer for a need: nobody else with that need is asked for, for a while."""
 
     @property
     def budget(self) -> Budget:
@@ -130,6 +132,12 @@ class Spill:
         busy, held = Counter(sending), Counter(sent)
         waiting, known = {job.id for job in jobs}, {peer.record.name: peer for peer in peers}
         self._searches = {key: one for key, one in self._searches.items() if key in waiting or one.taking}
+        needs = {job.need for job in jobs}
+        self._said = {
+            need: {name: why for name, why in said.items() if name in known}
+            for need, said in self._said.items()
+            if need in needs
+        }
         self._none = {}
         closed: dict[Hashable, float] = {}
         for job in jobs:
@@ -254,6 +262,7 @@ class Spill:
     def offered(self, at: float, ask: Ask, offer: Offer, peer: Neighbour) -> None:
         """A peer has made an offer."""
         self._budget.accepted(ask.peer, ask.need)
+        self._said.get(ask.need, {}).pop(ask.peer, None)
         search = self._answered(ask)
         if search is None:
             return
@@ -282,6 +291,7 @@ class Spill:
                 search.never[ask.peer] = at + max(retry_after_s, self.rules.most_back_off_s)
         else:
             self._budget.refused(at, ask.peer, ask.need, retry_after_s, no_room=reason in _NO_ROOM)
+            self._said.setdefault(ask.need, {})[ask.peer] = refused_clause(ask.peer, reason)
         if search is not None:
             search.told[ask.peer] = refused_clause(ask.peer, reason)
 
@@ -291,6 +301,7 @@ class Spill:
         search = self._answered(ask)
         if search is not None:
             search.told[ask.peer] = unanswered_clause(ask.peer, reason)
+            self._said.setdefault(ask.need, {})[ask.peer] = search.told[ask.peer]
 
     def news(self, at: float, peer: str) -> None:
         """A peer has told its capacity."""
@@ -311,8 +322,9 @@ class Spill:
         if none is not None:
             return f"peers: not asked, because {none}"
         search = self._searches.get(job_id)
-        if search is None or not search.told:
+        told = {**self._said.get(search.job.need, {}), **search.told} if search is not None else {}
+        if not told:
             return ""
-        said = [text if text.startswith(name) else f"{name}: {text}" for name, text in sorted(search.told.items())]
+        said = [text if text.startswith(name) else f"{name}: {text}" for name, text in sorted(told.items())]
         more = f"; and {len(said) - _MOST_TOLD} more" if len(said) > _MOST_TOLD else ""
         return f"peers: {'; '.join(said[:_MOST_TOLD])}{more}"

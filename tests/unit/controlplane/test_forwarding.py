@@ -334,6 +334,22 @@ def test_why_a_job_was_not_sent_is_told() -> None:
     assert world.spill.why("j-x") == "peers: not asked, because it is to run here only"
 
 
+def test_what_a_peer_has_refused_one_job_is_told_to_others_of_its_need_that_are_not_asked_for() -> None:
+    world = World([neighbour("b")], Rules())
+    world.jobs = crowd(3)
+    world.run(0.5)
+    asked = {job_id for _, _, job_id in world.calls}
+    assert len(asked) < 3
+    assert {world.spill.why(f"j-{number}") for number in range(3)} == {
+        "peers: b has no room for it within a day, or does not know when (FULL)"
+    }
+    world.jobs = {"j-y": candidate("j-y", profile="7g.80gb")}
+    world.spill.step(world.at, world.at, list(world.jobs.values()), world.peers, {}, {})
+    world.jobs = crowd(1)
+    world.spill.step(world.at, world.at, list(world.jobs.values()), world.peers, {}, {})
+    assert world.spill.why("j-0") == "", "what nobody waits for any longer is forgotten"
+
+
 def test_a_promise_that_is_not_worth_it_is_not_asked_for_again_at_once() -> None:
     spill, peer = Spill(Rules(), random.Random(1)), neighbour("b")
     jobs = [candidate(f"j-{number}", wait_s=60.0) for number in range(10)]
