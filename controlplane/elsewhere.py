@@ -46,7 +46,7 @@ def elsewhere(job: Candidate, peers: Iterable[Telling]) -> str:
         return f"as far as is known, {_listed(free)}"
     silent = [peer.record.name for peer in able if not peer.profiles]
     said = "as far as is known, no peer that may be asked has room for it now"
-    return f"{said}; {_listed(silent)} told nothing yet" if silent else said
+    return f"{said}; nothing is known of what there is at {_listed(silent, ', ')}" if silent else said
 
 
 def _free(job: Candidate, peer: Telling) -> str:
@@ -56,6 +56,6 @@ def _free(job: Candidate, peer: Telling) -> str:
     return f"peer {peer.record.name} has {best.profile}{label} for it now: {' and '.join(counts)}"
 
 
-def _listed(said: list[str]) -> str:
+def _listed(said: list[str], between: str = "; ") -> str:
     more = [f"{len(said) - _MOST_TOLD} more"] if len(said) > _MOST_TOLD else []
-    return "; ".join([*said[:_MOST_TOLD], *more])
+    return between.join([*said[:_MOST_TOLD], *more])

@@ -35,7 +35,8 @@ def test_the_smallest_slice_that_is_enough_is_told_of_every_peer_that_has_one() 
         ([neighbour(profiles=ROOMY)], {"profile": "7g.141gb"}, "no peer would be asked (b: it has no slice of this"),
         ([neighbour(profiles=ROOMY, in_contact=False)], {}, "no peer would be asked (b: out of contact)"),
         ([neighbour(profiles=ROOMY, send_off=True)], {}, "no peer would be asked (b: nothing is sent there)"),
-        ([neighbour()], {}, "has room for it now; b told nothing yet"),
+        ([neighbour()], {}, "has room for it now; nothing is known of what there is at b"),
+        ([neighbour("c"), neighbour()], {}, "what there is at b, c"),
     ],
 )
 def test_nothing_is_promised_that_is_not_known(peers: list[FakeNeighbour], job: dict[str, Any], told: str) -> None:
