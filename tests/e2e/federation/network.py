@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from bench.delay_relay import relay_process
 
@@ -19,10 +19,17 @@ _PATIENCE_S = 20.0
 
 @dataclass(frozen=True)
 class Network:
-    """A router and the hosts behind it."""
+    """A router and the hosts behind it.
+
+    Attributes:
+        prefix: of the names of its namespaces.
+        hosts: their names.
+        spaces_of_time: the files of the time namespaces of those hosts that were up for longer than this machine.
+    """
 
     prefix: str
     hosts: tuple[str, ...]
+    spaces_of_time: Mapping[str, str] = field(default_factory=dict)
 
     def address(self, host: str) -> str:
         """Returns the IPv4 address of a host."""
@@ -34,8 +41,9 @@ class Network:
         return [self.address(host) for host in self.hosts]
 
     def within(self, host: str) -> list[str]:
-        """Returns the command that enters a host's network, and nothing else of it."""
-        return ["nsenter", f"--net=/run/netns/{self._space(host)}"]
+        """Returns the command that enters a host's network and its clocks, and nothing else of it."""
+        clocks = [f"--time={self.spaces_of_time[host]}"] if host in self.spaces_of_time else []
+        return ["nsenter", f"--net=/run/netns/{self._space(host)}", *clocks]
 
     def cut(self, host: str) -> None:
         """Takes a host's link down."""
@@ -119,11 +127,32 @@ def _run(command: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def network(*hosts: str) -> Iterator[Network]:
-    """Makes hosts and a router; all of it is gone when the block ends."""
-    made = Network(f"puhui-{os.getpid()}", hosts)
-    try:
+def network(*hosts: str, longer_up_s: Mapping[str, int] | None = None) -> Iterator[Network]:
+    """Makes hosts and a router; all of it is gone when the block ends.
+
+    Args:
+        hosts: their names.
+        longer_up_s: by host, for how much longer it has been up than this machine, in seconds. The clocks that count
+            from the start of a host, CLOCK_MONOTONIC and CLOCK_BOOTTIME, are so much ahead there, by the kernel.
+    """
+    with contextlib.ExitStack() as stack:
+        spaces = {host: stack.enter_context(_ahead(seconds)) for host, seconds in (longer_up_s or {}).items()}
+        made = Network(f"puhui-{os.getpid()}", hosts, spaces)
+        stack.callback(made._remove)
         made._make()
         yield made
-    finally:
-        made._remove()
+
+
+@contextlib.contextmanager
+def _ahead(seconds: int) -> Iterator[str]:
+    """Makes a time namespace that is there until the block ends, and yields its file."""
+    offsets = ["--monotonic", str(seconds), "--boottime", str(seconds)]
+    command = ["unshare", "--time", *offsets, "sh", "-c", "echo there; exec sleep infinity"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            if process.stdout.readline() != "there\n":
+                raise RuntimeError("no time namespace could be made; see `unshare --time`")
+            yield f"/proc/{process.pid}/ns/time_for_children"
+        finally:
+            process.kill()

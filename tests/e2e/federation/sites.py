@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,11 +31,12 @@ CODE = {
     "work.py": b"""\
 import os, sys, time
 witness, go = sys.argv[1:]
-me = "%d-%.6f" % (os.getpid(), time.monotonic())
+me = "%d-%.6f" % (os.getpid(), time.time())
 line = os.open(witness, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 print("begun", flush=True)
 while True:
-    os.write(line, ("%s %.6f\\n" % (me, time.monotonic())).encode())
+    # The one clock that all hosts of these tests share.
+    os.write(line, ("%s %.6f\\n" % (me, time.time())).encode())
     if os.path.exists(go):
         break
     time.sleep(0.05)
@@ -80,6 +82,14 @@ class Site:
         log = self.folder / f"{which}.log"
         within = self.network.within(self.name)
         self.daemons[which] = self.stack.enter_context(daemon(which, arguments, log, within=within))
+
+    def set_ahead(self, seconds: float) -> None:
+        """Has its lease clocks begin so far ahead, as they do when the wall clock was wrong before its last reboot."""
+        kept = {"boot_id": "the one before", "era": "then", "offset": 0.0, "ceiling": time.time() + seconds}
+        for path in ("centre/federation/lease-clock", "node/lease_clock.json") if seconds else ():
+            file = self.folder / path
+            file.parent.mkdir(mode=0o700, parents=True)
+            file.write_text(json.dumps(kept))
 
     def kill(self, which: str) -> None:
         """Kills one as a crash would."""
@@ -162,7 +172,7 @@ class Work:
     def is_still(self) -> bool:
         """Whether no process of it has been seen alive for a while."""
         runs = self.runs()
-        return bool(runs) and time.monotonic() - runs[-1][1] > 20 * _BEAT_S
+        return bool(runs) and time.time() - runs[-1][1] > 20 * _BEAT_S
 
     def finished(self, target: Path, *, attempts: int | None = 1, runs: int = 1) -> job_pb2.Job:
         """Waits until it has ended at its origin, and looks at all that it left there and elsewhere.
@@ -251,12 +261,13 @@ def eventually(look: Callable[[], bool], otherwise: str) -> None:
 
 
 @contextlib.contextmanager
-def pair(hosts: Network, lease_s: float = 60.0) -> Iterator[Pair]:
+def pair(hosts: Network, lease_s: float = 60.0, wrong_s: Mapping[str, float] | None = None) -> Iterator[Pair]:
     """Runs two centres on the two hosts of a network until the block ends.
 
     Args:
         hosts: "a" and "b".
         lease_s: length of their leases, in seconds.
+        wrong_s: by host, how far ahead its wall clock once was, in seconds; its lease clock still is.
     """
     with open_folder() as folder, contextlib.ExitStack() as stack:
         sites = {}
@@ -265,6 +276,7 @@ def pair(hosts: Network, lease_s: float = 60.0) -> Iterator[Pair]:
             home.mkdir()
             home.chmod(0o711)
             sites[name] = Site(name, home, hosts, stack, lease_s)
+            sites[name].set_ahead((wrong_s or {}).get(name, 0.0))
             sites[name].start("controlplane")
             sites[name].start("nodedaemon")
         made = Pair(hosts, sites["a"], sites["b"], folder, stack)
