@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,8 @@ def test_the_lease_clocks_are_apart(ahead: tuple[str, Pair]) -> None:
     # What a has stored is on the lease clock of b, which began at the wall clock that b had.
     apart_s = json.loads(body)["lease_end"] - work.runs()[0][0]
     assert apart_s == pytest.approx(_WRONG if host == "b" else 0.0, abs=600)
-    clocks = [os.readlink(f"/proc/{site.daemons['controlplane'].process.pid}/ns/time") for site in (made.a, made.b)]
+    pids = [site.daemons["controlplane"].process.pid for site in (made.a, made.b)]
+    clocks = [Path(f"/proc/{pid}/ns/time").readlink() for pid in pids]
     assert clocks[0] != clocks[1]
     work.go()
     work.story.ended()
