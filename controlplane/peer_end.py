@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -14,15 +13,13 @@ from controlplane.endings import Ending
 from controlplane.forwards import ForwardStage
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES
+from controlplane.peer_attempt import PeerAttempt
 from controlplane.peer_results import collect_from_peer
 from controlplane.results import Results
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1 import job_pb2
-
-if TYPE_CHECKING:
-    from controlplane.peer_driver import PeerDriver
 
 __all__ = ["PeerEnd"]
 
@@ -40,23 +37,23 @@ class PeerEnd:
     """Ends one attempt at a peer.
 
     Args:
-        driver: the attempt.
+        attempt: how it stands.
         results: where what it left is kept.
         withdraw: a job waits for a share no longer.
     """
 
-    def __init__(self, driver: PeerDriver, results: Results, withdraw: Callable[[str], None]) -> None:
-        self._driver = driver
+    def __init__(self, attempt: PeerAttempt, results: Results, withdraw: Callable[[str], None]) -> None:
+        self._attempt = attempt
         self._results = results
         self._withdraw = withdraw
 
     async def look_late(self) -> None:
         """Asks a peer that is back whether it had ended there after all."""
         tries = 0
-        while now() < self._driver.forward.keep_until:
-            request = wire.CancelForwardedJobRequest(origin=self._driver.origin, message="its lease was over")
+        while now() < self._attempt.forward.keep_until:
+            request = wire.CancelForwardedJobRequest(origin=self._attempt.origin, message="its lease was over")
             try:
-                answer = await self._driver.peer().client.cancel(request)
+                answer = await self._attempt.peer().client.cancel(request)
             except Refusal as refusal:
                 if refusal.reason in _FOR_CERTAIN:
                     break
@@ -68,21 +65,21 @@ class PeerEnd:
                 break
             await self._take_late(answer.job, ending)
             return
-        await self._driver.change(stage=ForwardStage.SETTLED)
+        await self._attempt.change(stage=ForwardStage.SETTLED)
 
     async def _take_late(self, job: job_pb2.Job, ending: Ending) -> None:
         got = await self._fetched(job)
         if got is None:
-            await self._driver.change(stage=ForwardStage.SETTLED)
+            await self._attempt.change(stage=ForwardStage.SETTLED)
             return
         log_bytes, artifacts, _ = got
-        number = self._driver.forward.attempt
+        number = self._attempt.forward.attempt
         late = happenings.CameLate(number, job, ending)
         results = happenings.ResultsCollected(log_bytes, artifacts)
         kept = happenings.KeptLate(number, job, log_bytes, artifacts)
-        await self._driver.change(late, results, happenings.Ended(), otherwise=kept, stage=ForwardStage.SETTLED)
-        if self._driver.record.state in FINAL_STATES:
-            self._withdraw(self._driver.record.id)
+        await self._attempt.change(late, results, happenings.Ended(), otherwise=kept, stage=ForwardStage.SETTLED)
+        if self._attempt.record.state in FINAL_STATES:
+            self._withdraw(self._attempt.record.id)
 
     async def collect(self, known: job_pb2.Job | None) -> None:
         """Brings log and artifacts here; the job has ended then.
@@ -93,30 +90,30 @@ class PeerEnd:
         there = known or await self._asked()
         got = await self._fetched(there) if there is not None else None
         if got is None:
-            why = f"what it left at peer {self._driver.forward.peer} could not be had for as long as the peer keeps it"
+            why = f"what it left at peer {self._attempt.forward.peer} could not be had for as long as the peer keeps it"
             told: list[Happening] = [happenings.ResultsLost(why, 0, job_pb2.JobArtifacts())]
         elif got[2]:
             told = [happenings.ResultsLost(got[2], got[0], got[1])]
         else:
             told = [happenings.ResultsCollected(got[0], got[1])]
-        if self._driver.record.state not in FINAL_STATES:
+        if self._attempt.record.state not in FINAL_STATES:
             told.append(happenings.Ended())
-        await self._driver.change(*told, over=True, stage=ForwardStage.SETTLED)
+        await self._attempt.change(*told, over=True, stage=ForwardStage.SETTLED)
 
     async def _asked(self) -> job_pb2.Job | None:
         """Returns the job as the peer knows it, after a restart; None when the peer no longer does."""
         tries = 0
-        while now() < self._driver.forward.keep_until:
+        while now() < self._attempt.forward.keep_until:
             try:
                 # What has ended is not changed by this.
-                answer = await self._driver.peer().client.cancel(
-                    wire.CancelForwardedJobRequest(origin=self._driver.origin)
+                answer = await self._attempt.peer().client.cancel(
+                    wire.CancelForwardedJobRequest(origin=self._attempt.origin)
                 )
                 return answer.job if answer.HasField("job") else None
             except Refusal as refusal:
                 if refusal.reason in _FOR_CERTAIN:
                     return None
-                _log.warning("a peer does not tell how an attempt ended", job=self._driver.record.id, why=str(refusal))
+                _log.warning("a peer does not tell how an attempt ended", job=self._attempt.record.id, why=str(refusal))
                 tries += 1
             await self._bear(tries)
         return None
@@ -124,45 +121,44 @@ class PeerEnd:
     async def _fetched(self, job: job_pb2.Job) -> tuple[int, job_pb2.JobArtifacts, str] | None:
         """Returns size of the log, artifacts, and what of both is lost ("" for nothing); None when nothing came."""
         tries, refusals = 0, 0
-        while now() < self._driver.forward.keep_until:
+        while now() < self._attempt.forward.keep_until:
             got = await collect_from_peer(
-                lambda: self._driver.peer().client,
-                self._driver.origin,
+                lambda: self._attempt.peer().client,
+                self._attempt.origin,
                 job,
                 self._results,
                 self._bear,
-                self._driver.most_result_bytes,
+                self._attempt.most_result_bytes,
             )
             if got.error is None:
                 return got.log_bytes, got.artifacts, ""
-            _log.warning("results at a peer cannot be collected yet", job=self._driver.record.id, why=str(got.error))
+            _log.warning("results at a peer cannot be collected yet", job=self._attempt.record.id, why=str(got.error))
             tries += 1
             if isinstance(got.error, Refusal) and got.error.reason in _FOR_CERTAIN:
                 refusals += 1
                 if refusals >= _MOST_REFUSALS:
-                    why = (
-                        f"its {got.missing} could not be had from peer {self._driver.forward.peer}: {got.error.message}"
-                    )
+                    name = self._attempt.forward.peer
+                    why = f"its {got.missing} could not be had from peer {name}: {got.error.message}"
                     return got.log_bytes, got.artifacts, why
             await self._bear(tries)
         return None
 
     async def _bear(self, tries: int) -> None:
         """Waits after results could not be had. Whoever asked for the job's end does not wait for them."""
-        driver, name = self._driver, self._driver.forward.peer
-        if driver.record.state not in FINAL_STATES and driver.forward.stage is ForwardStage.ENDED:
-            if driver.is_cancelled:
+        attempt, name = self._attempt, self._attempt.forward.peer
+        if attempt.record.state not in FINAL_STATES and attempt.forward.stage is ForwardStage.ENDED:
+            if attempt.is_cancelled:
                 held = f"its results are at peer {name} still, and come when they can be had"
-                await driver.change(happenings.Ended(held))
+                await attempt.change(happenings.Ended(held))
             elif tries == _TELL_AFTER_TRIES:
                 what = f"its results cannot be had from peer {name} yet; they are asked for as long as it has them"
-                await driver.change(happenings.ResultsDelayed(what))
+                await attempt.change(happenings.ResultsDelayed(what))
         await self._patiently(tries)
 
     async def _patiently(self, tries: int) -> None:
         """Waits: for a peer that is away until it is back, for one that refuses the longer the more often it has."""
-        peer = self._driver.reach.peers.get(self._driver.forward.peer)
+        peer = self._attempt.reach.peers.get(self._attempt.forward.peer)
         was_there = peer is not None and peer.in_contact
-        await self._driver.until_contact(tries)
+        await self._attempt.until_contact(tries)
         if was_there and tries > _OFTEN:
             await asyncio.sleep(min(_RARELY_S, 2.0 ** (tries - _OFTEN)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from typing import TYPE_CHECKING
 
 import structlog
 
@@ -15,14 +14,12 @@ from controlplane.forwards import lease_to_ask
 from controlplane.jobs import FINAL_STATES
 from controlplane.metering import Kind, Stretch
 from controlplane.node_asker import Fenced
+from controlplane.peer_attempt import PeerAttempt
 from controlplane.peer_request import guest_left_s
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import moment, now, timestamp
 from puhui.v1 import federation_service_pb2 as wire
 from puhui.v1 import job_pb2
-
-if TYPE_CHECKING:
-    from controlplane.peer_driver import PeerDriver
 
 __all__ = ["PeerFollow"]
 
@@ -50,10 +47,10 @@ class PeerFollow:
         unknown: the peer says that it never had it.
     """
 
-    def __init__(self, driver: PeerDriver) -> None:
+    def __init__(self, attempt: PeerAttempt) -> None:
         self.ended: job_pb2.Job | None = None
         self.unknown = False
-        self._driver = driver
+        self._attempt = attempt
         self._away = False
         self._taken = 0
 
@@ -62,10 +59,10 @@ class PeerFollow:
         tries = 0
         while True:
             request = wire.WatchForwardedJobRequest(
-                origin=self._driver.origin, after_cursor=self._driver.forward.cursor
+                origin=self._attempt.origin, after_cursor=self._attempt.forward.cursor
             )
             try:
-                responses = self._driver.peer().client.watch(request)
+                responses = self._attempt.peer().client.watch(request)
                 async with contextlib.aclosing(responses):
                     async for response in responses:
                         tries = 0
@@ -78,11 +75,11 @@ class PeerFollow:
                 if refusal.reason == "GUEST_NOT_FOUND":
                     self.unknown = True
                     return
-                _log.info("a peer cannot be watched", job=self._driver.record.id, why=str(refusal))
+                _log.info("a peer cannot be watched", job=self._attempt.record.id, why=str(refusal))
             tries += 1
             if tries == _AWAY_AFTER_TRIES:
                 await self._gone()
-            await self._driver.until_contact(tries)
+            await self._attempt.until_contact(tries)
 
     async def _take(self, response: wire.WatchForwardedJobResponse) -> bool:
         """Takes one event over. Returns whether it was the last."""
@@ -90,32 +87,32 @@ class PeerFollow:
         self._taken += 1
         if self._taken > _QUICK_EVENTS:
             await asyncio.sleep(_SLOW_S)
-        if event.cursor <= self._driver.forward.cursor:
+        if event.cursor <= self._attempt.forward.cursor:
             return False  # it was told before
         usage = self._usage(response)
-        same = event.state == self._driver.record.state
+        same = event.state == self._attempt.record.state
         if event.reason in _TOLD_HERE or (same and self._taken > _MOST_EVENTS):
-            await self._driver.change(cursor=event.cursor)
+            await self._attempt.change(cursor=event.cursor)
             return False
         if event.state in FINAL_STATES:
             # The cursor stays, so that whoever comes after a crash is told again.
-            await self._driver.change(usage_there=usage)
+            await self._attempt.change(usage_there=usage)
             self.ended = job
             return True
-        was = self._driver.record.state
+        was = self._attempt.record.state
         try:
-            await self._driver.change(happenings.PeerTold(event, job), usage_there=usage, cursor=event.cursor)
+            await self._attempt.change(happenings.PeerTold(event, job), usage_there=usage, cursor=event.cursor)
         except IllegalTransition as error:
-            _log.warning("a peer tells what cannot be", job=self._driver.record.id, why=str(error))
-            await self._driver.change(cursor=event.cursor)
-        if was == job_pb2.JOB_STATE_STARTING and self._driver.record.state == job_pb2.JOB_STATE_RUNNING:
-            forward = self._driver.forward
+            _log.warning("a peer tells what cannot be", job=self._attempt.record.id, why=str(error))
+            await self._attempt.change(cursor=event.cursor)
+        if was == job_pb2.JOB_STATE_STARTING and self._attempt.record.state == job_pb2.JOB_STATE_RUNNING:
+            forward = self._attempt.forward
             with contextlib.suppress(Refusal):
-                self._driver.peer().began(forward.promised_wait_s, now() - forward.sent_at)
+                self._attempt.peer().began(forward.promised_wait_s, now() - forward.sent_at)
         return False
 
     def _usage(self, response: wire.WatchForwardedJobResponse) -> list[Stretch]:
-        job, number = self._driver.record.job, self._driver.forward.attempt
+        job, number = self._attempt.record.job, self._attempt.forward.attempt
         kinds = {kind.value: kind for kind in Kind}
         return [
             Stretch(
@@ -143,7 +140,7 @@ class PeerFollow:
 
     async def _gone(self) -> None:
         self._away = True
-        name = self._driver.forward.peer
+        name = self._attempt.forward.peer
         await self._note(
             "PEER_OUT_OF_CONTACT",
             f"peer {name} is out of contact; the job is taken to be running there still, and its lease is kept for it",
@@ -152,43 +149,43 @@ class PeerFollow:
     async def _back(self) -> None:
         if self._away:
             self._away = False
-            await self._note("PEER_IN_CONTACT", f"peer {self._driver.forward.peer} is in contact again")
+            await self._note("PEER_IN_CONTACT", f"peer {self._attempt.forward.peer} is in contact again")
 
     async def _note(self, reason: str, message: str) -> None:
         with contextlib.suppress(IllegalTransition):
-            await self._driver.change(happenings.PeerAway(reason, message))
+            await self._attempt.change(happenings.PeerAway(reason, message))
 
     async def renew(self) -> None:
         """Renews the lease for ever, at a third of its length."""
-        reach = self._driver.reach
+        reach = self._attempt.reach
         while True:
-            left_s = await guest_left_s(self._driver.store, self._driver.record.id, reach)
-            lease_s = self._driver.lease_s(left_s)
+            left_s = await guest_left_s(self._attempt.store, self._attempt.record.id, reach)
+            lease_s = self._attempt.lease_s(left_s)
             # Not all at once: a restart of this centre would otherwise make them all fall due together for ever.
             pause_s = max(_RETRY_S, lease_s / _SHARE_OF_LEASE)
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.0))  # noqa: S311
-            left_s = await guest_left_s(self._driver.store, self._driver.record.id, reach)
-            until = lease_to_ask(self._driver.forward, reach.clock.now(), self._driver.lease_s(left_s))
+            left_s = await guest_left_s(self._attempt.store, self._attempt.record.id, reach)
+            until = lease_to_ask(self._attempt.forward, reach.clock.now(), self._attempt.lease_s(left_s))
             # Before it is asked for: whoever comes after a crash must know of it.
-            await self._driver.change(lease_end=until)
+            await self._attempt.change(lease_end=until)
             await self._ask(until)
 
     async def _ask(self, until: float) -> None:
         """Asks for a lease until the peer has answered, or until another is due."""
-        request = wire.RenewLeaseRequest(origin=self._driver.origin, lease_expire_time=timestamp(until))
-        clock = self._driver.reach.clock
-        give_up_at = clock.now() + self._driver.reach.lease_s / _SHARE_OF_LEASE
+        request = wire.RenewLeaseRequest(origin=self._attempt.origin, lease_expire_time=timestamp(until))
+        clock = self._attempt.reach.clock
+        give_up_at = clock.now() + self._attempt.reach.lease_s / _SHARE_OF_LEASE
         while clock.now() < give_up_at:
             try:
-                answer = await self._driver.peer().client.renew(request)
+                answer = await self._attempt.peer().client.renew(request)
             except Refusal as refusal:
                 if refusal.reason == "STALE_FENCING_TOKEN":
                     raise Fenced from refusal
-                _log.info("a lease is not renewed yet", job=self._driver.record.id, why=str(refusal))
+                _log.info("a lease is not renewed yet", job=self._attempt.record.id, why=str(refusal))
                 if refusal.reason in {"LEASE_EXPIRED", "GUEST_NOT_FOUND"}:
                     return  # whoever watches is told how it ended
             else:
-                self._driver.heard(moment(answer.time))
+                self._attempt.heard(moment(answer.time))
                 await self._back()
                 return
-            await asyncio.sleep(min(_RETRY_S, self._driver.reach.lease_s / 10))
+            await asyncio.sleep(min(_RETRY_S, self._attempt.reach.lease_s / 10))
