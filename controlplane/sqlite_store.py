@@ -6,23 +6,18 @@ import json
 import secrets
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Any
 
 from sqlite_utils import Database
 
-from controlplane import peer_tables
-from controlplane.endings import Ending
+from controlplane import job_tables, peer_tables
 from controlplane.forwards import ForwardRecord
 from controlplane.group_commit import GroupCommit
 from controlplane.guests import GuestKey, GuestRecord
-from controlplane.jobs import FINAL_STATES
 from controlplane.metering import Stretch
 from controlplane.migrations import migrations
 from controlplane.records import (
     BundleRecord,
-    Change,
     Decide,
     InvitationRecord,
     JobQuery,
@@ -31,19 +26,15 @@ from controlplane.records import (
     PeerRecord,
     Request,
     Reservation,
-    TakeOver,
 )
-from controlplane.store import DecideGuest, RequestReused, ShareTaken
+from controlplane.reservation_table import read_reservations, write_reservations
+from controlplane.store import DecideGuest
 from controlplane.usage_table import put_usage, read_attempts_at_peers, read_usage, write_usage
 from controlplane.watch import Feed
-from puhui.rpc.moment import moment, now
+from puhui.rpc.moment import now
 from puhui.v1 import fleet_service_pb2, job_pb2, job_service_pb2
 
 __all__ = ["SqliteStore"]
-
-_JOB = "sequence, body, control"
-# asdict copies what it finds, and the message is stored beside the rest.
-_NO_JOB = job_pb2.Job()
 
 
 class SqliteStore:
@@ -108,27 +99,18 @@ class SqliteStore:
 
         def act(db: Database) -> JobRecord:
             if request is not None:
-                earlier = _note_request(db, request, record.id)
+                earlier = job_tables.note_request(db, request, record.id)
                 if earlier is not None:
-                    return _require_job(db, earlier)
+                    return job_tables.require_job(db, earlier)
             if guest is not None:
                 its = record.job.guest
                 bound = guest(peer_tables.find_guest(db, (its.peer, its.job_id, its.attempt)))
                 peer_tables.write_guest(db, bound)
                 if bound.job_id != record.id:
-                    return _require_job(db, bound.job_id)
+                    return job_tables.require_job(db, bound.job_id)
             if bundle is not None:
                 _write_bundle(db, bundle)
-            job = record.job
-            sequence = db.execute(
-                "insert into jobs (id, state, tenant, name, create_time, body, control) values (?, ?, ?, ?, ?, ?, ?)",
-                [job.id, job.state, job.spec.tenant, job.spec.name, moment(job.create_time), b"", "{}"],
-            ).lastrowid
-            db.conn.executemany(
-                "insert into job_labels values (?, ?, ?)",
-                [(sequence, key, value) for key, value in job.spec.labels.items()],
-            )
-            return _write_job(db, sequence or 0, record, events)
+            return job_tables.insert_job(db, record, events)
 
         stored = await self._writer.write(act)
         self._feed.publish([stored.id])
@@ -138,33 +120,24 @@ class SqliteStore:
         """Lets `decide` change a job, and returns the job afterwards."""
 
         def act(db: Database) -> tuple[JobRecord, bool]:
-            before = _require_job(db, job_id)
+            before = job_tables.require_job(db, job_id)
             row = db.execute("select value from centre where key = 'fencing_token'").fetchone()
             token = int(row[0]) + 1 if row is not None else 1
             change = decide(before, token)
             if change is None:
                 return before, False
-            if change.request is not None and _note_request(db, change.request, job_id) is not None:
+            if change.request is not None and job_tables.note_request(db, change.request, job_id) is not None:
                 return before, False
             if change.token_taken:
                 db.execute("insert or replace into centre values ('fencing_token', ?)", [str(token)])
-            _write_reservations(db, job_id, change)
+            write_reservations(db, job_id, change)
             for run in change.runs:
-                db.execute(
-                    "insert into runs (id, job_id, start, body) values (?, ?, ?, ?) "
-                    "on conflict (id) do update set body = excluded.body where job_id = excluded.job_id",
-                    [
-                        run.id,
-                        job_id,
-                        change.run_start.SerializeToString() if change.run_start is not None else b"",
-                        run.SerializeToString(),
-                    ],
-                )
+                job_tables.write_run(db, job_id, run, change.run_start)
             write_usage(db, change.record.job, change.usage)
             put_usage(db, change.usage_there)
             if change.forward is not None:
                 peer_tables.write_forward(db, change.forward)
-            return _write_job(db, before.sequence, change.record, change.events), True
+            return job_tables.write_job(db, before.sequence, change.record, change.events), True
 
         after, changed = await self._writer.write(act)
         if changed:
@@ -173,56 +146,31 @@ class SqliteStore:
 
     async def job(self, job_id: str) -> JobRecord | None:
         """Returns a job."""
-        return _find_job(self._read, job_id)
+        return job_tables.find_job(self._read, job_id)
 
     async def jobs(self, query: JobQuery) -> list[JobRecord]:
         """Returns jobs, the newest first."""
-        conditions, values = _conditions(query)
-        rows = self._read.execute(
-            f"select {_JOB} from jobs where {' and '.join(conditions)} order by sequence desc limit ?",  # noqa: S608
-            [*values, query.limit],
-        )
-        return [_job_of(row) for row in rows]
+        return job_tables.read_jobs(self._read, query)
 
     async def unfinished_jobs(self) -> list[JobRecord]:
         """Returns every job that is not in a final state, the oldest first."""
-        states = sorted(set(job_pb2.JobState.values()) - FINAL_STATES)
-        rows = self._read.execute(
-            f"select {_JOB} from jobs where state in ({_marks(states)}) order by sequence",  # noqa: S608
-            states,
-        )
-        return [_job_of(row) for row in rows]
+        return job_tables.read_unfinished(self._read)
 
     async def events(self, job_id: str, after_cursor: int, limit: int = 500) -> list[job_pb2.JobEvent]:
         """Returns events of a job, in order."""
-        rows = self._read.execute(
-            "select cursor, body from job_events where job_id = ? and cursor > ? order by cursor limit ?",
-            # A cursor from elsewhere may exceed what SQLite can hold.
-            [job_id, min(after_cursor, 2**63 - 1), limit],
-        )
-        events = []
-        for cursor, body in rows:
-            event = job_pb2.JobEvent.FromString(body)
-            event.cursor = cursor
-            events.append(event)
-        return events
+        return job_tables.read_events(self._read, job_id, after_cursor, limit)
 
     async def runs(self, job_id: str, before: int | None, limit: int) -> list[tuple[int, job_pb2.Run]]:
         """Returns runs of a job with their sequence, the newest first."""
-        rows = self._read.execute(
-            "select sequence, body from runs where job_id = ? and sequence < ? order by sequence desc limit ?",
-            [job_id, before if before is not None else 2**62, limit],
-        )
-        return [(sequence, job_pb2.Run.FromString(body)) for sequence, body in rows]
+        return job_tables.read_runs(self._read, job_id, before, limit)
 
     async def run(self, run_id: str) -> tuple[job_pb2.Run, job_service_pb2.RunStart] | None:
         """Returns a run, and what was asked for of it."""
-        row = self._read.execute("select body, start from runs where id = ?", [run_id]).fetchone()
-        return (job_pb2.Run.FromString(row[0]), job_service_pb2.RunStart.FromString(row[1])) if row else None
+        return job_tables.find_run(self._read, run_id)
 
     async def reservations(self) -> list[Reservation]:
         """Returns every reservation that is held."""
-        return [Reservation(*row) for row in self._read.execute("select * from reservations order by job_id, attempt")]
+        return read_reservations(self._read)
 
     async def usage(self, start: float, end: float, tenant: str = "", job_id: str = "") -> list[Stretch]:
         """Returns the stretches of usage that overlap a time, in the order in which they began."""
@@ -234,8 +182,7 @@ class SqliteStore:
 
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""
-        row = self._read.execute("select id, digest, time, job_id from requests where id = ?", [request_id]).fetchone()
-        return (Request(row[0], row[1], row[2]), row[3]) if row is not None else None
+        return job_tables.find_request(self._read, request_id)
 
     async def put_node(self, record: NodeRecord) -> None:
         """Stores a node."""
@@ -339,117 +286,8 @@ def _connect(path: Path) -> Database:
     return Database(conn)
 
 
-def _marks(values: Sequence[object]) -> str:
-    return ", ".join("?" for _ in values)
-
-
-def _conditions(query: JobQuery) -> tuple[list[str], list[Any]]:
-    conditions, values = ["true"], list[Any]()
-    if query.states:
-        conditions.append(f"state in ({_marks(query.states)})")
-        values += query.states
-    if query.tenant:
-        conditions.append("tenant = ?")
-        values.append(query.tenant)
-    if query.name_prefix:
-        conditions.append("substr(name, 1, ?) = ?")
-        values += [len(query.name_prefix), query.name_prefix]
-    for key, value in query.labels.items():
-        conditions.append("sequence in (select sequence from job_labels where key = ? and value = ?)")
-        values += [key, value]
-    if query.created_since:
-        conditions.append("create_time >= ?")
-        values.append(query.created_since)
-    if query.before_sequence is not None:
-        conditions.append("sequence < ?")
-        values.append(query.before_sequence)
-    return conditions, values
-
-
-def _job_of(row: tuple[int, bytes, str]) -> JobRecord:
-    sequence, body, control = row
-    kept = json.loads(control)
-    kept["not_at"] = tuple(kept.get("not_at", ()))
-    ending, take_over = kept.pop("ending", None), kept.pop("take_over", None)
-    return JobRecord(
-        job_pb2.Job.FromString(body),
-        sequence,
-        ending=Ending(**ending) if ending is not None else None,
-        take_over=TakeOver(**take_over) if take_over is not None else None,
-        **kept,
-    )
-
-
-def _find_job(db: Database, job_id: str) -> JobRecord | None:
-    row = db.execute(f"select {_JOB} from jobs where id = ?", [job_id]).fetchone()  # noqa: S608
-    return _job_of(row) if row is not None else None
-
-
-def _require_job(db: Database, job_id: str) -> JobRecord:
-    record = _find_job(db, job_id)
-    if record is None:
-        raise KeyError(job_id)
-    return record
-
-
-def _write_job(db: Database, sequence: int, record: JobRecord, events: Sequence[job_pb2.JobEvent]) -> JobRecord:
-    job = job_pb2.Job()
-    job.CopyFrom(record.job)
-    for event in events:
-        cursor = db.execute(
-            "insert into job_events (job_id, body) values (?, ?)", [job.id, event.SerializeToString()]
-        ).lastrowid
-        job.last_cursor = cursor or 0
-    control = asdict(replace(record, job=_NO_JOB))
-    del control["job"], control["sequence"]
-    db.execute(
-        "update jobs set state = ?, body = ?, control = ? where sequence = ?",
-        [job.state, job.SerializeToString(), json.dumps(control), sequence],
-    )
-    return replace(record, job=job, sequence=sequence)
-
-
 def _write_bundle(db: Database, bundle: BundleRecord) -> None:
     db.execute(
         "insert or ignore into bundles values (?, ?, ?, ?)",
         [bundle.id, bundle.size_bytes, bundle.unpacked_bytes, json.dumps(dict(bundle.sizes))],
     )
-
-
-def _write_reservations(db: Database, job_id: str, change: Change) -> None:
-    if change.take_over is not None:
-        gone = db.execute(
-            "delete from reservations where job_id = ? and attempt = ? and warm_until > 0", change.take_over
-        )
-        if not gone.rowcount:
-            raise ShareTaken(f"the warm share of {change.take_over[0]}/{change.take_over[1]} is no longer kept")
-    for attempt in change.release:
-        db.execute("delete from reservations where job_id = ? and attempt = ?", [job_id, attempt])
-    warm = change.release_warm
-    if warm is not None:
-        db.execute(
-            "delete from reservations where job_id = ? and attempt = ? and slice_uuid = ? and warm_until > 0",
-            [*warm.key, warm.slice_uuid],
-        )
-    new = change.reserve
-    if new is not None:
-        db.execute("delete from reservations where job_id = ? and attempt = ?", new.key)
-        overlap = db.execute(
-            "select job_id from reservations where node_id = ? and gpu_uuid = ? and start < ? and start + size > ?",
-            [new.node_id, new.gpu_uuid, new.start + new.size, new.start],
-        ).fetchone()
-        if overlap is not None:
-            raise ShareTaken(f"{new.gpu_uuid} {new.start}:{new.size} is held by {overlap[0]}")
-        values = astuple(new)
-        db.execute(f"insert into reservations values ({_marks(values)})", values)  # noqa: S608
-
-
-def _note_request(db: Database, request: Request, job_id: str) -> str | None:
-    """Notes a request; returns the job of the same request if it was carried out before."""
-    row = db.execute("select digest, job_id from requests where id = ?", [request.id]).fetchone()
-    if row is None:
-        db.execute("insert into requests values (?, ?, ?, ?)", [request.id, request.digest, job_id, request.at])
-        return None
-    if row[0] != request.digest:
-        raise RequestReused(request.id)
-    return str(row[1])
