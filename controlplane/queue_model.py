@@ -20,19 +20,15 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from controlplane.fleet import Geometry, GpuView, Shape, Use, span
-from controlplane.placement import fit
+from controlplane.fleet import Geometry, GpuView, Shape, span
+from controlplane.gpu_timeline import GpuTimeline, shape_of
 from controlplane.queued_job import QueuedJob
 from controlplane.reservations import AttemptKey
 from controlplane.sizing import choices_for
 from puhui.v1.prediction_pb2 import ProfileChoice
 
-__all__ = ["IDLE_LEAVES_S", "MOST_PLACED", "WARM_LEAVES_S", "Expectation", "Play", "Wait", "expect"]
+__all__ = ["MOST_PLACED", "Expectation", "Play", "Wait", "expect"]
 
-IDLE_LEAVES_S = 5.0
-"""An idle share is taken as gone after this long, once somebody waits for it."""
-WARM_LEAVES_S = 1.0
-"""A warm slice, likewise: nobody is on it."""
 MOST_PLACED = 500
 """Placements that are played."""
 _MOST_LOOKED_AT = 64
@@ -118,25 +114,6 @@ class _Line:
 _Turn = tuple[tuple[bool, bool, int, int], int, _Line]
 
 
-@dataclass(eq=False)
-class _Card:
-    """One GPU while time passes."""
-
-    gpu: GpuView
-    held: int
-    counts: dict[str, int]
-    ends: list[tuple[float, int]]
-    """When each share on it ends, infinite when nobody knows, with its mask."""
-
-    def fits(self, choice: ProfileChoice, kept: int) -> tuple[tuple[int, int], Shape, int] | None:
-        """Returns the rank, the shape and the first slice of the best placement; None when there is none."""
-        shape = _shape(self.gpu.geometry, choice)
-        if shape is None or self.counts.get(shape.profile, 0) >= shape.max_instances:
-            return None
-        found = fit(self.gpu.geometry, shape, self.held | kept)
-        return ((found.free_after, -found.kept), shape, found.start) if found is not None else None
-
-
 class Play:
     """A centre while time passes: `run` plays what is known to the end, `arrive` and `advance` step by step.
 
@@ -165,15 +142,7 @@ class Play:
         self._patience_s = patience_s
         self._duration_s = duration_s
         self._geometries = tuple(dict.fromkeys(gpu.geometry for gpu in gpus))
-        self._ends: list[tuple[float, int, int, str]] = []
-        """(time from now, GPU, mask, profile)."""
-        self._cards = [self._card(number, gpu, remaining_s) for number, gpu in enumerate(gpus)]
-        self._alike: dict[tuple[Geometry, int], dict[int, None]] = {}
-        self._of_node: dict[str, list[int]] = {}
-        for number, card in enumerate(self._cards):
-            self._alike.setdefault((card.gpu.geometry, card.held), {})[number] = None
-            self._of_node.setdefault(card.gpu.node_id, []).append(number)
-        heapq.heapify(self._ends)
+        self._timeline = GpuTimeline(gpus, remaining_s)
         self._lines: dict[Hashable, _Line] = {}
         self._kept: dict[_Line, tuple[int, Shape, int]] = {}
         """For whose first job a placement is kept: GPU, shape, first slice."""
@@ -184,17 +153,6 @@ class Play:
         self._now_s = 0.0
         self._found = Expectation()
 
-    def _card(self, number: int, gpu: GpuView, remaining_s: Callable[[AttemptKey], float | None]) -> _Card:
-        counts: dict[str, int] = {}
-        ends = []
-        for use in gpu.uses:
-            counts[use.profile] = counts.get(use.profile, 0) + 1
-            left_s = _left_s(use, remaining_s)
-            ends.append((left_s, use.mask))
-            if left_s < math.inf:
-                self._ends.append((left_s, number, use.mask, use.profile))
-        return _Card(gpu, gpu.held, counts, ends)
-
     # -- playing
 
     def run(self, queue: Iterable[QueuedJob], wondering: Iterable[QueuedJob], most: int) -> Expectation:
@@ -204,23 +162,25 @@ class Play:
         for job in wondering:
             self._join(job, asks=True)
         self._everywhere(self._lines.values())
-        while self._ends and any(line.jobs for line in self._lines.values()) and self._found.placed < most:
-            self.advance(self._ends[0][0])
-        self._tell_the_rest(stopped=bool(self._ends))
+        while (
+            self.next_end_s < math.inf and any(line.jobs for line in self._lines.values()) and self._found.placed < most
+        ):
+            self.advance(self.next_end_s)
+        self._tell_the_rest(stopped=self.next_end_s < math.inf)
         return self._found
 
     @property
     def next_end_s(self) -> float:
         """When the next share ends."""
-        return self._ends[0][0] if self._ends else math.inf
+        return self._timeline.next_end_s
 
     def advance(self, to_s: float) -> None:
         """Lets time pass, and places what fits whenever a share has ended."""
-        while self._ends and self._ends[0][0] <= to_s:
-            self._now_s = self._ends[0][0]
-            while self._ends and self._ends[0][0] <= self._now_s:
-                _, number, mask, profile = heapq.heappop(self._ends)
-                self._free(number, mask, profile)
+        while self.next_end_s < math.inf and self.next_end_s <= to_s:
+            self._now_s = self.next_end_s
+            while self.next_end_s <= self._now_s:
+                number, mask = self._timeline.end_next()
+                self.ended(number, mask)
                 self._touched[number] = None
             self._look()
         self._now_s = max(self._now_s, to_s)
@@ -280,33 +240,21 @@ class Play:
         return turn
 
     def _anywhere(self, line: _Line) -> tuple[int, Shape, int] | None:
+        rooms = {number for number, _, _ in self._kept.values()}
         for node in line.nodes:
             for choice in line.choices:
                 best: tuple[tuple[int, int], int, Shape, int] | None = None
-                for number in self._of_node.get(node, ()) if node else self._one_of_each(choice):
-                    found = self._cards[number].fits(choice, self._kept_on(number, line))
+                for number in self._timeline.of_node(node) if node else self._timeline.one_of_each(choice, rooms):
+                    found = self._timeline.gpus[number].fits(choice, self._kept_on(number, line))
                     if found is not None and (best is None or (found[0], number) < best[:2]):
                         best = found[0], number, found[1], found[2]
                 if best is not None:
                     return best[1:]
         return None
 
-    def _one_of_each(self, choice: ProfileChoice) -> Iterable[int]:
-        """Yields, of GPUs that are alike, one that has not too many slices of the shape, and those with room kept."""
-        kept = {number for number, _, _ in self._kept.values()}
-        for (geometry, held), numbers in self._alike.items():
-            shape = _shape(geometry, choice)
-            if shape is None or fit(geometry, shape, held) is None:
-                continue
-            for number in numbers:
-                if self._cards[number].counts.get(shape.profile, 0) < shape.max_instances:
-                    yield number
-                    if number not in kept:
-                        break
-
     def _on(self, number: int) -> None:
         """Places what fits on one GPU; nothing fits on any other."""
-        node = self._cards[number].gpu.node_id
+        node = self._timeline.gpus[number].gpu.node_id
         turn = self._turn(line for line in self._lines.values() if line.choices and {"", node} & set(line.nodes))
         while turn:
             *_, line = heapq.heappop(turn)
@@ -319,15 +267,15 @@ class Play:
                 heapq.heappush(turn, (line.rank, line.number, line))
 
     def _fitting(self, line: _Line, number: int) -> tuple[int, Shape, int] | None:
-        card = self._cards[number]
+        timed = self._timeline.gpus[number]
         own = self._kept.get(line)
         if own is not None and own[0] == number:
             _, shape, start = own
-            room = not card.held & span(start, shape.size)
-            if room and card.counts.get(shape.profile, 0) < shape.max_instances:
+            room = not timed.held & span(start, shape.size)
+            if room and timed.counts.get(shape.profile, 0) < shape.max_instances:
                 return own
         for choice in line.choices:
-            found = card.fits(choice, self._kept_on(number, line))
+            found = timed.fits(choice, self._kept_on(number, line))
             if found is not None:
                 return number, found[1], found[2]
         return None
@@ -335,44 +283,16 @@ class Play:
     def _place(self, line: _Line, number: int, shape: Shape, start: int) -> None:
         job = line.jobs.popleft()
         own = self._kept.pop(line, None)
-        self._found.waits[job.id] = Wait(self._now_s, shape.profile, self._cards[number].gpu.geometry.gpu_model)
+        self._found.waits[job.id] = Wait(self._now_s, shape.profile, self._timeline.gpus[number].gpu.geometry.gpu_model)
         if line.asks:
             return
         self._found.placed += 1
-        self._take(number, shape, start, self._duration_s(job))
+        duration_s = self._duration_s(job)
+        end_s = math.inf if duration_s is None else self._now_s + max(0.001, duration_s)
+        self._timeline.take(number, shape, start, end_s)
         self.placed(job, number, shape, start)
         if own is not None and own[0] != number:
             self._touched[own[0]] = None  # what was kept there is no longer
-
-    def _take(self, number: int, shape: Shape, start: int, duration_s: float | None) -> None:
-        mask = span(start, shape.size)
-        self._hold(number, self._cards[number].held | mask)
-        card = self._cards[number]
-        card.counts[shape.profile] = card.counts.get(shape.profile, 0) + 1
-        end_s = math.inf if duration_s is None else self._now_s + max(0.001, duration_s)
-        card.ends.append((end_s, mask))
-        if end_s < math.inf:
-            heapq.heappush(self._ends, (end_s, number, mask, shape.profile))
-
-    def _free(self, number: int, mask: int, profile: str) -> None:
-        card = self._cards[number]
-        at = next(index for index, (end_s, held) in enumerate(card.ends) if held == mask and end_s <= self._now_s)
-        del card.ends[at]
-        card.counts[profile] -= 1
-        self.ended(number, mask)
-        held = 0
-        for _, other in card.ends:  # what a node reports and what is reserved may overlap
-            held |= other
-        self._hold(number, held)
-
-    def _hold(self, number: int, held: int) -> None:
-        card = self._cards[number]
-        alike = self._alike[card.gpu.geometry, card.held]
-        del alike[number]
-        if not alike:
-            del self._alike[card.gpu.geometry, card.held]
-        card.held = held
-        self._alike.setdefault((card.gpu.geometry, held), {})[number] = None
 
     # -- patience
 
@@ -388,17 +308,17 @@ class Play:
         self._keeps -= 1
         best: tuple[float, int, Shape, int] | None = None
         node = line.nodes[-1]
-        numbers = self._of_node.get(node, []) if node else range(len(self._cards))
+        numbers = self._timeline.of_node(node) if node else range(len(self._timeline.gpus))
         for number in numbers[: self._most_looked_at]:
-            card = self._cards[number]
+            timed = self._timeline.gpus[number]
             kept = self._kept_on(number, line)
             for choice in line.choices:
-                shape = _shape(card.gpu.geometry, choice)
+                shape = shape_of(timed.gpu.geometry, choice)
                 for start in shape.starts if shape is not None else ():
                     mask = span(start, shape.size) if shape is not None else 0
                     if shape is None or mask & kept:
                         continue
-                    end_s = max((end_s for end_s, held in card.ends if held & mask), default=0.0)
+                    end_s = max((end_s for end_s, held in timed.ends if held & mask), default=0.0)
                     if end_s < math.inf and (best is None or end_s < best[0]):
                         best = end_s, number, shape, start
         if best is not None:
@@ -433,18 +353,3 @@ class Play:
 @functools.lru_cache(maxsize=4096)
 def _choices(profile: str, required_mib: int, geometries: tuple[Geometry, ...]) -> Sequence[ProfileChoice]:
     return choices_for(profile, required_mib, geometries)
-
-
-def _left_s(use: Use, remaining_s: Callable[[AttemptKey], float | None]) -> float:
-    if use.foreign or use.key is None:
-        return math.inf
-    if use.warm:
-        return WARM_LEAVES_S
-    if use.idle or use.leaving:
-        return IDLE_LEAVES_S
-    left_s = remaining_s(use.key)
-    return math.inf if left_s is None else max(0.0, left_s)
-
-
-def _shape(geometry: Geometry, choice: ProfileChoice) -> Shape | None:
-    return geometry.by_profile.get(choice.profile) if geometry.gpu_model == choice.gpu_model else None

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from controlplane.durations import Durations
 from controlplane.fleet import GpuView, Use
+from controlplane.gpu_timeline import IDLE_LEAVES_S
 from controlplane.offer_desk import HOLDS_S, OfferDesk
 from controlplane.outlook import Outlook
-from controlplane.queue_model import IDLE_LEAVES_S
 from controlplane.queued_job import QueuedJob
 from controlplane.records import JobQuery, JobRecord, PeerRecord
 from puhui.rpc.errors import Refusal

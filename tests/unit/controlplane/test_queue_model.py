@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane.fleet import GpuView, Use
-from controlplane.queue_model import IDLE_LEAVES_S, WARM_LEAVES_S, Expectation, expect
+from controlplane.gpu_timeline import IDLE_LEAVES_S, WARM_LEAVES_S
+from controlplane.queue_model import Expectation, expect
 from controlplane.queued_job import QueuedJob
 from controlplane.schedule import make_plan
 from tests.unit.controlplane.samples import GEOMETRY, H100, view
