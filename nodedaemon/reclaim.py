@@ -8,34 +8,31 @@ the container be as it was before, or knows that its cards were taken and what i
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 import grpc
 import structlog
 
 from nodedaemon.attachments import Attachments
-from nodedaemon.checkpoint import CheckpointError, Checkpoints, Move, Process, living, start_time
+from nodedaemon.checkpoint import CheckpointError, Checkpoints, Move, living
 from nodedaemon.containers import Containers
 from nodedaemon.events import EventLog
-from nodedaemon.holders import Holder
 from nodedaemon.idle import IdleState
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
-from nodedaemon.reclaim_plan import MismatchError, belongs_to_command, pair_cards, plan_rungs
+from nodedaemon.reclaim_ladder import ReclaimLadder, keep_checkpoint, processes_of
+from nodedaemon.reclaim_plan import MismatchError, pair_cards
 from nodedaemon.records import CardRecord, CheckpointRecord, CheckpointStage, ContainerRecord, ContainerStage
 from nodedaemon.results import known_container
 from nodedaemon.runtime import ContainerRuntime
 from nodedaemon.suspension import living_container
 from puhui.rpc.errors import Refusal
 from puhui.v1.job_pb2 import ReclaimMode
-from puhui.v1.node_pb2 import Container, NodeEventKind, RuntimeKind
+from puhui.v1.node_pb2 import Container, NodeEventKind
 
 __all__ = ["Reclaim", "Reclaimed", "Terms"]
 
@@ -46,7 +43,6 @@ _CHECKPOINT = ReclaimMode.RECLAIM_MODE_CHECKPOINT
 _STOP = ReclaimMode.RECLAIM_MODE_STOP
 _NAMES = {_DETACH: "detach", _CHECKPOINT: "checkpoint", _STOP: "stop"}
 _REASONS = {_DETACH: "DETACHED", _CHECKPOINT: "CHECKPOINTED", _STOP: "STOPPED"}
-_KILL_S = 20.0
 _AGAIN_S = 30.0
 
 Look = Callable[[Owner], Awaitable[IdleState | None]]
@@ -100,13 +96,13 @@ class Reclaim:
         checkpoints: Checkpoints,
         look: Look,
     ) -> None:
-        self._runtime = runtime
         self._journal = journal
         self._events = events
         self._containers = containers
         self._attachments = attachments
         self._checkpoints = checkpoints
         self._look = look
+        self._ladder = ReclaimLadder(runtime, journal, containers, attachments, checkpoints)
         self._watches: dict[Owner, asyncio.Task[None]] = {}
         # A lock is there for as long as somebody holds or awaits it.
         self._turns: WeakValueDictionary[Owner, asyncio.Lock] = WeakValueDictionary()
@@ -140,7 +136,8 @@ class Reclaim:
             mode = _CHECKPOINT if record.checkpoint is not None else _DETACH
             return await self._done(owner, terms, mode, (), "it had no cards")
         try:
-            await self._require_possible(record, terms)
+            # Before anybody is warned of it, and the container is touched.
+            await self._ladder.require_possible(record, terms.hardest)
             warning = await self._warn(record, token, terms)
             if terms.only_if_idle:
                 await self._require_idle(owner)
@@ -150,14 +147,6 @@ class Reclaim:
             if known is not None:
                 self._tell(known, NodeEventKind.NODE_EVENT_KIND_RECLAIM_REFUSED, error.reason, error.message)
             raise
-
-    async def _require_possible(self, record: ContainerRecord, terms: Terms) -> None:
-        """Refuses what cannot be done, before anybody is warned of it and the container is touched."""
-        able = terms.hardest == _STOP or (terms.hardest == _CHECKPOINT and self._checkpoints.probe().name)
-        holders = [] if able else await self._attachments.holders(record.owner)
-        rungs, why_not = self.able(holders, terms)
-        if not rungs:
-            raise _impossible(record, holders, why_not)
 
     async def _warn(self, record: ContainerRecord, token: int, terms: Terms) -> str:
         """Warns what runs in a container. Returns what went wrong with that; empty when nothing did."""
@@ -204,21 +193,21 @@ class Reclaim:
 
     async def _take(self, record: ContainerRecord, terms: Terms) -> Reclaimed:
         began = time.monotonic()
-        taken = _Taking(self, terms)
+        climb = self._ladder.climb(terms.hardest)
         try:
-            before, slices = await self._attachments.withdraw(record.owner, taken.vacate)
+            before, slices = await self._attachments.withdraw(record.owner, climb.vacate)
         except BaseException:
             await self._undo(record.owner)
             raise
         uuids = tuple(one.uuid for one in slices)
-        who = f"; {', '.join(map(str, taken.holders))}" if taken.holders else ""
+        who = f"; {', '.join(map(str, climb.holders))}" if climb.holders else ""
         message = (
-            f"took {len(uuids)} of container {before.container_id[:12]} by {_NAMES[taken.mode]} in "
+            f"took {len(uuids)} of container {before.container_id[:12]} by {_NAMES[climb.mode]} in "
             f"{(time.monotonic() - began) * 1000:.0f} ms{who}"
         )
-        result = await self._done(record.owner, terms, taken.mode, uuids, message)
+        result = await self._done(record.owner, terms, climb.mode, uuids, message)
         after = known_container(self._journal, record.owner)
-        self._tell(after, NodeEventKind.NODE_EVENT_KIND_RECLAIMED, _REASONS[taken.mode], message)
+        self._tell(after, NodeEventKind.NODE_EVENT_KIND_RECLAIMED, _REASONS[climb.mode], message)
         self.watch(after)
         return result
 
@@ -247,13 +236,13 @@ class Reclaim:
                 self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECONCILED, "RECLAIM_NOT_UNDONE", message)
                 self._later(owner)
                 return
-        self._write(owner, None)
+        keep_checkpoint(self._journal, owner, None)
 
     async def _put_back(self, record: ContainerRecord, kept: CheckpointRecord) -> None:
         place = self._attachments.place(record.owner)
         moves = [_move(card, card, place) for card in kept.cards]
-        async with self._awake(record):
-            await self._checkpoints.restore(kept.init, _processes(kept), moves)
+        async with self._containers.suspension.awake(record):
+            await self._checkpoints.restore(kept.init, processes_of(kept), moves)
 
     # Going on ---------------------------------------------------------------------------------------------
 
@@ -289,10 +278,10 @@ class Reclaim:
 
     async def _restore(self, record: ContainerRecord, kept: CheckpointRecord, moves: Sequence[Move]) -> None:
         await self._unwatch(record.owner)
-        self._write(record.owner, replace(kept, stage=CheckpointStage.RESTORING))
+        keep_checkpoint(self._journal, record.owner, replace(kept, stage=CheckpointStage.RESTORING))
         began = time.monotonic()
         try:
-            await self._checkpoints.restore(kept.init, _processes(kept), moves)
+            await self._checkpoints.restore(kept.init, processes_of(kept), moves)
         except CheckpointError as error:
             self.watch(known_container(self._journal, record.owner))
             raise Refusal(
@@ -301,8 +290,8 @@ class Reclaim:
                 f"processes of container {record.container_id[:12]} stay checkpointed: {error}; resume again, or stop "
                 "the container",
             ) from error
-        self._write(record.owner, None)
-        pids = ", ".join(str(one.pid) for one in living(_processes(kept))) or "none, all have ended"
+        keep_checkpoint(self._journal, record.owner, None)
+        pids = ", ".join(str(one.pid) for one in living(processes_of(kept))) or "none, all have ended"
         self._tell(
             known_container(self._journal, record.owner),
             NodeEventKind.NODE_EVENT_KIND_RESTORED,
@@ -329,7 +318,7 @@ class Reclaim:
         if kept.stage is CheckpointStage.RESTORING:
             try:
                 moves = self._moves(record, kept)
-                async with self._awake(record):
+                async with self._containers.suspension.awake(record):
                     await self._restore(record, kept, moves)
             except Refusal as error:
                 self._tell(record, NodeEventKind.NODE_EVENT_KIND_RECONCILED, error.reason, error.message)
@@ -362,7 +351,7 @@ class Reclaim:
 
     async def _await_wanted(self, owner: Owner, kept: CheckpointRecord) -> None:
         try:
-            wanting = await self._checkpoints.wanted(kept.init, _processes(kept))
+            wanting = await self._checkpoints.wanted(kept.init, processes_of(kept))
         except CheckpointError as error:
             _log.warning("who wants a card cannot be told", owner=str(owner), error=str(error))
             return
@@ -384,23 +373,6 @@ class Reclaim:
 
     # Parts ------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _awake(self, record: ContainerRecord) -> AsyncIterator[None]:
-        """Lets a frozen container run for as long as the block lasts: what is frozen cannot be moved."""
-        if record.stage is not ContainerStage.SUSPENDED:
-            yield
-            return
-        await self._runtime.resume(record.container_id)
-        try:
-            yield
-        finally:
-            await self._runtime.suspend(record.container_id)
-
-    def _write(self, owner: Owner, kept: CheckpointRecord | None) -> None:
-        record = self._journal.container(owner)
-        if record is not None:
-            self._journal.put_container(replace(record, checkpoint=kept))
-
     def _tell(self, record: ContainerRecord, kind: NodeEventKind.ValueType, reason: str, message: str) -> None:
         self._events.add(
             kind,
@@ -410,142 +382,7 @@ class Reclaim:
             container=self._containers.describe(record),
         )
 
-    async def take_off(self, record: ContainerRecord, holders: Sequence[Holder]) -> CheckpointRecord:
-        """Checkpoints who holds cards, and returns what is to be kept of that.
-
-        Raises:
-            CheckpointError: it cannot be done. What was done of it is undone later.
-        """
-        cards = self._attachments.cards(record.owner)
-        processes = tuple(_began(one.pid) for one in holders)
-        # Those whom a reclaim before this took off, and could not put back, are not forgotten over the others.
-        before = self._journal.container(record.owner)
-        earlier = before.checkpoint.processes if before is not None and before.checkpoint is not None else ()
-        now_taken = tuple((one.pid, one.started) for one in processes if one is not None)
-        kept = CheckpointRecord(
-            CheckpointStage.TAKING,
-            record.pid,
-            (*(one for one in earlier if one not in now_taken), *now_taken),
-            tuple(card for card, _ in cards),
-        )
-        self._write(record.owner, kept)
-        nodes = {name: path for _, known in cards for name, path in known.items()}
-        async with self._awake(record):
-            await self._checkpoints.checkpoint(kept.init, _processes(kept), nodes)
-        return replace(kept, stage=CheckpointStage.TAKEN)
-
-    async def end(self, record: ContainerRecord, holders: Sequence[Holder]) -> None:
-        """Ends who holds cards: the container's command if it is of that, else the processes: SIGTERM, grace, SIGKILL.
-
-        Raises:
-            Refusal: DEADLINE_EXCEEDED with CONTAINER_STUCK; as the runtime does.
-        """
-        parents, begun = await asyncio.to_thread(_family)
-        has_init = self._runtime.describe().kind == RuntimeKind.RUNTIME_KIND_PODMAN
-        if any(belongs_to_command(one.pid, record.pid, parents, begun, has_init=has_init) for one in holders):
-            await self._containers.ends.end(record, record.stop_grace_s)
-            return
-        processes = [one for one in (_began(holder.pid) for holder in holders) if one is not None]
-        async with self._awake(record):
-            for number, wait_s in ((signal.SIGTERM, record.stop_grace_s), (signal.SIGKILL, _KILL_S)):
-                left = living(processes)
-                if not left:
-                    break
-                await self._attachments.signal(record, number, left)
-                await _ended(left, wait_s)
-
-    def able(self, holders: Sequence[Holder], terms: Terms) -> tuple[tuple[ReclaimMode.ValueType, ...], str]:
-        """Returns which rungs may be tried on who holds cards, and why no others."""
-        plan = plan_rungs(holders, terms.hardest, self._checkpoints.probe())
-        return plan.rungs, plan.why_not
-
-
-class _Taking:
-    """One climb of the ladder."""
-
-    def __init__(self, reclaim: Reclaim, terms: Terms) -> None:
-        self._reclaim = reclaim
-        self._terms = terms
-        self.mode = _DETACH
-        self.holders: list[Holder] = []
-
-    async def vacate(self, record: ContainerRecord, holders: list[Holder]) -> Callable[[ContainerRecord], None]:
-        """Sees to it that nobody holds a container's cards; see `Attachments.withdraw`."""
-        self.holders = holders
-        rungs, why_not = self._reclaim.able(holders, self._terms)
-        kept = record.checkpoint
-        for rung in rungs:
-            self.mode = rung
-            if rung == _CHECKPOINT:
-                try:
-                    kept = await self._reclaim.take_off(record, holders)
-                except CheckpointError as error:
-                    why_not = f"{why_not}; checkpoint failed: {error}"
-                    continue
-            elif rung == _STOP:
-                await self._reclaim.end(record, holders)
-                kept = None
-            return lambda now: self._reclaim._write(now.owner, kept)
-        raise _impossible(record, holders, why_not)
-
-
-def _impossible(record: ContainerRecord, holders: Sequence[Holder], why_not: str) -> Refusal:
-    return Refusal(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "RECLAIM_IMPOSSIBLE",
-        f"the cards of container {record.container_id[:12]} cannot be taken: {why_not}",
-        container_id=record.container_id,
-        holders=", ".join(map(str, holders)),
-    )
-
 
 def _move(old: CardRecord, new: CardRecord, place: str) -> Move:
     paths = {before: f"{place}/{after}" for before, after in zip(old.nodes, new.nodes, strict=True)}
     return Move(old.uuid, new.uuid, paths)
-
-
-def _processes(kept: CheckpointRecord) -> list[Process]:
-    return [Process(pid, started) for pid, started in kept.processes]
-
-
-def _began(pid: int) -> Process | None:
-    try:
-        return Process(pid, start_time(pid))
-    except OSError:
-        return None
-
-
-def _family() -> tuple[dict[int, int], dict[int, int]]:
-    """Returns the parent of each process, and when each began."""
-    parents, begun = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with contextlib.suppress(OSError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                parents[int(entry.name)], begun[int(entry.name)] = int(fields[1]), int(fields[19])
-    return parents, begun
-
-
-async def _ended(processes: Sequence[Process], limit_s: float) -> None:
-    """Waits until processes have ended, but no longer than that."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(limit_s):
-            for one in living(processes):
-                await _end_of(one)
-
-
-async def _end_of(process: Process) -> None:
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    over = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_reader(descriptor, over.set)
-    try:
-        # The id may have become another's before the descriptor was opened.
-        if living([process]):
-            await over.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)

@@ -6,6 +6,8 @@ to freeze what it says is suspended.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
@@ -118,6 +120,22 @@ class Suspension:
         now_known = self._journal.container(record.owner)
         if now_known is not None and now_known.stage is ContainerStage.SUSPENDED:
             self._journal.put_container(replace(now_known, stage=ContainerStage.RUNNING))
+
+    @contextlib.asynccontextmanager
+    async def awake(self, record: ContainerRecord) -> AsyncIterator[None]:
+        """Lets a frozen container run for as long as the block lasts: what is frozen cannot be moved.
+
+        Raises:
+            Refusal: as the runtime does.
+        """
+        if record.stage is not ContainerStage.SUSPENDED:
+            yield
+            return
+        await self._runtime.resume(record.container_id)
+        try:
+            yield
+        finally:
+            await self._runtime.suspend(record.container_id)
 
     async def restore(self, record: ContainerRecord) -> None:
         """Freezes again what the journal says is suspended: the daemon may have ended in between.
