@@ -29,6 +29,10 @@ from puhui.v1 import job_service_pb2 as wire
 __all__ = ["CarriedJobService"]
 
 _MIRRORED_S = 5.0
+_EXPLAINED_S = 8.0
+_LEAST_S = 0.5
+_IN_TIME_S = 2.0
+"""Whoever calls is told that a peer has not answered so long before the time that it gave is over."""
 _THERE = frozenset({ForwardStage.BOUND, ForwardStage.ENDING})
 _NAMES = [method.name for method in job_service_pb2.DESCRIPTOR.services_by_name["JobService"].methods]
 
@@ -42,9 +46,19 @@ class CarriedJobService:
         store: where jobs and forwards are.
         feed: tells of what was stored.
         reach: how peers are worked with.
+        explained_s: a peer that has not said within so many seconds why a job waits is not waited for.
     """
 
-    def __init__(self, centre: str, here: JobService, store: Store, feed: Feed, reach: Reach) -> None:
+    def __init__(
+        self,
+        centre: str,
+        here: JobService,
+        store: Store,
+        feed: Feed,
+        reach: Reach,
+        explained_s: float = _EXPLAINED_S,
+    ) -> None:
+        self._explained_s = explained_s
         self._centre = centre
         self._here = here
         self._store = store
@@ -72,10 +86,15 @@ class CarriedJobService:
             answer: Message = await getattr(self._here, method.name)(requests, context)
             return answer
         messages = requests if method.streams_requests else _once(request)
-        async with contextlib.aclosing(call_there(self._centre, method, there, messages)) as answers:
-            async for response in answers:
-                await self._as_here(there, response, context)
-                return response
+        try:
+            async with asyncio.timeout(_time_for(context)):
+                async with contextlib.aclosing(call_there(self._centre, method, there, messages)) as answers:
+                    async for response in answers:
+                        await self._as_here(there, response, context)
+                        return response
+        except TimeoutError as error:
+            why = "has not answered in time, though it may still do what was asked"
+            raise unreachable(there.forward, there.clock, why) from error
         raise invalid_answer("answers a call with nothing")
 
     async def _stream(self, method: Method, request: Any, context: Any) -> AsyncIterator[Message]:
@@ -111,22 +130,30 @@ class CarriedJobService:
         there = await self._at_peer(request.job_id)
         if there is None:
             return await self._here.ExplainJob(request, context)
-        name = there.forward.peer
+        name, why = there.forward.peer, "does not answer"
         try:
-            async with contextlib.aclosing(
-                call_there(self._centre, CARRIED["ExplainJob"], there, _once(request))
-            ) as answers:
-                async for response in answers:
-                    if isinstance(response, wire.ExplainJobResponse):
-                        response.message = f"at peer {name}: {response.message}"
-                        return response
-            raise invalid_answer("answers a call with nothing")
+            async with asyncio.timeout(self._explained_s):
+                return await self._explained_by(there, request)
+        except TimeoutError:
+            pass
         except Refusal as refusal:
             if refusal.reason != "PEER_UNREACHABLE":
                 raise
+            why = "is out of contact"
         known = await self._here.ExplainJob(request, context)
-        known.message = f"peer {name} is out of contact; what was last heard of it: {known.message}"
+        # What is known may be no more than just that.
+        if not known.message.startswith(f"peer {name} is out of contact"):
+            known.message = f"peer {name} {why}; what was last heard of it: {known.message}"
         return known
+
+    async def _explained_by(self, there: AtPeer, request: wire.ExplainJobRequest) -> wire.ExplainJobResponse:
+        method = CARRIED["ExplainJob"]
+        async with contextlib.aclosing(call_there(self._centre, method, there, _once(request))) as answers:
+            async for response in answers:
+                if isinstance(response, wire.ExplainJobResponse):
+                    response.message = f"at peer {there.forward.peer}: {response.message}"
+                    return response
+        raise invalid_answer("answers a call with nothing")
 
     async def _run(
         self, requests: AsyncIterator[wire.RunJobRequest], context: Any
@@ -214,6 +241,12 @@ class CarriedJobService:
                     if forward is None or forward.stage not in _THERE or forward.cursor >= cursor:
                         return
                     await news.wait()
+
+
+def _time_for(context: Any) -> float | None:
+    """Returns how long a peer may take to answer, in seconds; None where whoever calls waits for ever."""
+    left_s = context.time_remaining() if context is not None else None
+    return None if left_s is None else max(_LEAST_S, left_s - _IN_TIME_S)
 
 
 def _forwarding(job_id: str, peer: str) -> wire.RunJobResponse:

@@ -229,7 +229,9 @@ def _ran(job: job_pb2.Job, now_s: float) -> str:
     if not attempt.HasField("start_time") and job.state == job_pb2.JOB_STATE_STARTING:
         return "-"
     start = attempt.start_time if attempt.HasField("start_time") else job.start_time
-    end_s = moment(job.end_time) if job.HasField("end_time") else now_s
+    # A peer's job may have ended long before that was heard here.
+    end = attempt if attempt.HasField("end_time") else job
+    end_s = moment(end.end_time) if end.HasField("end_time") else now_s
     # The start is by the node's clock; a job never ran longer than it has been there.
     return span(max(min(end_s - moment(start), now_s - moment(job.create_time)), 0))
 

@@ -25,6 +25,8 @@ __all__ = ["LABEL_WIDTH", "Mistake", "Terminal", "UnreadError", "table", "termin
 
 _PLAIN_WIDTH = 80
 _MOST_WIDTH = 10_000
+_FOLDED_WIDTH = 8
+"""Columns whose cells may be folded are not narrower, if they hold as much."""
 LABEL_WIDTH = 10
 """Width of the column of labels, in characters."""
 
@@ -64,7 +66,8 @@ class Terminal:
     def show(self, answer: RenderableType, least_width: int = 0) -> None:
         """Writes an answer for people.
 
-        Tables are written whole where nobody has said how wide they may be, into a file or a pipe.
+        Tables are written whole where nobody has said how wide they may be, into a file or a pipe. Elsewhere too they
+        get wider than that rather than lose a part of a cell that has to stay in its line: half a number is another.
 
         Args:
             answer: what is written.
@@ -72,6 +75,8 @@ class Terminal:
         """
         if not self.cuts and not (isinstance(answer, Table) and not answer.show_header):
             least_width = max(least_width, _whole_width(answer))
+        if isinstance(answer, Table):
+            least_width = max(least_width, _least_width(answer))
         size = self.out.size
         if least_width > size.width:
             # A width alone does not count where TERM is dumb.
@@ -169,6 +174,17 @@ def _whole_width(answer: RenderableType) -> int:
     if isinstance(answer, str | Text):
         return 0
     return Measurement.get(Console(width=_MOST_WIDTH), Console(width=_MOST_WIDTH).options, answer).maximum
+
+
+def _least_width(shown: Table) -> int:
+    """Returns how wide a table is at least when of what stays in its line nothing is cut but what may be."""
+    console = Console(width=_MOST_WIDTH)
+    total = 2 * (len(shown.columns) - 1)
+    for column in shown.columns:
+        cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+        longest = max(cell.maximum for cell in cells)
+        total += min(longest, (column.max_width or longest) if column.no_wrap else _FOLDED_WIDTH)
+    return total
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

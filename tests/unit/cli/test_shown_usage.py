@@ -1,7 +1,9 @@
 """What is shown of usage: which part of it was at peers."""
 
+import pytest
 from rich.console import Console
 
+from puhui.cli.terminal import Terminal
 from puhui.cli.usage import By, remarks, usage_table
 from puhui.v1.fleet_service_pb2 import GetUsageResponse, UsageRow
 
@@ -26,3 +28,14 @@ def test_who_used_no_peer_is_told_nothing_of_peers() -> None:
     home = UsageRow(tenant="lab", held_seconds=3600, held_slice_seconds=7200, tflops_hours=1)
     assert "PEERS-H" not in shown(GetUsageResponse(rows=[home]))[0]
     assert remarks(GetUsageResponse(rows=[home])) == []
+
+
+def test_no_figure_is_cut_where_there_is_no_room(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    row = UsageRow(tenant="lab", held_seconds=3600, held_slice_seconds=7200, tflops_hours=236.1, reclaims=12)
+    Terminal().show(usage_table(GetUsageResponse(rows=[row]), By.TENANT))
+    heading, line = capsys.readouterr().out.splitlines()
+    assert (heading.split()[-1], line.split()[-1]) == ("TAKEN", "12")
+    assert "236.1" in line

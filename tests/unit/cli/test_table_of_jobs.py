@@ -11,8 +11,9 @@ import termios
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from puhui.v1 import job_pb2
+from puhui.v1 import job_pb2, job_service_pb2
 from tests.unit.cli.small_centre import Kept, RunningCentre
+from tests.unit.cli.small_runs import SmallRun
 
 LONG_NAME = "sweep-of-learning-rates-with-the-large-model"
 WHY = (
@@ -110,3 +111,24 @@ def test_a_line_that_cannot_fit_is_longer_sooner_than_cut(running: RunningCentre
     lines = on_terminal(running, 60, "ps", "--all")
     assert [line.split()[-1] for line in lines] == ["PEER", "university-of-elsewhere", "university-of-somewhere"]
     assert all("(emulated)" in line for line in lines[1:])
+
+
+def test_a_job_took_no_longer_than_it_ran_however_late_that_is_heard(running: RunningCentre) -> None:
+    put(running, 1, peer="local-2", ended=True)
+    job = running.centre.kept["j-000000000001"].job
+    job.start_time.seconds, job.end_time.seconds = 1000, 1101
+    job.attempts[0].start_time.seconds, job.attempts[0].end_time.seconds = 1000, 1020
+    assert " 20s " in piped(running, "ps", "--all")[1]
+
+
+def test_no_figure_of_a_run_is_cut(running: RunningCentre) -> None:
+    session = job_pb2.Job(id="j-box", state=job_pb2.JOB_STATE_RUNNING, create_time=Timestamp(seconds=1))
+    session.spec.kind = job_pb2.JOB_KIND_SESSION
+    running.centre.kept[session.id] = Kept(session)
+    told = job_pb2.Run(id="r-slgcguz3mtpx", job_id="j-box", command=["sleep", "30"], exit_code=130)
+    run = SmallRun(job_service_pb2.RunStart(job_id="j-box"), told)
+    run.run.slice_uuid = "MIG-2dffb46a-1111-2222-3333-444444444444"
+    running.centre.runs[run.run.id] = run
+    for said in (piped(running, "runs", "j-box", columns="40"), on_terminal(running, 40, "runs", "j-box")):
+        assert "r-slgcguz3mtpx" in said[1]
+        assert "exit code 130" in said[1]

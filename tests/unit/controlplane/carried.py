@@ -42,6 +42,7 @@ class Connection(FakePeer):
     Attributes:
         requests: what was sent there.
         spoil: changes what comes back, as a hostile peer may.
+        speaks: cleared, it says nothing, and its connection stands.
     """
 
     def __init__(self, carrier: CallCarrier, there: RunningCentre, job_there: str) -> None:
@@ -50,6 +51,8 @@ class Connection(FakePeer):
         self._job_there = job_there
         self.requests: list[federation.CallForwardedJobRequest] = []
         self.spoil: Callable[[bytes], bytes] = lambda data: data
+        self.speaks = asyncio.Event()
+        self.speaks.set()
         self._carrier = carrier
         self._cut = asyncio.Event()
 
@@ -72,6 +75,7 @@ class Connection(FakePeer):
                 yield request
 
         self._arrive("call")
+        await self.speaks.wait()
         async with contextlib.aclosing(self._until_cut(self._carrier.serve("a", noted()))) as answers:
             async for answer in answers:
                 yield federation.CallForwardedJobResponse(message=self.spoil(answer.message))
@@ -250,7 +254,7 @@ async def ends(folder: Path) -> AsyncIterator[Ends]:
         peer = Connection(CallCarrier(there.centre._store, there.centre._jobs), there, job_there)
         book = {"b": peer}
         reach = Reach(cast("Any", book), TestClock(), "id-of-a", 90.0, 30.0, 600.0)
-        jobs = CarriedJobService("a", here.centre._jobs, store, here.centre._feed, reach)
+        jobs = CarriedJobService("a", here.centre._jobs, store, here.centre._feed, reach, explained_s=0.5)
         results = Results(folder / "results")
         logs = LogReader("a", store, here.centre._feed, here.centre._nodes, results, reach)
         yield Ends(here, there, jobs, await here.submit(**session), job_there, node, peer, logs, results, book)

@@ -217,8 +217,30 @@ async def test_why_it_waits_is_said_by_its_peer_or_from_memory(tmp_path: Path) -
     async with at_peer(tmp_path) as both:
         request = wire.ExplainJobRequest(job_id=both.job_id)
         assert (await both.jobs.ExplainJob(request, None)).message.startswith("at peer b: ")
+        both.peer.speaks.clear()
+        assert (await both.jobs.ExplainJob(request, None)).message.startswith("peer b does not answer; what was last")
         await both.peer.cut()
         assert (await both.jobs.ExplainJob(request, None)).message.startswith("peer b is out of contact")
+
+
+class Hurried:
+    """A call whose caller waits for that long only."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def time_remaining(self) -> float:
+        """Returns how long it still waits."""
+        return self._seconds
+
+
+async def test_whoever_waits_is_told_in_time_that_a_peer_is_silent(tmp_path: Path) -> None:
+    async with at_peer(tmp_path) as both:
+        both.peer.speaks.clear()
+        with pytest.raises(Refusal) as caught:
+            await both.jobs.ListRuns(wire.ListRunsRequest(job_id=both.job_id), Hurried(2.6))
+        assert caught.value.reason == "PEER_UNREACHABLE"
+        assert "peer b has not answered in time" in caught.value.message
 
 
 async def test_what_is_here_is_answered_here(tmp_path: Path) -> None:
