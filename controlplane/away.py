@@ -173,6 +173,7 @@ def brought_back(draft: Draft, it: h.BroughtBack) -> None:
     """It waits again."""
     attempt = draft.job.attempts[-1]
     draft.end_attempt(attempt)
+    attempt.message = plain_text(it.message, _MOST_TEXT)
     _end_runs(draft, f"the session is no longer at peer {attempt.peer}, where it was; what became of it is not known")
     shunned = (*draft.record.not_at, attempt.peer) if it.shun else draft.record.not_at
     draft.record = replace(draft.record, not_at=shunned, ending=None)

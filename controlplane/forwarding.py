@@ -166,7 +166,7 @@ def why_not(job: Candidate, peer: Neighbour, sent: int = 0) -> str:
         (not record.address, "it is never called"),
         (not peer.in_contact, "out of contact"),
         (record.centre_id in job.visited, "it has been there"),
-        (record.name in job.not_at, "it could not run it before"),
+        (record.name in job.not_at, "it could not run it before; `puhui get` says why"),
         (record.name in job.unheard_of_at, "it may have ended there, which is asked first"),
         (job.is_guest and not terms.transit, "what came from other peers is not sent there"),
         (tenant_out(terms, job.tenant) is None, f"jobs of tenant {job.tenant} are not sent there"),

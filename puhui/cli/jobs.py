@@ -338,7 +338,7 @@ def _attempt(attempt: job_pb2.Attempt, now_s: float) -> str:
         parts.append(f"exit code {attempt.exit_code}")
     if attempt.HasField("release_time"):
         parts.append("released")
-    return ", ".join(parts)
+    return ", ".join(parts) + (f": {readable(attempt.message)}" if attempt.message else "")
 
 
 def _wait(

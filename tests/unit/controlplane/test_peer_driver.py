@@ -255,6 +255,7 @@ async def test_what_the_peer_refuses_waits_again(tmp_path: Path, reason: str, sh
         record = await site.job()
         assert (record.state, record.not_at, peer.calls) == (JOB_STATE_QUEUED, shunned, ["forward"])
         assert record.job.attempts[0].HasField("release_time")
+        assert f"peer b does not run it ({reason}: " in record.job.attempts[0].message
 
 
 async def test_a_refusal_that_may_have_come_after_the_binding_proves_nothing(tmp_path: Path) -> None:
