@@ -197,14 +197,15 @@ _LIVING = (
 
 
 def _running_jobs(record: Record) -> list[str]:
-    """Returns the ids of the jobs that run; of a centre that does not answer, none."""
+    """Returns the ids of the jobs that run; of a centre that does not answer, none. One at another of them counts once."""
     active = JobFilter(states=_LIVING)
+    names = {here.name for here in record.centres}
     found = []
     for here in record.centres:
         with contextlib.suppress(Refusal):  # it is stopping for a reason of its own
             if here.address:
                 with Centre(here.address) as centre:
-                    found += [job.id for job in centre.jobs(active)]
+                    found += [job.id for job in centre.jobs(active) if job.guest.peer not in names]
     return found
 
 
@@ -230,7 +231,7 @@ def _down(
             state=str(folder.path),
         )
     before = folder.read()
-    running = _running_jobs(before) if before is not None and before.supervisor.runs() else []
+    running = _running_jobs(before) if before is not None and before.runs() else []
     record = folder.stop()
     if terminal().as_json:
         stopped = {"stopped": record is not None, "address": record.address if record else None}
@@ -254,7 +255,7 @@ def _centres(
     """
     folder = StateFolder((state or default_state()).absolute())
     record = folder.read()
-    running = record.centres if record is not None and record.supervisor.runs() else ()
+    running = record.centres if record is not None and record.runs() else ()
     if terminal().as_json:
         terminal().json({"centres": [{**asdict(centre), "emulated": True} for centre in running]})
         return

@@ -51,7 +51,7 @@ def local_addresses(environment: Mapping[str, str] = os.environ) -> dict[str, st
         Refusal: FAILED_PRECONDITION with STATE_UNREADABLE.
     """
     record = StateFolder(own_state(environment)).read()
-    if record is None or not record.supervisor.runs():
+    if record is None or not record.runs():
         return {}
     return {centre.name: centre.address for centre in record.centres if centre.address}
 
@@ -149,6 +149,10 @@ class Record:
     def address(self) -> str:
         """Where the first one's control plane serves; "" while it has not begun to."""
         return self.centres[0].address
+
+    def runs(self) -> bool:
+        """Says whether any of it is running still: daemons outlive a `puhui up` that was killed."""
+        return any(process.runs() for process in (self.supervisor, *self.daemons.values()))
 
 
 class StateFolder:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,13 @@ def test_a_record_is_kept_and_taken_away(tmp_path: Path) -> None:
     folder.clear()
     assert folder.read() is None
     assert folder.stop() is None
+
+
+def test_daemons_whose_up_was_killed_run_still() -> None:
+    mine = ProcessId.of(os.getpid())
+    gone = replace(mine, start_ticks=mine.start_ticks + 1)
+    assert replace(record(gone), daemons={"controlplane": mine}).runs()
+    assert not replace(record(gone), daemons={"controlplane": gone}).runs()
 
 
 def test_the_record_of_an_older_up_is_understood(tmp_path: Path) -> None:
