@@ -197,7 +197,7 @@ _LIVING = (
 
 
 def _running_jobs(record: Record) -> list[str]:
-    """Returns the ids of the jobs that run; of a centre that does not answer, none. One at another of them counts once."""
+    """Returns the ids of the jobs that run; of a centre that does not answer, none. One at another of them is one."""
     active = JobFilter(states=_LIVING)
     names = {here.name for here in record.centres}
     found = []
