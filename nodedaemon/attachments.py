@@ -13,39 +13,30 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import grpc
-import structlog
 
 from nodedaemon.checkpoint import Process
 from nodedaemon.descriptions import IdlenessOf, describe_container, unwatched
 from nodedaemon.devices import (
     CardDevices,
-    SliceIds,
-    cap_nodes,
     card_mounts,
-    read_minors,
-    require_cap_nodes,
     require_card_node,
 )
-from nodedaemon.driver_facts import GpuFacts, Mig
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
-from nodedaemon.holders import Holder, holder
+from nodedaemon.holders import Holder
 from nodedaemon.hotplug import HotPlug
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
 from nodedaemon.records import CardRecord, ContainerRecord, SliceRecord, SliceStage
 from nodedaemon.results import known_container
 from nodedaemon.runtime import Mount
+from nodedaemon.slice_nodes import SliceNodes, in_use
 from nodedaemon.slices import Slices
 from nodedaemon.workspace import Attempts
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import Container, NodeEventKind, RuntimeKind
 
 __all__ = ["Attachments", "Vacate"]
-
-_log = structlog.get_logger(__name__)
-
-_MOST_NAMED = 8
 
 Vacate = Callable[[ContainerRecord, list[Holder]], Awaitable[Callable[[ContainerRecord], None]]]
 """Sees to it that nobody holds a container's cards, and returns what is to be written down once they are detached."""
@@ -88,6 +79,8 @@ class Attachments:
         self._attempts = attempts
         self._cards = cards
         self._hotplug = hotplug
+        self.nodes = SliceNodes(gpus, cards, hotplug)
+        """Where the nodes of slices are."""
         self._kind = kind
         self._changed = changed
         self._idleness = idleness
@@ -101,17 +94,6 @@ class Attachments:
     def place(self, owner: Owner) -> str:
         """Returns where a command of an attempt finds the cap nodes of its slices."""
         return self._hotplug.place(self._attempts.folder(owner).caps)
-
-    def require_nodes(self, slices: Sequence[tuple[SliceRecord, GpuFacts]]) -> dict[str, Path]:
-        """Returns where the cap nodes of slices are on the host, by name.
-
-        Raises:
-            Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING.
-        """
-        nodes = self._sources(slices)
-        if nodes:
-            require_cap_nodes(nodes, self._minors())
-        return nodes
 
     async def prepare(self, owner: Owner, nodes: dict[str, Path]) -> list[Mount]:
         """Returns what a container that is to be created must be given to see these nodes, and others later.
@@ -136,12 +118,12 @@ class Attachments:
         async with self._lock(owner):
             before = self._living(owner)
             one, gpu = self._slices.book.owned(owner, uuid)
-            self.require_nodes([(one, gpu)])
+            self.nodes.require([(one, gpu)])
             if not self._cards.emulated:
                 require_card_node(gpu.minor, Path(f"/proc/{before.pid}/root"))
             new = uuid not in before.slice_uuids
             wanted = (*before.slice_uuids, uuid) if new else before.slice_uuids
-            nodes = self._nodes(owner, wanted)
+            nodes = self._nodes_of(owner, wanted)
             self._write(owner, wanted)
             try:
                 await self._show(before, nodes)
@@ -160,7 +142,7 @@ class Attachments:
         if record.slice_uuids != tuple(uuids):
             record = self._write(owner, uuids)
         try:
-            await self._show(record, self._nodes(owner, uuids))
+            await self._show(record, self._nodes_of(owner, uuids))
         except Refusal as error:
             # A slice that it saw may be hidden.
             self._doubt(record, error)
@@ -180,13 +162,13 @@ class Attachments:
                 return self._describe(owner)
             one, gpu = self._slices.book.owned(owner, uuid)
             rest = tuple(other for other in before.slice_uuids if other != uuid)
-            nodes = self._nodes(owner, rest)
+            nodes = self._nodes_of(owner, rest)
             try:
                 # Hidden first: whoever does not hold it by then cannot come to hold it while this looks.
                 await self._show(before, nodes)
-                holders = await self._holders(before, one, gpu)
+                holders = await self.nodes.holders(before, one, gpu)
                 if holders:
-                    raise _in_use(before, one, holders)
+                    raise in_use(before, one, holders)
                 message = f"detached slice {uuid} ({one.profile}) from container {before.container_id[:12]}"
                 with self._journal.atomic():
                     self._write(owner, rest)
@@ -215,13 +197,13 @@ class Attachments:
             slices = [self._slices.book.owned(owner, uuid) for uuid in before.slice_uuids]
             try:
                 await self._show(before, {})
-                settle = await vacate(before, await self._all_holders(before, slices))
+                settle = await vacate(before, await self.nodes.all_holders(before, slices))
                 after = known_container(self._journal, owner)
                 if after.stage.is_alive:
                     for one, gpu in slices:
-                        holders = await self._holders(before, one, gpu)
+                        holders = await self.nodes.holders(before, one, gpu)
                         if holders:
-                            raise _in_use(before, one, holders)
+                            raise in_use(before, one, holders)
                 with self._journal.atomic():
                     self._write(owner, ())
                     settle(known_container(self._journal, owner))
@@ -242,15 +224,9 @@ class Attachments:
             Refusal: as `detach` does.
         """
         before = self._living(owner)
-        return await self._all_holders(before, [self._slices.book.owned(owner, uuid) for uuid in before.slice_uuids])
-
-    async def _all_holders(
-        self, record: ContainerRecord, slices: Sequence[tuple[SliceRecord, GpuFacts]]
-    ) -> list[Holder]:
-        found: dict[int, Holder] = {}
-        for one, gpu in slices:
-            found |= {held.pid: held for held in await self._holders(record, one, gpu)}
-        return [found[pid] for pid in sorted(found)]
+        return await self.nodes.all_holders(
+            before, [self._slices.book.owned(owner, uuid) for uuid in before.slice_uuids]
+        )
 
     def cards(self, owner: Owner) -> list[tuple[CardRecord, dict[str, Path]]]:
         """Returns the slices that an attempt's container sees, and where their nodes are on the host, by name.
@@ -261,34 +237,13 @@ class Attachments:
         found = []
         for uuid in known_container(self._journal, owner).slice_uuids:
             one, gpu = self._slices.book.owned(owner, uuid)
-            nodes = self._sources([(one, gpu)])
+            nodes = self.nodes.sources([(one, gpu)])
             found.append((CardRecord(uuid, gpu.model, one.profile, tuple(nodes)), nodes))
         return found
 
     async def signal(self, record: ContainerRecord, number: int, processes: Collection[Process] | None) -> list[int]:
         """Signals processes of a living container, as `HotPlug.signal` does."""
         return await self._hotplug.signal(record.pid, number, processes)
-
-    async def _holders(self, record: ContainerRecord, one: SliceRecord, gpu: GpuFacts) -> list[Holder]:
-        """Returns the processes of a container that hold a slice, as the driver says or as their open files do.
-
-        Raises:
-            Refusal: FAILED_PRECONDITION with HOLDERS_UNKNOWN; as `HotPlug.holders` does.
-        """
-        files = [source for source in self._sources([(one, gpu)]).values() if source.exists()]
-        found: dict[int, Holder] = {}
-        try:
-            listed = await self._gpus.holders(gpu, one.gi or 0)
-            found = {held.pid: held for held in listed if held.container == record.container_id}
-        except Refusal as error:
-            # NVML does not show processes to every user. A process that computes has the GPU itself open, on whichever
-            # of its slices; what cannot be told apart counts as held.
-            _log.info("the driver does not name who holds a slice", gpu=gpu.index, error=error.message)
-            if not self._cards.emulated:
-                files.append(Path(f"/dev/nvidia{gpu.minor}"))
-        for pid in await self._hotplug.holders(record.pid, files):
-            found.setdefault(pid, replace(holder(pid), container=record.container_id))
-        return [found[pid] for pid in sorted(found)]
 
     # What should be so ------------------------------------------------------------------------------------
 
@@ -316,7 +271,7 @@ class Attachments:
                 return
             rest = tuple(other for other in record.slice_uuids if other != one.uuid)
             try:
-                await self._show(record, self._nodes(one.owner, rest))
+                await self._show(record, self._nodes_of(one.owner, rest))
             except Refusal as error:
                 # Its command has ended, which is told in a moment: nobody in it sees anything any more.
                 if error.reason != "CONTAINER_NOT_RUNNING":
@@ -343,7 +298,7 @@ class Attachments:
                 return
             there = tuple(uuid for uuid in record.slice_uuids if self._is_there(owner, uuid))
             try:
-                changed = await self._show(record, self._nodes(owner, there))
+                changed = await self._show(record, self._nodes_of(owner, there))
             except Refusal as error:
                 if error.reason != "CONTAINER_NOT_RUNNING":
                     # What is gone stays noted: while the container sees its nodes nothing may be made in its place.
@@ -387,7 +342,7 @@ class Attachments:
             )
         return record
 
-    def _nodes(self, owner: Owner, uuids: Iterable[str]) -> dict[str, Path]:
+    def _nodes_of(self, owner: Owner, uuids: Iterable[str]) -> dict[str, Path]:
         """Returns where the cap nodes of an attempt's slices are on the host, by name.
 
         A slice that vanished may have none any more, and it is not for the others to wait until that is noticed.
@@ -396,22 +351,7 @@ class Attachments:
             Refusal: FAILED_PRECONDITION with CAP_NODE_MISSING; INTERNAL with DRIVER_REFUSED.
         """
         slices = [self._slices.book.owned(owner, uuid) for uuid in uuids if self._is_there(owner, uuid)]
-        return {name: source for name, source in self._sources(slices).items() if source.exists()}
-
-    def _sources(self, slices: Sequence[tuple[SliceRecord, GpuFacts]]) -> dict[str, Path]:
-        for _, gpu in slices:
-            if gpu.mig is Mig.UNKNOWN:
-                raise Refusal(
-                    grpc.StatusCode.INTERNAL,
-                    "DRIVER_REFUSED",
-                    f"GPU {gpu.index} does not answer, so which nodes are its slices' is not known: {gpu.notice}",
-                    gpu_uuid=gpu.uuid,
-                )
-        ids = [SliceIds(gpu.minor, one.gi or 0, one.ci or 0) for one, gpu in slices]
-        return cap_nodes(ids, self._cards, self._minors()) if ids else {}
-
-    def _minors(self) -> dict[str, int]:
-        return read_minors(self._cards.minors.read_text())
+        return {name: source for name, source in self.nodes.sources(slices).items() if source.exists()}
 
     async def _show(self, record: ContainerRecord, nodes: dict[str, Path]) -> bool:
         try:
@@ -448,16 +388,3 @@ class Attachments:
 
     def _reconciled(self, owner: Owner, reason: str, message: str) -> None:
         self._events.add(NodeEventKind.NODE_EVENT_KIND_RECONCILED, reason, message, owner=owner.ref())
-
-
-def _in_use(record: ContainerRecord, one: SliceRecord, holders: Sequence[Holder]) -> Refusal:
-    who = ", ".join(str(held) for held in holders[:_MOST_NAMED])
-    more = f" and {len(holders) - _MOST_NAMED} more" if len(holders) > _MOST_NAMED else ""
-    return Refusal(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "SLICE_IN_USE",
-        f"slice {one.uuid} is held by process {who}{more}; end it, or have it close the card, then detach again",
-        slice_uuid=one.uuid,
-        container_id=record.container_id,
-        holders=who,
-    )

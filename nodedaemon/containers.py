@@ -113,7 +113,7 @@ class Containers:
         policy = policy_of(request.idle_watch) if request.HasField("idle_watch") else None
         slices = [self._slices.book.owned(owner, uuid) for uuid in request.slice_uuids]
         code = self._bundles.code(request.bundle_id) if request.bundle_id else None
-        nodes = self._attachments.require_nodes(slices)
+        nodes = self._attachments.nodes.require(slices)
         begins_with = choose_workspace(self._journal, self._attempts, owner, request.workspace_of_attempt, known)
         with self._journal.atomic():
             if lease_end is not None:

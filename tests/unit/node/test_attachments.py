@@ -125,7 +125,7 @@ class Bench:
     def require_agreement(self) -> None:
         """What is seen is what the journal says."""
         wanted = [self.slices.book.owned(_OWNER, uuid) for uuid in self.attached()]
-        assert self.plug.seen == self.attachments.require_nodes(wanted)
+        assert self.plug.seen == self.attachments.nodes.require(wanted)
 
     def told(self) -> list[NodeEvent]:
         return [NodeEvent.FromString(message) for _, message in self.journal.events(0, 1000)]
