@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
 
-from nodedaemon.driver_facts import Mig
+from nodedaemon.driver_facts import GpuInstance, Mig
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.host import boot_id
 from nodedaemon.inventory import Revision
 from nodedaemon.journal import Journal
 from nodedaemon.owner import Owner
-from nodedaemon.reconcile import plan_slices
+from nodedaemon.reconcile import is_same, plan_slices
 from nodedaemon.records import SliceRecord, SliceStage
+from nodedaemon.slice_calls import find
 from nodedaemon.slices import Slices
 from puhui.rpc.errors import Refusal
 from puhui.v1.node_pb2 import NodeEventKind
@@ -90,7 +92,7 @@ class SliceRecovery:
         records = [one for one in self.journal.slices() if not self.slices.in_hand(one)]
         # No instance survives a boot: there is nothing to doubt about one of an earlier boot.
         gone = [one for one in records if one.boot_id != boot]
-        instances, doubtful = await self.slices.look([one for one in records if one.boot_id == boot])
+        instances, doubtful = await self._look_at([one for one in records if one.boot_id == boot])
         # Of a GPU that does not answer nothing is known, and so nothing is decided.
         sure = [one for one in records if one in gone or one not in doubtful]
         uncut = {gpu.uuid for gpu in self.gpus.every() if gpu.mig is Mig.DISABLED}
@@ -121,6 +123,32 @@ class SliceRecovery:
             self._working -= done
             for task in done:
                 task.result()
+
+    async def _look_at(self, records: Sequence[SliceRecord]) -> tuple[list[GpuInstance], list[SliceRecord]]:
+        """Looks at the GPUs.
+
+        Args:
+            records: slices of the journal that are wanted.
+
+        Returns:
+            Every GPU instance that the driver lists, and those of the records that it has but does not list; and the
+            records of which nothing can be known, because their GPU does not answer.
+        """
+        listing = await self.gpus.list_all()
+        found, doubtful = [instance for _, instance in listing.instances], []
+        for record in records:
+            if listing.may_have(record.gpu_uuid):
+                doubtful.append(record)
+            elif not any(is_same(record, instance) for instance in found):
+                gpu = self.gpus.known(record.gpu_uuid)
+                try:
+                    if gpu.mig is Mig.ENABLED and (
+                        really := await self.gpus.read(gpu, partial(find, self.gpus.driver, record))
+                    ):
+                        found.append(really)
+                except Refusal:
+                    doubtful.append(record)
+        return found, doubtful
 
     async def _finish(self, record: SliceRecord, gi: int) -> None:
         if not self.slices.is_as(record):

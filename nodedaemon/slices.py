@@ -6,14 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import grpc
 import structlog
 
-from nodedaemon.driver_facts import GpuFacts, GpuInstance, Mig, ProfileFacts, Span
+from nodedaemon.driver_facts import GpuFacts, ProfileFacts, Span
 from nodedaemon.events import EventLog
 from nodedaemon.gpus import Gpus
 from nodedaemon.holders import Holder
@@ -23,7 +22,7 @@ from nodedaemon.owner import Owner
 from nodedaemon.reconcile import is_same
 from nodedaemon.records import SliceRecord, SliceStage
 from nodedaemon.slice_book import SliceBook
-from nodedaemon.slice_calls import fill, find, in_the_way, remove, whole
+from nodedaemon.slice_calls import fill, in_the_way, remove, whole
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
 from puhui.v1.card_pb2 import Slice
@@ -312,33 +311,6 @@ class Slices:
     def in_hand(self, record: SliceRecord) -> bool:
         """Says whether a slice is being made or destroyed at this moment."""
         return self._hands[record.id] > 0
-
-    async def look(self, records: Sequence[SliceRecord]) -> tuple[list[GpuInstance], list[SliceRecord]]:
-        """Looks at the GPUs.
-
-        Args:
-            records: slices of the journal that are wanted.
-
-        Returns:
-            Every GPU instance that the driver lists, and those of the records that it has but does not list; and the
-            records of which nothing can be known, because their GPU does not answer.
-        """
-        listing = await self._gpus.list_all()
-        found, doubtful = [instance for _, instance in listing.instances], []
-        for record in records:
-            if listing.may_have(record.gpu_uuid):
-                doubtful.append(record)
-            elif not any(is_same(record, instance) for instance in found):
-                gpu = self._gpus.known(record.gpu_uuid)
-                try:
-                    if gpu.mig is Mig.ENABLED and (really := await self._gpus.read(gpu, partial(self._find, record))):
-                        found.append(really)
-                except Refusal:
-                    doubtful.append(record)
-        return found, doubtful
-
-    def _find(self, record: SliceRecord) -> GpuInstance | None:
-        return find(self._gpus.driver, record)
 
     async def finish(self, record: SliceRecord, gi: int) -> None:
         """Completes a slice whose making was cut short.
