@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 import pynvml
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -39,7 +40,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CARDS = "A100-40GB:1,H100-80GB-SXM5:1"
-EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("PUHUI_MACHINE_EXAMPLES", "80"))
 STEPS = 50
 LEAST_STEPS = 2000
 
@@ -482,7 +483,8 @@ async def _put_code(folder: Path) -> str:
     return bundle.id
 
 
-TestSlices = SliceMachine.TestCase
+# It takes a minute where nobody else is.
+TestSlices = pytest.mark.timeout(600)(SliceMachine.TestCase)
 TestSlices.settings = settings(
     max_examples=EXAMPLES,
     stateful_step_count=STEPS,
