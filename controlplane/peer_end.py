@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import grpc
 import structlog
 
 from controlplane import happenings
@@ -55,7 +56,7 @@ class PeerEnd:
             try:
                 answer = await self._attempt.peer().client.cancel(request)
             except Refusal as refusal:
-                if refusal.reason in _FOR_CERTAIN:
+                if _is_certain(refusal):
                     break
                 tries += 1
                 await self._patiently(tries)
@@ -111,7 +112,7 @@ class PeerEnd:
                 )
                 return answer.job if answer.HasField("job") else None
             except Refusal as refusal:
-                if refusal.reason in _FOR_CERTAIN:
+                if _is_certain(refusal):
                     return None
                 _log.warning("a peer does not tell how an attempt ended", job=self._attempt.record.id, why=str(refusal))
                 tries += 1
@@ -134,7 +135,7 @@ class PeerEnd:
                 return got.log_bytes, got.artifacts, ""
             _log.warning("results at a peer cannot be collected yet", job=self._attempt.record.id, why=str(got.error))
             tries += 1
-            if isinstance(got.error, Refusal) and got.error.reason in _FOR_CERTAIN:
+            if isinstance(got.error, Refusal) and _is_certain(got.error):
                 refusals += 1
                 if refusals >= _MOST_REFUSALS:
                     name = self._attempt.forward.peer
@@ -162,3 +163,13 @@ class PeerEnd:
         await self._attempt.until_contact(tries)
         if was_there and tries > _OFTEN:
             await asyncio.sleep(min(_RARELY_S, 2.0 ** (tries - _OFTEN)))
+
+
+def _is_certain(refusal: Refusal) -> bool:
+    """Whether a peer will not give results, ever.
+
+    It is so when we have ended work with it, as `PeerAttempt.peer` tells: paired again it is another peer, which has
+    nothing of this attempt. When it is the peer that knows us no longer, it may know us again.
+    """
+    ended_here = refusal.reason == "PEER_UNKNOWN" and refusal.code == grpc.StatusCode.UNAVAILABLE
+    return ended_here or refusal.reason in _FOR_CERTAIN
