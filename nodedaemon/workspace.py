@@ -25,6 +25,9 @@ from nodedaemon.owner import Owner
 __all__ = ["AttemptFolder", "Attempts", "remove_tree"]
 
 
+_MOST_TRIES = 100
+
+
 @dataclass(frozen=True)
 class AttemptFolder:
     """Where the things of one attempt are."""
@@ -125,8 +128,15 @@ class Attempts:
             OSError: the disk is full.
         """
         folder = self.folder(owner)
-        for path in (folder.path.parents[1], folder.path.parent, folder.path):
-            self._make(path)
+        for left in reversed(range(_MOST_TRIES)):
+            try:
+                for path in (folder.path.parents[1], folder.path.parent, folder.path):
+                    self._make(path)
+                break
+            except FileNotFoundError:
+                # `remove` takes the directories above another attempt away when they are empty, on its own thread.
+                if not left:
+                    raise
         return folder
 
     def workspace_of(self, owner: Owner, attempt: int) -> Path:
