@@ -127,7 +127,15 @@ class CarriedJobService:
 
     async def _explain(self, request: wire.ExplainJobRequest, context: Any) -> wire.ExplainJobResponse:
         """Says why a job waits. While its peer is away, what is known here."""
-        there = await self._at_peer(request.job_id)
+        try:
+            there = await self._at_peer(request.job_id)
+        except Refusal as refusal:
+            known = await self._here.ExplainJob(request, context)
+            peer = refusal.metadata["peer"]
+            known.message = (
+                f"peer {peer} is no peer of this centre any longer; what was last heard of it: {known.message}"
+            )
+            return known
         if there is None:
             return await self._here.ExplainJob(request, context)
         name, why = there.forward.peer, "does not answer"

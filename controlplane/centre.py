@@ -156,6 +156,7 @@ class Centre:
         )
         centre._attempts = Attempts(around, scheduler.put_back)
         centre._reservations = reservations
+        await federation.connect()
         await centre._take_up()
         pages = Pages(await store.centre_id())
         submission = Submission(
@@ -275,6 +276,7 @@ class Centre:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._runs.stop()
         await self._attempts.stop()
+        await self._federation.close()
         await self._nodes.stop()
         await self._prediction.close()
         await self._store.close()

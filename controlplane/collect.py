@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -15,6 +15,8 @@ from puhui.v1 import card_pb2, job_pb2, node_service_pb2, stream_pb2
 
 __all__ = ["Collected", "Left", "collect"]
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -23,10 +25,18 @@ class Collected:
     log_bytes: int
     """Size of the log, in bytes."""
     artifacts: job_pb2.JobArtifacts
-    missing: str = ""
-    """What is not here, in words; "" when all of it is."""
-    error: Refusal | OSError | None = None
-    """Why it is not."""
+    errors: Mapping[str, Refusal | OSError] = field(default_factory=dict)
+    """Why what is not here is not, by what it is: log, artifacts."""
+
+    @property
+    def missing(self) -> str:
+        """What is not here, in words; "" when all of it is."""
+        return " and ".join(self.errors)
+
+    @property
+    def error(self) -> Refusal | OSError | None:
+        """Why it is not."""
+        return next(iter(self.errors.values()), None)
 
 
 class Left(Protocol):
@@ -43,30 +53,44 @@ class Left(Protocol):
         """Yields the manifest of its artifacts, then the archive in chunks."""
 
 
-async def collect(client: Left, owner: card_pb2.AttemptRef, results: Results) -> Collected:
+async def collect(
+    client: Left, owner: card_pb2.AttemptRef, results: Results, before: Collected | None = None
+) -> Collected:
     """Fetches log and artifacts of an attempt whose command has ended, as much of them as can be had now.
 
     It may be called again at any time, and begins anew.
+
+    Args:
+        client: where they are.
+        owner: the attempt.
+        results: where to.
+        before: what came before; what of it came whole is not fetched again.
     """
+    whole = {"log", "artifacts"} - before.errors.keys() if before is not None else set()
     log, artifacts = await asyncio.gather(
-        _log(client, owner, results), _artifacts(client, owner, results), return_exceptions=True
+        _known(before.log_bytes) if before and "log" in whole else _log(client, owner, results),
+        _known(before.artifacts) if before and "artifacts" in whole else _artifacts(client, owner, results),
+        return_exceptions=True,
     )
-    errors = [outcome for outcome in (log, artifacts) if isinstance(outcome, BaseException)]
-    for error in errors:
-        if not isinstance(error, Refusal | OSError):
-            raise error
-    names = [name for name, outcome in (("log", log), ("artifacts", artifacts)) if isinstance(outcome, BaseException)]
-    missing, why = " and ".join(names), next((one for one in errors if isinstance(one, Refusal | OSError)), None)
+    errors = {}
+    for name, outcome in (("log", log), ("artifacts", artifacts)):
+        if isinstance(outcome, Refusal | OSError):
+            errors[name] = outcome
+        elif isinstance(outcome, BaseException):
+            raise outcome
     try:
         await asyncio.to_thread(results.settle, owner.job_id, owner.attempt)
     except OSError as error:
-        missing, why = "log and artifacts", error
+        errors = {"log": error, "artifacts": error}
     return Collected(
         0 if isinstance(log, BaseException) else log,
         job_pb2.JobArtifacts() if isinstance(artifacts, BaseException) else artifacts,
-        missing,
-        why,
+        errors,
     )
+
+
+async def _known(one: _T) -> _T:
+    return one
 
 
 async def _log(client: Left, owner: card_pb2.AttemptRef, results: Results) -> int:

@@ -177,8 +177,12 @@ class Federation:
         """Returns the peers there are now, by name, each with the profiles that it has."""
         return {peer.record.name: [one.profile for one in peer.profiles] for peer in self.peers.all()}
 
+    async def connect(self) -> None:
+        """Opens the connections to the peers, before anything that was sent there is taken up."""
+        await self.peers.start()
+
     async def join(self, inside: Inside, server: RpcServer) -> None:
-        """Connects to the peers, serves them, and sends them what waits here.
+        """Serves the peers, and sends them what waits here.
 
         Args:
             inside: what of the centre they come to use.
@@ -239,7 +243,6 @@ class Federation:
             ),
         )
         await self._pairing.load()
-        await self.peers.start()
         if settings.federation_listen:
             carrier = CallCarrier(self._store, inside.jobs)
             service = FederationService(self.peers, PeerLimits(), self._pairing, desk, hosting, carrier)
@@ -259,10 +262,13 @@ class Federation:
         self.address = self._settings.federation_address or f"{listen.rpartition(':')[0]}:{port}"
 
     async def leave(self) -> None:
-        """Stops serving peers, and lets go of them."""
+        """Stops serving peers, and sends them nothing more."""
         if self._server is not None:
             await self._server.stop(_STOP_GRACE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Closes the connections to the peers, once nothing is driven any longer that was sent there."""
         await self.peers.stop()

@@ -80,8 +80,9 @@ class FederationService(FederationServiceServicer):
                     yield response
 
     def _require_still(self, peer: Peer) -> None:
-        """Refuses a peer with which work was ended meanwhile."""
-        if self._peers.by_certificate(peer.record.certificate) is None:
+        """Refuses a peer with which work was ended meanwhile, also when it was paired anew since."""
+        now = self._peers.by_certificate(peer.record.certificate)
+        if now is None or (now.record.name, now.record.create_time) != (peer.record.name, peer.record.create_time):
             raise unknown_peer()
 
     async def GetOffer(self, request: wire.GetOfferRequest, context: _Context) -> wire.GetOfferResponse:  # noqa: N802 - named by the contract

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
+import grpc
 import structlog
 
 from controlplane import happenings
@@ -17,6 +18,7 @@ from controlplane.reach import Clock
 from controlplane.records import Change, JobRecord
 from controlplane.results import Results
 from controlplane.store import Store
+from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now, seconds
 from puhui.v1 import job_pb2
 
@@ -102,12 +104,16 @@ class GuestLeases:
 
         def decide(known: GuestRecord | None) -> GuestRecord:
             if known is None:
-                return guest
+                # It is kept under another name since work with its peer was ended: the next round finds it there.
+                raise Refusal(grpc.StatusCode.NOT_FOUND, "GUEST_NOT_FOUND", f"{guest.key} is known no longer")
             return expire(known, self._clock.now() + stop_ahead_s(known, grace_s), self._clock.boot)
 
         if decide(guest).stage is not GuestStage.EXPIRED:
             return
-        after = await self._store.change_guest(guest.key, decide)
+        try:
+            after = await self._store.change_guest(guest.key, decide)
+        except Refusal:
+            return
         if after.stage is not GuestStage.EXPIRED or record.cancel_requested:
             return
         why = f"its origin, {guest.peer}, has not renewed its lease"

@@ -110,13 +110,18 @@ class PeerAttempt:
         """Returns the peer.
 
         Raises:
-            Refusal: UNAVAILABLE with PEER_UNKNOWN: work with it was ended.
+            Refusal: UNAVAILABLE with WORK_ENDED: it is no peer any longer, or was paired anew; or with PEERS_CLOSED:
+                this centre is starting or stopping.
         """
         peer = self._reach.peers.get(self._forward.peer)
+        if peer is None and not self._reach.peers.is_open:
+            raise Refusal(
+                grpc.StatusCode.UNAVAILABLE, "PEERS_CLOSED", "this centre is starting or stopping, and has no peers yet"
+            )
         if peer is None or peer.record.create_time != self._forward.paired:
             raise Refusal(
                 grpc.StatusCode.UNAVAILABLE,
-                "PEER_UNKNOWN",
+                "WORK_ENDED",
                 f"{self._forward.peer} is no peer of this centre any longer",
             )
         return peer

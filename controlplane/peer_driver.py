@@ -60,6 +60,7 @@ _BEFORE_BINDING = frozenset(
         "SPEC_INVALID",
         "TENANT_INVALID",
         "TOO_LARGE",
+        "WORK_ENDED",
     }
 )
 # The peer is full, or could not be asked: it may be asked again for this job.
@@ -78,6 +79,7 @@ _PASSING = frozenset(
         "PEER_STREAMS",
         "PEER_UNKNOWN",
         "UNKNOWN",
+        "WORK_ENDED",
     }
 )
 _PEER_LOST = Ending(

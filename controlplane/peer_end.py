@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import grpc
 import structlog
 
 from controlplane import happenings
@@ -14,6 +13,7 @@ from controlplane.endings import Ending
 from controlplane.forwards import ForwardStage
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES
+from controlplane.node_asker import Fenced
 from controlplane.peer_attempt import PeerAttempt
 from controlplane.peer_results import collect_from_peer
 from controlplane.results import Results
@@ -29,9 +29,17 @@ _log = structlog.get_logger(__name__)
 _MOST_REFUSALS = 4
 _OFTEN = 6
 _RARELY_S = 300.0
-_FOR_CERTAIN = frozenset({"GUEST_NOT_FOUND", "RESULTS_LOST", "PEER_ANSWER_INVALID"})
-"""What makes it certain that a peer will not give results; whatever else it says may be otherwise later."""
+_FOR_CERTAIN = frozenset({"ARTIFACTS_DIGEST", "GUEST_NOT_FOUND", "PEER_ANSWER_INVALID", "RESULTS_LOST", "WORK_ENDED"})
+"""What makes it certain that a peer will not give results; whatever else it says may be otherwise later.
+
+Work with it was ended here: paired again it is another peer, which has nothing of this attempt. When it is the peer
+that knows us no longer, it may know us again.
+"""
 _TELL_AFTER_TRIES = 2
+_TOO_LATE = "could not be had for as long as the peer keeps it"
+
+_Fetched = tuple[int, job_pb2.JobArtifacts, str]
+"""Size of the log, artifacts, and what of both is lost ("" for nothing)."""
 
 
 class PeerEnd:
@@ -56,7 +64,8 @@ class PeerEnd:
             try:
                 answer = await self._attempt.peer().client.cancel(request)
             except Refusal as refusal:
-                if _is_certain(refusal):
+                _require_ours(refusal)
+                if refusal.reason in _FOR_CERTAIN:
                     break
                 tries += 1
                 await self._patiently(tries)
@@ -70,13 +79,13 @@ class PeerEnd:
 
     async def _take_late(self, job: job_pb2.Job, ending: Ending) -> None:
         got = await self._fetched(job)
-        if got is None:
+        if isinstance(got, str):
             await self._attempt.change(stage=ForwardStage.SETTLED)
             return
-        log_bytes, artifacts, _ = got
+        log_bytes, artifacts, lost = got
         number = self._attempt.forward.attempt
         late = happenings.CameLate(number, job, ending)
-        results = happenings.ResultsCollected(log_bytes, artifacts)
+        results = _told(log_bytes, artifacts, lost)
         kept = happenings.KeptLate(number, job, log_bytes, artifacts)
         await self._attempt.change(late, results, happenings.Ended(), otherwise=kept, stage=ForwardStage.SETTLED)
         if self._attempt.record.state in FINAL_STATES:
@@ -89,20 +98,20 @@ class PeerEnd:
             known: the job as the peer knows it; None after a restart.
         """
         there = known or await self._asked()
-        got = await self._fetched(there) if there is not None else None
-        if got is None:
-            why = f"what it left at peer {self._attempt.forward.peer} could not be had for as long as the peer keeps it"
-            told: list[Happening] = [happenings.ResultsLost(why, 0, job_pb2.JobArtifacts())]
-        elif got[2]:
-            told = [happenings.ResultsLost(got[2], got[0], got[1])]
-        else:
-            told = [happenings.ResultsCollected(got[0], got[1])]
+        got = await self._fetched(there) if not isinstance(there, str) else there
+        told: list[Happening] = [
+            happenings.ResultsLost(
+                f"what it left at peer {self._attempt.forward.peer} {got}", 0, job_pb2.JobArtifacts()
+            )
+            if isinstance(got, str)
+            else _told(*got)
+        ]
         if self._attempt.record.state not in FINAL_STATES:
             told.append(happenings.Ended())
         await self._attempt.change(*told, over=True, stage=ForwardStage.SETTLED)
 
-    async def _asked(self) -> job_pb2.Job | None:
-        """Returns the job as the peer knows it, after a restart; None when the peer no longer does."""
+    async def _asked(self) -> job_pb2.Job | str:
+        """Returns the job as the peer knows it, after a restart; or why what it left cannot be had."""
         tries = 0
         while now() < self._attempt.forward.keep_until:
             try:
@@ -110,18 +119,19 @@ class PeerEnd:
                 answer = await self._attempt.peer().client.cancel(
                     wire.CancelForwardedJobRequest(origin=self._attempt.origin)
                 )
-                return answer.job if answer.HasField("job") else None
+                return answer.job if answer.HasField("job") else "is not known there any longer"
             except Refusal as refusal:
-                if _is_certain(refusal):
-                    return None
+                _require_ours(refusal)
+                if refusal.reason in _FOR_CERTAIN:
+                    return f"cannot be had: {refusal.message}"
                 _log.warning("a peer does not tell how an attempt ended", job=self._attempt.record.id, why=str(refusal))
                 tries += 1
             await self._bear(tries)
-        return None
+        return _TOO_LATE
 
-    async def _fetched(self, job: job_pb2.Job) -> tuple[int, job_pb2.JobArtifacts, str] | None:
-        """Returns size of the log, artifacts, and what of both is lost ("" for nothing); None when nothing came."""
-        tries, refusals = 0, 0
+    async def _fetched(self, job: job_pb2.Job) -> _Fetched | str:
+        """Returns what was brought here, or why nothing could be."""
+        tries, refusals, got = 0, 0, None
         while now() < self._attempt.forward.keep_until:
             got = await collect_from_peer(
                 lambda: self._attempt.peer().client,
@@ -130,19 +140,26 @@ class PeerEnd:
                 self._results,
                 self._bear,
                 self._attempt.most_result_bytes,
+                got,
             )
             if got.error is None:
                 return got.log_bytes, got.artifacts, ""
             _log.warning("results at a peer cannot be collected yet", job=self._attempt.record.id, why=str(got.error))
             tries += 1
-            if isinstance(got.error, Refusal) and _is_certain(got.error):
+            for error in got.errors.values():
+                _require_ours(error)
+            certain = [one for one in got.errors.values() if isinstance(one, Refusal) and one.reason in _FOR_CERTAIN]
+            # What will not come does not keep from waiting for what will.
+            if len(certain) == len(got.errors):
                 refusals += 1
                 if refusals >= _MOST_REFUSALS:
                     name = self._attempt.forward.peer
-                    why = f"its {got.missing} could not be had from peer {name}: {got.error.message}"
+                    why = f"its {got.missing} could not be had from peer {name}: {certain[0].message}"
                     return got.log_bytes, got.artifacts, why
             await self._bear(tries)
-        return None
+        if got is not None and len(got.errors) == 1:
+            return got.log_bytes, got.artifacts, f"its {got.missing} {_TOO_LATE}"
+        return _TOO_LATE
 
     async def _bear(self, tries: int) -> None:
         """Waits after results could not be had. Whoever asked for the job's end does not wait for them."""
@@ -165,11 +182,17 @@ class PeerEnd:
             await asyncio.sleep(min(_RARELY_S, 2.0 ** (tries - _OFTEN)))
 
 
-def _is_certain(refusal: Refusal) -> bool:
-    """Whether a peer will not give results, ever.
+def _require_ours(error: Refusal | OSError) -> None:
+    """Ends the driving of an attempt that somebody else commands.
 
-    It is so when we have ended work with it, as `PeerAttempt.peer` tells: paired again it is another peer, which has
-    nothing of this attempt. When it is the peer that knows us no longer, it may know us again.
+    Raises:
+        Fenced: somebody does.
     """
-    ended_here = refusal.reason == "PEER_UNKNOWN" and refusal.code == grpc.StatusCode.UNAVAILABLE
-    return ended_here or refusal.reason in _FOR_CERTAIN
+    if isinstance(error, Refusal) and error.reason == "STALE_FENCING_TOKEN":
+        raise Fenced from error
+
+
+def _told(log_bytes: int, artifacts: job_pb2.JobArtifacts, lost: str) -> Happening:
+    if lost:
+        return happenings.ResultsLost(lost, log_bytes, artifacts)
+    return happenings.ResultsCollected(log_bytes, artifacts)

@@ -141,6 +141,7 @@ async def collect_from_peer(
     results: Results,
     again: Callable[[int], Awaitable[None]],
     most_bytes: int,
+    before: Collected | None = None,
 ) -> Collected:
     """Fetches log and artifacts of an attempt that has ended at a peer; see `collect`.
 
@@ -153,9 +154,10 @@ async def collect_from_peer(
         results: where to.
         again: waits, after so many failures in a row, until asking again makes sense.
         most_bytes: so much is taken, log and artifacts together.
+        before: what came before; what of it came whole is not fetched again.
     """
     told = job.log_size_bytes + job.artifacts.size_bytes
     if told > most_bytes:
         why = invalid_answer(f"has {told} bytes of results, and {most_bytes} are taken of one job")
-        return Collected(0, job_pb2.JobArtifacts(), "log and artifacts", why)
-    return await collect(_Left(client, origin, job, again), origin, results)
+        return Collected(0, job_pb2.JobArtifacts(), {"log": why, "artifacts": why})
+    return await collect(_Left(client, origin, job, again), origin, results, before)

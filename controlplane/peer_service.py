@@ -93,7 +93,8 @@ class PeerService(PeerServiceServicer):
                 "PEER_BUSY",
                 f"{sent} of our jobs are at {peer.record.name} and {len(guests)} of its jobs are here; send it nothing "
                 f"more and wait (`puhui peers set {peer.record.name} --no-send --no-receive`), or --force: ours then "
-                "run on until their leases end and wait here again, its jobs here are cancelled",
+                "run on until their leases end and wait here again, results that have not come home are lost, and its "
+                "jobs here are cancelled",
                 sent=str(sent),
                 received=str(len(guests)),
             )

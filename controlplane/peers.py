@@ -116,6 +116,8 @@ class Peers:
         """Told of a peer that is one no longer."""
         self._connect = connect
         self._silent_s = silent_s
+        self.is_open = False
+        """Whether who is not among them is no peer; see `PeerBook`."""
         self._peers: dict[str, Peer] = {}
         self._by_certificate: dict[bytes, Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -128,9 +130,11 @@ class Peers:
         """Opens the connections."""
         for record in await self._store.peers():
             self._open(record)
+        self.is_open = True
 
     async def stop(self) -> None:
         """Closes the connections."""
+        self.is_open = False
         for name in list(self._peers):
             await self._close(name)
 

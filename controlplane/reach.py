@@ -50,6 +50,10 @@ class KnownPeer(Protocol):
 class PeerBook(Protocol):
     """The peers there are."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether who is not in it is no peer. Before the start, and after the end, nobody is in it."""
+
     def get(self, name: str) -> KnownPeer | None:
         """Returns a peer by its name."""
 

@@ -210,7 +210,11 @@ def peer_of(job: job_pb2.Job) -> str:
 
 def _attempt_of(job: job_pb2.Job) -> job_pb2.Attempt | None:
     """Returns the attempt that a job is at, or ended with; None while it waits, when those that it had are over."""
-    return job.attempts[-1] if job.attempts and job.state != job_pb2.JOB_STATE_QUEUED else None
+    if not job.attempts or job.state == job_pb2.JOB_STATE_QUEUED:
+        return None
+    last = job.attempts[-1]
+    # It had come back from there, and ended while it waited here.
+    return None if last.peer and job.executing_centre != last.peer else last
 
 
 def _slice(job: job_pb2.Job) -> str:

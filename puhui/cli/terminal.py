@@ -166,7 +166,8 @@ def _console(stream: TextIO) -> Console:
 
 def _named_width() -> int | None:
     named = os.environ.get("COLUMNS", "")
-    return int(named) or None if named.isascii() and named.isdigit() else None
+    plain = named.isascii() and named.isdigit() and len(named) <= len(str(_MOST_WIDTH))
+    return int(named) or None if plain else None
 
 
 def _whole_width(answer: RenderableType) -> int:

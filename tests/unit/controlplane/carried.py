@@ -30,7 +30,7 @@ from puhui.v1 import job_pb2, stream_pb2
 from puhui.v1 import job_service_pb2 as wire
 from tests.unit.controlplane.centres import RunningCentre, eventually, running
 from tests.unit.controlplane.fake_node import ExecCommand, FakeNode
-from tests.unit.controlplane.fake_peer import FakePeer, TestClock
+from tests.unit.controlplane.fake_peer import Book, FakePeer, TestClock
 
 ALL_TOLD = 2**40
 """A cursor past every event."""
@@ -141,7 +141,7 @@ class Ends:
     peer: Connection
     logs: LogReader
     results: Results
-    book: dict[str, Connection] = field(default_factory=dict)
+    book: Book = field(default_factory=Book)
 
     async def job(self) -> job_pb2.Job:
         """Returns the session as its origin shows it."""
@@ -252,7 +252,7 @@ async def ends(folder: Path) -> AsyncIterator[Ends]:
         await there.until(job_there, job_pb2.JOB_STATE_RUNNING)
         store = here.centre._store
         peer = Connection(CallCarrier(there.centre._store, there.centre._jobs), there, job_there)
-        book = {"b": peer}
+        book = Book(b=peer)
         reach = Reach(cast("Any", book), TestClock(), "id-of-a", 90.0, 30.0, 600.0)
         jobs = CarriedJobService("a", here.centre._jobs, store, here.centre._feed, reach, explained_s=0.5)
         results = Results(folder / "results")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -254,3 +255,19 @@ def _key(origin: card_pb2.AttemptRef) -> tuple[str, int]:
 
 def _away() -> Refusal:
     return Refusal(grpc.StatusCode.UNAVAILABLE, "UNKNOWN", "the connection is broken")
+
+
+class Book(dict[str, Any]):
+    """Who is a peer, by name.
+
+    Attributes:
+        is_open: whether who is not in it is no peer.
+        asked_in_vain: how often it was asked for one who was not in it.
+    """
+
+    is_open = True
+    asked_in_vain = 0
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked_in_vain += name not in self
+        return super().get(name, default)

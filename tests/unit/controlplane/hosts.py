@@ -79,6 +79,8 @@ class FakeDesk:
 
 
 class _NoPeers:
+    is_open = True
+
     def get(self, name: str) -> None:
         return None
 

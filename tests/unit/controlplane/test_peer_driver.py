@@ -41,7 +41,7 @@ from puhui.v1.job_pb2 import (
     JOB_STATE_SUCCEEDED,
 )
 from tests.unit.controlplane.centres import eventually
-from tests.unit.controlplane.fake_peer import FakePeer, TestClock
+from tests.unit.controlplane.fake_peer import Book, FakePeer, TestClock
 
 LEASE_S, MARGIN_S = 90.0, 30.0
 KEY = ("j-1", 1)
@@ -56,7 +56,7 @@ class Origin:
     results: Results
     attempts: Attempts
     clock: TestClock
-    peers: dict[str, FakePeer]
+    peers: Book
     lease_s: float
     queued: list[str] = field(default_factory=list)
     withdrawn: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ async def origin(folder: Path, *peers: FakePeer, lease_s: float = LEASE_S, **spe
     feed = Feed()
     store = await SqliteStore.open(folder / "puhui.db", feed)
     results = Results(folder / "results")
-    clock, book = TestClock(), {peer.record.name: peer for peer in peers}
+    clock, book = TestClock(), Book({peer.record.name: peer for peer in peers})
     site = Origin(store, feed, results, cast("Attempts", None), clock, book, lease_s)
     around = Surroundings(
         centre="a",
