@@ -5,6 +5,7 @@ step of the program in physical terms, and asks a trained ONNX model for quantil
 """
 
 from predictor_onnx.errors import CodeDoesNotParseError, ModelUnavailableError, PredictorError
+from predictor_onnx.fingerprint import fingerprint
 from predictor_onnx.prediction import Prediction, Request, Tier, fits, required_mib
 from predictor_onnx.predictor import Predictor
 from predictor_onnx.source import CodeBundle
@@ -18,6 +19,7 @@ __all__ = [
     "PredictorError",
     "Request",
     "Tier",
+    "fingerprint",
     "fits",
     "required_mib",
 ]
