@@ -6,6 +6,7 @@ step of the program in physical terms, and asks a trained ONNX model for quantil
 
 from predictor_onnx.errors import CodeDoesNotParseError, ModelUnavailableError, PredictorError
 from predictor_onnx.fingerprint import fingerprint
+from predictor_onnx.history import Observation, blended
 from predictor_onnx.prediction import Prediction, Request, Tier, fits, required_mib
 from predictor_onnx.predictor import Predictor
 from predictor_onnx.source import CodeBundle
@@ -14,11 +15,13 @@ __all__ = [
     "CodeBundle",
     "CodeDoesNotParseError",
     "ModelUnavailableError",
+    "Observation",
     "Prediction",
     "Predictor",
     "PredictorError",
     "Request",
     "Tier",
+    "blended",
     "fingerprint",
     "fits",
     "required_mib",
