@@ -27,6 +27,7 @@ class StepProfile:
     allocated: float = 0.0
     macs: float = 0.0
     ops: int = 0
+    recurrent_steps: int = 0
     kinds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
 
     def plus(self, other: StepProfile) -> StepProfile:
@@ -40,6 +41,7 @@ class StepProfile:
             allocated=self.allocated + other.allocated,
             macs=self.macs + other.macs,
             ops=self.ops + other.ops,
+            recurrent_steps=self.recurrent_steps + other.recurrent_steps,
             kinds={kind: self.kinds[kind] + other.kinds[kind] for kind in KINDS},
         )
 
