@@ -7,6 +7,7 @@ from dataclasses import replace
 from controlplane import happenings as h
 from controlplane.draft import Draft, IllegalTransition, since_ms
 from controlplane.endings import cancelled, ending_of
+from controlplane.observing import FEWEST_SAMPLES
 from puhui.rpc.moment import moment, timestamp
 from puhui.v1 import node_pb2
 from puhui.v1.job_pb2 import JOB_STATE_STOPPING
@@ -133,6 +134,8 @@ def _note_exit(draft: Draft, container: node_pb2.Container) -> None:
     attempt.end_time.CopyFrom(container.end_time if container.HasField("end_time") else timestamp(draft.at))
     if container.HasField("idleness"):
         draft.record = replace(draft.record, busy_seen_s=container.idleness.busy_seconds)
+        if container.idleness.memory_samples >= FEWEST_SAMPLES and container.idleness.HasField("peak_memory_mib"):
+            attempt.peak_memory_mib = container.idleness.peak_memory_mib
     if container.HasField("exit_code"):
         attempt.exit_code = container.exit_code
         draft.job.exit_code = container.exit_code

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from controlplane.endings import Ending
 from controlplane.forwards import ForwardRecord
 from controlplane.metering import Stretch, UsageChange
+from controlplane.observing import ObservedAttempt
 from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2, peer_service_pb2
 
 __all__ = [
@@ -93,6 +94,8 @@ class JobRecord:
     """The warm slice that the newest attempt is going to take over."""
     not_at: tuple[str, ...] = ()
     """Peers that are not asked again for this job: they could not run it, or ended it by themselves."""
+    fingerprint: str = ""
+    """Of its code and what it is asked to do; "" when nothing is learnt from it."""
 
     @property
     def id(self) -> str:
@@ -191,6 +194,8 @@ class Change:
     """Stretches of usage at a peer, as they are now."""
     forward: ForwardRecord | None = None
     """What was sent to a peer, as it is now."""
+    observed: tuple[ObservedAttempt, ...] = ()
+    """What is learnt from attempts that are over."""
 
 
 Decide = Callable[[JobRecord, int], Change | None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ class FixedPrediction:
 
     async def of(self, code: Code) -> prediction_pb2.Prediction:
         return prediction_pb2.Prediction(tier=prediction_pb2.PREDICTION_TIER_STATIC, required_mib=self.required_mib)
+
+    async def fingerprint(self, code: Code) -> str:
+        return hashlib.sha256(repr((sorted(code.files.items()), list(code.command))).encode()).hexdigest()
 
     async def close(self) -> None:
         return None

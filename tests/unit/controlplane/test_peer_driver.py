@@ -243,6 +243,19 @@ async def test_usage_there_is_the_tenants_usage_here(tmp_path: Path) -> None:
         assert await site.store.attempts_at_peers(105.0, 1e12) == set()
 
 
+async def test_what_it_used_there_is_learnt_here(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+        await site.store.change_job("j-1", lambda record, _: Change(replace(record, fingerprint="f")))
+        await run_there(site, peer)
+        peer.jobs[KEY].attempts[0].peak_memory_mib = 7000
+        peer.jobs[KEY].attempts[0].end_time.CopyFrom(timestamp(61.0))
+        await ends(peer)
+        await site.settled()
+        (seen,) = await site.store.observations("astro", "f")
+        assert (seen.peak_mib, seen.duration_s, seen.peer, seen.profile) == (7000, 60.0, "b", "1g.10gb")
+
+
 @pytest.mark.parametrize(
     ("reason", "shunned"), [("OFFER_EXPIRED", ()), ("SPEC_INVALID", ("b",)), ("TOO_LARGE", ("b",))]
 )
