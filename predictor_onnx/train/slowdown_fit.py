@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from predictor_onnx.train.conformal import group_quantile
 from predictor_onnx.train.slowdown_data import Row
 from predictor_onnx.train.slowdown_form import Array, Curve, Form, Points, fit, points
 
@@ -48,12 +49,14 @@ class Chosen:
         curve: fitted on all rows.
         left_out: slowdown of each row by a curve whose form and fit had not seen the row's workload.
         spread: logarithm of p90 over p50, from ``left_out``.
+        candidates_mape_pct: least and largest left-out error of any candidate form, chosen or not.
     """
 
     form: Form
     curve: Curve
     left_out: Array
     spread: float
+    candidates_mape_pct: tuple[float, float]
 
 
 def points_of(rows: Sequence[Row]) -> Points:
@@ -83,10 +86,10 @@ def leave_one_out(form: Form, rows: Sequence[Row]) -> Array:
     return predicted
 
 
-def select(forms: Sequence[Form], rows: Sequence[Row]) -> Form:
-    """The form with the least error on workloads left out of ``rows``."""
+def candidates(forms: Sequence[Form], rows: Sequence[Row]) -> dict[Form, float]:
+    """Error in percent of each form on workloads left out of ``rows``."""
     measured = slowdowns_of(rows)
-    return min(forms, key=lambda form: mape_pct(leave_one_out(form, rows), measured))
+    return {form: mape_pct(leave_one_out(form, rows), measured) for form in forms}
 
 
 def choose(forms: Sequence[Form], rows: Sequence[Row]) -> Chosen:
@@ -97,18 +100,10 @@ def choose(forms: Sequence[Form], rows: Sequence[Row]) -> Chosen:
     for name in np.unique(names):
         out = names == name
         kept = [row for row in rows if row.workload != name]
-        left_out[out] = fit(select(forms, kept), at.take(~out), measured[~out]).slowdown(at.take(out))
-    form = select(forms, rows)
-    weight = np.array([1 / (names == name).sum() for name in names])
-    return Chosen(form, fit(form, at, measured), left_out, _spread(np.log(measured / left_out), weight))
-
-
-def _spread(residual: Array, weight: Array) -> float:
-    """The 90 % quantile of the residuals, each workload weighing the same; never below zero.
-
-    With eight workloads the finite-sample correction (K + 1) / K would ask for more than all of them, so the
-    plain quantile is taken and the promise is an average over workloads, not a guarantee for the next one.
-    """
-    order = np.argsort(residual)
-    share = np.cumsum(weight[order]) / weight.sum()
-    return max(0.0, float(residual[order][min(int(np.searchsorted(share, LEVEL)), len(order) - 1)]))
+        scores = candidates(forms, kept)
+        left_out[out] = fit(min(scores, key=scores.__getitem__), at.take(~out), measured[~out]).slowdown(at.take(out))
+    scores = candidates(forms, rows)
+    form = min(scores, key=scores.__getitem__)
+    spread = group_quantile(np.log(measured / left_out), list(names), LEVEL)
+    return Chosen(form, fit(form, at, measured), left_out, max(0.0, spread),
+                  (min(scores.values()), max(scores.values())))  # fmt: skip
