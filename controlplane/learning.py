@@ -20,7 +20,7 @@ def learnt(happened: Iterable[Happening], record: JobRecord, at: float) -> tuple
         record: the job afterwards.
         at: now, in seconds since the epoch.
     """
-    if not any(isinstance(one, happenings.Ended) for one in happened):
+    if not any(isinstance(one, happenings.Ended | happenings.Grows) for one in happened):
         return ()
-    observed = observe(record.job, record.fingerprint, record.ending, at)
+    observed = observe(record.job, record.fingerprint, record.ending, record.ran_out_of_mib, at)
     return (observed,) if observed is not None else ()

@@ -40,13 +40,16 @@ class ObservedAttempt:
     """Peer at which it ran; "" for here."""
 
 
-def observe(job: job_pb2.Job, fingerprint: str, ending: Ending | None, at: float) -> ObservedAttempt | None:
+def observe(
+    job: job_pb2.Job, fingerprint: str, ending: Ending | None, ran_out_of_mib: int, at: float
+) -> ObservedAttempt | None:
     """Returns what is learnt from the newest attempt of a job; None when nothing is.
 
     Args:
         job: the job, when that attempt is over.
         fingerprint: of its code and what it was asked to do; "" for a job that nothing is to be learnt from.
-        ending: how it ends.
+        ending: how it ends; None when it is tried again.
+        ran_out_of_mib: memory of the slice on which it ran out of it; 0 when it did not.
         at: now, in seconds since the epoch.
     """
     if not fingerprint or not job.attempts:
@@ -57,7 +60,7 @@ def observe(job: job_pb2.Job, fingerprint: str, ending: Ending | None, at: float
     peak_mib = attempt.peak_memory_mib if attempt.HasField("peak_memory_mib") else None
     succeeded = ending is not None and ending.state == job_pb2.JOB_STATE_SUCCEEDED
     # What ended before its time might have gone on to use more.
-    at_least_mib = None if succeeded else peak_mib
+    at_least_mib = None if succeeded else ran_out_of_mib or peak_mib
     if peak_mib is None and at_least_mib is None:
         return None
     return ObservedAttempt(

@@ -96,6 +96,12 @@ class JobRecord:
     """Peers that are not asked again for this job: they could not run it, or ended it by themselves."""
     fingerprint: str = ""
     """Of its code and what it is asked to do; "" when nothing is learnt from it."""
+    ran_out_of_mib: int = 0
+    """Memory of the slice on which its newest attempt ran out of it; 0 when it did not."""
+    at_least_mib: int = 0
+    """Memory that its slice has to have at least, because an attempt ran out of less; 0 when none did."""
+    grows: bool = False
+    """Its newest attempt ran out of memory, and when that is released it is tried again on a larger slice."""
 
     @property
     def id(self) -> str:

@@ -581,7 +581,9 @@ class Attempt(_message.Message):
     peer_job_id: _builtins.str
     """The job's id at that peer, once the peer has taken it."""
     message: _builtins.str
-    """Why it came back from its peer without having ended there; empty for every other one."""
+    """Why the job goes on in another attempt: it came back from its peer without having ended there, or ran out of
+    device memory. Empty for every other one.
+    """
     peak_memory_mib: _builtins.int
     """Most device memory that it was seen to use, in MiB, once its command has ended. Absent when it was looked at too
     seldom, or its memory could not be read.

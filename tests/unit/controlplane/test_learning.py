@@ -122,21 +122,21 @@ def ended_job(**attempt: object) -> job_pb2.Job:
 
 
 def test_an_attempt_shows_memory_time_and_use() -> None:
-    seen = observe(ended_job(peak_memory_mib=9000), "f", SUCCEEDED, 170.0)
+    seen = observe(ended_job(peak_memory_mib=9000), "f", SUCCEEDED, 0, 170.0)
     assert seen is not None
     assert (seen.peak_mib, seen.at_least_mib, seen.duration_s, seen.utilization) == (9000, None, 60.0, 0.4)
-    seen = observe(ended_job(peak_memory_mib=9000), "f", FAILED, 170.0)
+    seen = observe(ended_job(peak_memory_mib=9000), "f", FAILED, 0, 170.0)
     assert seen is not None
     assert (seen.peak_mib, seen.at_least_mib) == (None, 9000)
 
 
 def test_an_attempt_that_never_began_or_has_no_fingerprint_shows_nothing() -> None:
-    assert observe(ended_job(peak_memory_mib=9000), "", SUCCEEDED, 170.0) is None
-    assert observe(job_pb2.Job(id="j-1"), "f", FAILED, 170.0) is None
+    assert observe(ended_job(peak_memory_mib=9000), "", SUCCEEDED, 0, 170.0) is None
+    assert observe(job_pb2.Job(id="j-1"), "f", FAILED, 0, 170.0) is None
     never = ended_job(peak_memory_mib=9000)
     never.attempts[0].ClearField("start_time")
-    assert observe(never, "f", FAILED, 170.0) is None
-    assert observe(ended_job(), "f", SUCCEEDED, 170.0) is None
+    assert observe(never, "f", FAILED, 0, 170.0) is None
+    assert observe(ended_job(), "f", SUCCEEDED, 0, 170.0) is None
 
 
 async def test_the_trained_predictor_knows_its_code_again() -> None:
@@ -154,7 +154,7 @@ async def test_the_trained_predictor_knows_its_code_again() -> None:
     finally:
         await prediction.close()
     assert with_history(answer, []) is answer
-    seen = observe(ended_job(peak_memory_mib=12_000), "f", SUCCEEDED, 170.0)
+    seen = observe(ended_job(peak_memory_mib=12_000), "f", SUCCEEDED, 0, 170.0)
     assert seen is not None
     after = with_history(answer, [seen])
     assert after.memory.p50_mib == pytest.approx(12_000, rel=0.02)
