@@ -64,7 +64,7 @@ class Prediction(Protocol):
         """
 
     async def fingerprint(self, code: Code) -> str:
-        """Returns what tells this code, and what it is asked to do, from other code; "" when that takes too long."""
+        """Returns what tells this code, and what it is asked to do, from other; "" when none can be made."""
 
     async def close(self) -> None:
         """Ends its threads."""
@@ -112,13 +112,15 @@ class OnnxPrediction:
         return message
 
     async def fingerprint(self, code: Code) -> str:
-        """Returns what tells this code, and what it is asked to do, from other code; "" when that takes too long."""
+        """Returns what tells this code, and what it is asked to do, from other code; "" when none can be made."""
         made = asyncio.get_running_loop().run_in_executor(self._threads, _fingerprint, code)
         try:
             return await asyncio.wait_for(made, self._budget_s)
         except TimeoutError:
             _log.warning("code has no fingerprint, so its history is not known", after_s=self._budget_s)
-            return ""
+        except Exception as error:  # noqa: BLE001 - as above
+            _log.error("the fingerprint failed unforeseen", exc_info=error)
+        return ""
 
     def _predict(self, code: Code) -> predictor_onnx.Prediction:
         return self._predictor.predict(

@@ -8,7 +8,6 @@ import pytest
 
 from controlplane.endings import Ending
 from controlplane.observing import observe
-from controlplane.prediction import Code, OnnxPrediction, with_history
 from puhui.rpc.moment import timestamp
 from puhui.v1 import job_pb2
 from puhui.v1 import job_service_pb2 as wire
@@ -137,35 +136,3 @@ def test_an_attempt_that_never_began_or_has_no_fingerprint_shows_nothing() -> No
     never.attempts[0].ClearField("start_time")
     assert observe(never, "f", FAILED, 0, 170.0) is None
     assert observe(ended_job(), "f", SUCCEEDED, 0, 170.0) is None
-
-
-async def test_the_trained_predictor_knows_its_code_again() -> None:
-    def code(comment: str, batch: int) -> Code:
-        text = f"import torch\n{comment}\nmodel = torch.nn.Linear(4096, 4096).cuda()\n"
-        text += f"model(torch.randn({batch}, 4096).cuda()).sum().backward()\n"
-        return Code({"x.py": text.encode()}, {"x.py": len(text)}, ["python3", "x.py"], 0)
-
-    prediction = OnnxPrediction(10.0)
-    try:
-        one = await prediction.fingerprint(code("# first", 64))
-        assert one == await prediction.fingerprint(code("\n\n# second", 64)) != ""
-        assert one != await prediction.fingerprint(code("# first", 128))
-        answer = await prediction.of(code("# first", 64))
-    finally:
-        await prediction.close()
-    assert with_history(answer, []) is answer
-    seen = observe(ended_job(peak_memory_mib=12_000), "f", SUCCEEDED, 0, 170.0)
-    assert seen is not None
-    after = with_history(answer, [seen])
-    assert after.memory.p50_mib == pytest.approx(12_000, rel=0.02)
-    assert after.reason.endswith(answer.reason)
-    assert after.required_mib > 12_000
-    assert sum(part.mib for part in after.parts) == pytest.approx(after.memory.p50_mib)
-
-
-async def test_a_fingerprint_that_takes_too_long_is_none() -> None:
-    prediction = OnnxPrediction(0.0)
-    try:
-        assert await prediction.fingerprint(Code({"x.py": b"x = 1\n" * 10_000}, {}, ["python3", "x.py"], 0)) == ""
-    finally:
-        await prediction.close()
