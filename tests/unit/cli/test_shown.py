@@ -31,7 +31,7 @@ def test_one_that_outgrew_its_slice_is_told_and_shown() -> None:
     assert tell(update) == [("memory", "it ran out; it is tried again")]
     update.event.state, update.event.reason = job_pb2.JOB_STATE_QUEUED, "GROWN"
     update.event.message = "it waits for 1g.20gb (20096 MiB)"
-    assert tell(update) == [("waiting", "it waits for 1g.20gb (19.6 GiB)")]
+    assert tell(update) == [("waiting", "it waits for 1g.20gb (20096 MiB)")]
     job = job_pb2.Job(state=job_pb2.JOB_STATE_RUNNING)
     job.attempts.add(
         number=1, profile="1g.10gb", node_id="n-1", exit_code=1, message="it ran out", peak_memory_mib=9728
