@@ -79,6 +79,8 @@ class Workload:
     recurrent_steps: int = 0
     #: What the ops of the forward pass write, whether or not it is kept.
     written_mib: float = 0.0
+    #: Backward passes of the whole program, where the code says how many; None where it does not.
+    steps: int | None = None
     batch: int | None = None
     sequence: int | None = None
     image: int | None = None
