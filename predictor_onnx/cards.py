@@ -35,6 +35,23 @@ CARDS: Final[dict[str, Card]] = {
 }
 #: The card that the step times were measured on, in half precision.
 MEASURED: Final = "RTX 3090"
+#: The card that the slowdowns were measured on, in float32 with TF32 on.
+SLICED: Final = "A100-SXM4-40GB"
+#: Tensor cores do half precision at twice the rate of TF32.
+_HALF_PER_TF32: Final = 2.0
+HALF: Final = frozenset(["float16", "bfloat16"])
+
+
+def quicker_than_sliced(card: Card, precision: str) -> tuple[float, float]:
+    """How many times quicker arithmetic and memory traffic are than where the slowdowns were measured.
+
+    Half precision is compared with TF32 on tensor cores, float32 with float32.
+    """
+    sliced = CARDS[SLICED]
+    arithmetic = card.single_tflops / sliced.single_tflops
+    if precision in HALF:
+        arithmetic = _HALF_PER_TF32 * card.half_tflops / sliced.half_tflops
+    return arithmetic, card.bandwidth_gb_s / sliced.bandwidth_gb_s
 
 
 def card_named(product: str) -> Card | None:

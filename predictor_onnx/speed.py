@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnxruntime
 
-from predictor_onnx.cards import CARDS, MEASURED, card_named
+from predictor_onnx.cards import CARDS, HALF, MEASURED, SLICED, card_named, quicker_than_sliced
 from predictor_onnx.errors import ModelUnavailableError
 from predictor_onnx.features import Workload
 from predictor_onnx.shares import Share, shares
@@ -101,7 +101,7 @@ class SpeedModel:
         self.version = hashlib.sha256(content).hexdigest()[:12]
 
     def slowdowns(
-        self, work: Workload, profiles: Iterable[str], seen: Utilization | None = None
+        self, work: Workload, profiles: Iterable[str], seen: Utilization | None = None, product: str = ""
     ) -> dict[str, Slowdown]:
         """Slowdown of each profile of a board, against its largest; nothing where neither code nor history tells.
 
@@ -109,6 +109,8 @@ class SpeedModel:
             work: what the static analysis read.
             profiles: names of one board's MIG profiles, the largest among them.
             seen: utilization of an earlier run on a whole card; with it the program need not be known.
+            product: name of the card. A quicker card is done sooner while the host takes as long, so it slows down
+                less; by data sheets, and taken for an A100 where the name is not known.
 
         Raises:
             ValueError: a name is not that of a MIG profile.
@@ -116,7 +118,12 @@ class SpeedModel:
         cut = shares(profiles)
         if not cut or (seen is None and not work.known):
             return {}
+        arithmetic, traffic = quicker_than_sliced(card_named(product) or CARDS[SLICED], work.precision)
         step = StepWork.of(work)
+        step = replace(
+            step, flops=step.flops / arithmetic, moved_bytes=step.moved_bytes / traffic,
+            state_bytes=step.state_bytes / traffic,
+        )  # fmt: skip
         rows = [inputs(step, share, seen) for share in cut.values()]
         return {name: Slowdown(*pair) for name, pair in zip(cut, self.run("slowdown", rows), strict=True)}
 
@@ -125,7 +132,7 @@ class SpeedModel:
         card, measured = card_named(product), CARDS[MEASURED]
         if card is None or not (work.known and work.training):
             return None
-        half = work.precision in {"float16", "bfloat16"}
+        half = work.precision in HALF
         carried = card != measured or not half
         peak = card.half_tflops if half else card.single_tflops
         row = inputs(StepWork.of(work), Share(1.0, 1.0), None, measured.half_tflops / peak,

@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from predictor_onnx.cards import CARDS, MEASURED
+from predictor_onnx.cards import CARDS, MEASURED, SLICED
 from predictor_onnx.train import slowdown_data, speed_card, speed_export, split, step_time_data
 from predictor_onnx.train.conformal import group_quantile
 from predictor_onnx.train.step_time_fit import LEVEL, Array, StepTimeFit, fit, roofline_times, times, works_of
-
-#: MISO's card, and its precision as far as PyTorch's defaults go.
-_MISO_CARD = "A100-SXM4-40GB"
 
 
 def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
@@ -49,7 +46,7 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
 def _carried_over(step: StepTimeFit, rows: Sequence[slowdown_data.Row]) -> dict[str, float]:
     """How far data sheets carry the step time to MISO's whole card."""
     whole = list({(row.workload, row.batch): row for row in rows}.values())
-    card, measured = CARDS[_MISO_CARD], CARDS[MEASURED]
+    card, measured = CARDS[SLICED], CARDS[MEASURED]
     predicted = step.predict([row.work for row in whole], measured.half_tflops / card.single_tflops,
                              measured.bandwidth_gb_s / card.bandwidth_gb_s)  # fmt: skip
     ratio = np.array([row.full_step_s for row in whole]) / predicted

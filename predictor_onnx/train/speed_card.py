@@ -109,7 +109,8 @@ _LIMITS: Final = """\
 - MISO's workloads ran in TensorFlow; their PyTorch equivalents that the static analysis reads are in
   `train/miso_programs.py` with what was assumed. Many small matrix-vector products, as in the graph network, are
   slower on small slices than their bytes say.
-- One card model. That shares alone carry the curve to other MIG boards is an assumption.
+- One card model, float32 with TF32. That shares carry the curve to other MIG boards is an assumption, and so is that a
+  quicker card or half precision shortens the card's part by the data sheets' ratio (`cards.py`) and not the host's.
 - Utilization is that of a run on a whole card. What was seen on a slice is not converted.
 """
 _STEP: Final = """\

@@ -105,6 +105,18 @@ def test_a_busy_card_slows_down_more_than_an_idle_one() -> None:
     assert idle.p50 < 2 < 5 < busy.p50
 
 
+def test_a_quicker_card_waits_more_for_the_host() -> None:
+    work = replace(trained("bert", 8), precision="bfloat16")
+    names = ("NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
+    found = [MODEL.slowdowns(work, A100, product=name)["1g.5gb"].p50 for name in names]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[1] > 1
+    assert MODEL.slowdowns(work, A100)["1g.5gb"].p50 == found[0]
+    assert MODEL.slowdowns(replace(work, precision="float32"), A100)["1g.5gb"].p50 > found[0]
+    seen = Utilization(0.8, 0.4)
+    assert MODEL.slowdowns(work, A100, seen, names[2]) == MODEL.slowdowns(work, A100, seen)
+
+
 def test_an_unknown_program_has_no_slowdown_but_history_speaks_for_it() -> None:
     assert MODEL.slowdowns(Workload(), A100) == {}
     assert MODEL.slowdowns(Workload(), A100, Utilization(0.9, 0.5))["1g.5gb"].p50 > 3
