@@ -1,7 +1,8 @@
 """The same code, asked to do the same: a name by which what earlier runs needed is found again.
 
 What counts: every Python file of the bundle without comments, layout and docstrings; every other text file as it is,
-but for its ends of lines; the words of the command; its environment; the size of its data, in powers of two; the image.
+but for the ends of its lines if it is small; the words of the command; its environment; the size of its data, in powers
+of two; the image.
 
 What does not: prose (``README.md``), paths that are plainly those of outputs (``--output-dir runs/7``), how the
 interpreter is called (``python3.11``, ``/usr/bin/python3``, ``-u``) and whether a value follows its option after a
@@ -22,7 +23,7 @@ from pathlib import PurePosixPath
 from typing import Final, Protocol
 
 from predictor_onnx.errors import CodeDoesNotParseError
-from predictor_onnx.source import CodeBundle, Source, clean_path
+from predictor_onnx.source import LARGEST_CONFIGURATION_BYTES, CodeBundle, Source, clean_path
 
 _VERSION: Final = "1"
 _PROSE: Final = frozenset({".md", ".rst"})
@@ -96,12 +97,15 @@ def _add_file(digest: _Digest, source: Source, path: str) -> None:
         except CodeDoesNotParseError:
             tree = None
     if tree is not None:
-        _add(digest, "python", *_tokens(tree))
+        # No token holds the end of a line: texts are written with escapes.
+        _add(digest, "python", "\n".join(_tokens(tree)))
         return
     content = source.bundle.files[path]
     content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    lines = [line.rstrip() for line in content.replace(b"\r\n", b"\n").split(b"\n")]
-    _add(digest, "bytes", hashlib.sha256(b"\n".join(lines).strip(b"\n")).hexdigest())
+    if len(content) <= LARGEST_CONFIGURATION_BYTES:
+        lines = content.replace(b"\r\n", b"\n").split(b"\n")
+        content = b"\n".join(line.rstrip() for line in lines).strip(b"\n")
+    _add(digest, "bytes", hashlib.sha256(content).hexdigest())
 
 
 def _tokens(tree: ast.Module) -> Iterator[str]:

@@ -47,7 +47,7 @@ def of(
     input_bytes: int = 0,
     **others: str,
 ) -> str:
-    files = {"train.py": text} | {name.replace("_py", ".py").replace("_md", ".md"): one for name, one in others.items()}
+    files = {"train.py": text} | {name.replace("_", "."): one for name, one in others.items()}
     return fingerprint(CodeBundle(files), command.split(), environment or {}, image, input_bytes)
 
 
@@ -150,6 +150,13 @@ def test_code_nested_deeper_than_the_stack_has_a_name() -> None:
     assert of(text) == of(text + "  ") != of(text + "+1")
 
 
+def test_texts_that_are_too_large_to_parse_count_byte_by_byte() -> None:
+    large = "x = 1\n" * 100_000
+    assert of(large) == of(large) != of(large + "# more")
+    assert of(config_py=" \n" * 500_000) != of(config_py="\n" * 500_000)
+    assert of("x = 1", config_yaml="a: 1  \nb: 2") == of("x = 1", config_yaml="a: 1\r\nb: 2\n")
+
+
 def test_long_integers_have_a_name() -> None:
     assert of(f"x = 0x{'f' * 20_000}") == of(f"x = (0x{'F' * 20_000})") != of(f"x = 0x{'f' * 19_999}")
 
@@ -160,4 +167,4 @@ def test_the_name_is_the_same_in_every_version() -> None:
     assert of(command="python3 train.py --epochs=3") == RECORDED
 
 
-RECORDED = "29e63b3b1cee06ea6be134617f89d466a5b80df03b99a32d1f6e13f797d161fc"
+RECORDED = "cbfc4426b22cbf4a85a578c66dbe64a5acbc26e6511c11817bb96807a2de1e35"
