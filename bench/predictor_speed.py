@@ -35,7 +35,7 @@ class Speed:
 
     Attributes:
         figures: by dotted names, ``slowdown.METHOD.FIGURE``.
-        aims: the issue's.
+        aims: what was promised.
         notes: what the claim rests on.
         methods: the table of the slowdown: error by method, baselines last.
     """
