@@ -99,7 +99,7 @@ class JobRecord:
     ran_out_of_mib: int = 0
     """Memory of the slice on which its newest attempt ran out of it; 0 when it did not."""
     at_least_mib: int = 0
-    """Memory that its slice has to have at least, because an attempt ran out of less; 0 when none did."""
+    """Memory that its slice has to have at least: an attempt ran out of less, or its origin says so. 0 for none."""
     grows: bool = False
     """Its newest attempt ran out of memory, and when that is released it is tried again on a larger slice."""
 

@@ -105,6 +105,17 @@ class RunningCentre:
                 return await self.job(job_id)
         raise AssertionError(f"it ended otherwise: {await self.job(job_id)}")
 
+    async def until_runs(self, job_id: str, attempt: int) -> job_pb2.Job:
+        """Waits until an attempt of a job runs."""
+        with self.centre._feed.watching(job_id) as news:
+            async with asyncio.timeout(20):
+                while True:
+                    news.clear()
+                    job = await self.job(job_id)
+                    if len(job.attempts) == attempt and job.state == job_pb2.JOB_STATE_RUNNING:
+                        return job
+                    await news.wait()
+
     async def until_told(self, job_id: str, reason: str) -> job_pb2.JobEvent:
         """Follows a job's events until one has this reason; past the end of the job, too."""
         with self.centre._feed.watching(job_id) as news:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from puhui.v1 import job_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
     JOB_STATE_FAILED,
-    JOB_STATE_RUNNING,
     JOB_STATE_STOPPING,
     JOB_STATE_SUCCEEDED,
 )
@@ -25,18 +23,6 @@ from tests.unit.controlplane.samples import GEOMETRY, H100_PROFILES
 FULL = (
     b"epoch 1\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of\n"
 )
-
-
-async def started(centre: RunningCentre, job_id: str, attempt: int) -> job_pb2.Job:
-    """Waits until an attempt of a job runs."""
-    with centre.centre._feed.watching(job_id) as news:
-        async with asyncio.timeout(20):
-            while True:
-                news.clear()
-                job = await centre.job(job_id)
-                if len(job.attempts) == attempt and job.state == JOB_STATE_RUNNING:
-                    return job
-                await news.wait()
 
 
 async def fills(node: FakeNode, job_id: str, attempt: int, code: int = 1, output: bytes = FULL) -> None:
@@ -51,10 +37,10 @@ async def test_it_goes_up_size_by_size_until_it_fits(tmp_path: Path) -> None:
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit()
         for number, profile in enumerate(("1g.10gb", "1g.20gb", "3g.40gb"), 1):
-            job = await started(centre, job_id, number)
+            job = await centre.until_runs(job_id, number)
             assert job.attempts[-1].profile == profile
             await fills(node, job_id, number)
-        job = await started(centre, job_id, 4)
+        job = await centre.until_runs(job_id, 4)
         assert job.attempts[-1].profile == "7g.80gb"
         assert not job.HasField("exit_code")
         await node.exit(job_id, 0, 4)
@@ -97,7 +83,7 @@ async def test_the_largest_slice_is_the_last(tmp_path: Path) -> None:
     node.exits_at_once = None
     async with running(tmp_path, node, required_mib=60_000) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         await fills(node, job_id, 1)
         job = await centre.ended(job_id)
         assert (job.state, job.reason, len(job.attempts)) == (JOB_STATE_FAILED, "DEVICE_OUT_OF_MEMORY", 1)
@@ -123,7 +109,7 @@ async def test_what_the_user_fixed_is_kept_and_said(tmp_path: Path, resources: j
     node.exits_at_once = None
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit(resources=resources)
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         await fills(node, job_id, 1)
         job = await centre.ended(job_id)
         assert (job.state, job.reason, len(job.attempts)) == (JOB_STATE_FAILED, "DEVICE_OUT_OF_MEMORY", 1)
@@ -144,7 +130,7 @@ async def test_what_ended_otherwise_is_not_tried_again(tmp_path: Path, output: b
     node.exits_at_once = None
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         await fills(node, job_id, 1, code, output)
         job = await centre.ended(job_id)
         assert (job.reason, len(job.attempts)) == (reason, 1)
@@ -155,7 +141,7 @@ async def test_host_memory_is_something_else(tmp_path: Path) -> None:
     node.exits_at_once = None
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         node.containers[job_id, 1].oom_killed = True
         await fills(node, job_id, 1, 137)
         job = await centre.ended(job_id)
@@ -167,11 +153,11 @@ async def test_the_same_code_gets_the_larger_slice_at_once_the_next_time(tmp_pat
     node.exits_at_once = None
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         await fills(node, job_id, 1)
-        await started(centre, job_id, 2)
+        await centre.until_runs(job_id, 2)
         again = await centre.submit()
-        job = await started(centre, again, 1)
+        job = await centre.until_runs(again, 1)
         assert job.attempts[0].profile == "1g.20gb"
         assert (
             "an earlier run of this code did not come to its end and needs more than 9.8 GiB" in job.prediction.reason
@@ -193,12 +179,12 @@ async def test_a_kill_of_the_control_plane_at_any_step_leads_to_the_larger_slice
     released = node.hold("destroy_slice")
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         await fills(node, job_id, 1)
         await centre.until_told(job_id, "DEVICE_OUT_OF_MEMORY")
     released.set()
     async with running(tmp_path, node) as centre:
-        job = await started(centre, job_id, 2)
+        job = await centre.until_runs(job_id, 2)
         assert job.attempts[-1].profile == "1g.20gb"
         assert (await centre.reasons(job_id)).count("DEVICE_OUT_OF_MEMORY") == 1
         await node.exit(job_id, 0, 2)
@@ -211,14 +197,14 @@ async def test_a_node_that_cannot_be_reached_is_waited_for(tmp_path: Path) -> No
     node.exits_at_once = None
     async with running(tmp_path, node, release_patience_s=0.01) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         held = node.hold("remove_container")
         await fills(node, job_id, 1)
         await centre.until_told(job_id, "DEVICE_OUT_OF_MEMORY")
         await eventually(lambda: "remove_container" in node.calls)
         assert (await centre.job(job_id)).state == JOB_STATE_STOPPING
         held.set()
-        assert (await started(centre, job_id, 2)).attempts[-1].profile == "1g.20gb"
+        assert (await centre.until_runs(job_id, 2)).attempts[-1].profile == "1g.20gb"
 
 
 async def test_who_cancels_it_meanwhile_gets_what_was_asked_for(tmp_path: Path) -> None:
@@ -226,7 +212,7 @@ async def test_who_cancels_it_meanwhile_gets_what_was_asked_for(tmp_path: Path) 
     node.exits_at_once = None
     async with running(tmp_path, node, release_patience_s=0.01) as centre:
         job_id = await centre.submit()
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         held = node.hold("remove_container")
         await fills(node, job_id, 1)
         await centre.until_told(job_id, "DEVICE_OUT_OF_MEMORY")
@@ -243,7 +229,7 @@ async def test_a_session_is_left_to_who_works_in_it(tmp_path: Path) -> None:
     node.exits_at_once = None
     async with running(tmp_path, node) as centre:
         job_id = await centre.submit(kind=job_pb2.JOB_KIND_SESSION)
-        await started(centre, job_id, 1)
+        await centre.until_runs(job_id, 1)
         await fills(node, job_id, 1)
         assert (await centre.ended(job_id)).reason == "EXIT_CODE"
 
