@@ -151,7 +151,10 @@ def with_history(
         prediction.model_version,
     )
     seen = [
-        predictor_onnx.Observation(one.peak_mib, one.at_least_mib, one.duration_s, one.utilization) for one in observed
+        predictor_onnx.Observation(
+            one.peak_mib, one.at_least_mib, one.duration_s, one.utilization, emulated=one.emulated
+        )
+        for one in observed
     ]
     answer = predictor_onnx.blended(model, seen)
     blended = prediction_pb2.Prediction()

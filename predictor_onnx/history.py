@@ -54,12 +54,14 @@ class Observation:
         at_least_mib: it would have used this much or more, in MiB; None when nothing says so.
         duration_s: for how long its command ran, in seconds; None when that is not known.
         utilization: share of the time with its slice in which it used it, from 0 to 1; None when not known.
+        emulated: whether its card was.
     """
 
     peak_mib: float | None = None
     at_least_mib: float | None = None
     duration_s: float | None = None
     utilization: float | None = None
+    emulated: bool = False
 
 
 def blended(prediction: Prediction, observations: Sequence[Observation]) -> Prediction:
@@ -107,7 +109,9 @@ def told(observations: Sequence[Observation]) -> str:
     if floor:
         more = "one" if peaks else "an earlier run of this code"
         said.append(f"{more} did not come to its end and needs more than {gib(floor)}")
-    return ", and ".join(said)
+    telling = [one for one in observations if one.peak_mib is not None or one.at_least_mib is not None]
+    emulated = " (seen on emulated cards)" if any(one.emulated for one in telling) else ""
+    return ", and ".join(said) + emulated
 
 
 def _towards(quantiles: tuple[float, float, float], logs: Sequence[float]) -> tuple[float, float, float]:

@@ -78,7 +78,7 @@ async def test_code_is_known_again_by_what_it_does(prediction: OnnxPrediction) -
 async def test_what_was_observed_is_blended_with_what_is_predicted(prediction: OnnxPrediction) -> None:
     answer = await prediction.of(code(TRAINING))
     assert with_history(answer, []) is answer
-    seen = ObservedAttempt("j-1", 1, "lab", "f", 1.0, 12_000, None, 60.0, 0.5, "2g.20gb", "H100", True, "")
+    seen = ObservedAttempt("j-1", 1, "lab", "f", 1.0, 12_000, None, 60.0, 0.5, "2g.20gb", "H100", False, "")
     after = with_history(answer, [seen])
     assert after.memory.p50_mib == pytest.approx(12_000, rel=0.02)
     assert after.reason == f"1 earlier run of this code peaked at 11.7 GiB. {answer.reason}"

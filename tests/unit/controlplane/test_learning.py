@@ -52,7 +52,9 @@ async def test_what_a_job_used_is_what_its_code_is_predicted_to_need(tmp_path: P
             job = await ran(centre, node, peak_mib)
             assert job.attempts[0].peak_memory_mib == peak_mib
         answer = await predicted(centre)
-        assert answer.prediction.reason.startswith("3 earlier runs of this code peaked at 14.6 GiB to 14.7 GiB. ")
+        assert answer.prediction.reason.startswith(
+            "3 earlier runs of this code peaked at 14.6 GiB to 14.7 GiB (seen on emulated cards). "
+        )
         assert 15_010 < answer.prediction.required_mib < 17_000
         assert answer.prediction.memory.p50_mib == pytest.approx(15_010, rel=0.001)
         assert {"earlier_runs": "3"}.items() <= {fact.name: fact.value for fact in answer.prediction.facts}.items()
@@ -96,7 +98,7 @@ async def test_what_did_not_come_to_its_end_tells_a_lower_bound(tmp_path: Path) 
     async with running(tmp_path, node) as centre:
         await ran(centre, node, 15_000, code=3)
         reason = (await predicted(centre)).prediction.reason
-        assert reason.startswith("an earlier run of this code did not come to its end and needs more than 14.6 GiB. ")
+        assert reason.startswith("an earlier run of this code did not come to its end and needs more than 14.6 GiB (")
         assert (await predicted(centre)).prediction.memory.p50_mib == 15_000
 
 

@@ -121,6 +121,10 @@ def test_code_that_seemed_to_use_no_accelerator_is_believed_when_it_does() -> No
     ("seen", "said"),
     [
         (peaked(11.2 * GIB, 11.22 * GIB, 11.21 * GIB), "3 earlier runs of this code peaked at 11.2 GiB. The model"),
+        (
+            [Observation(peak_mib=700.0, emulated=True)],
+            "1 earlier run of this code peaked at 700 MiB (seen on emulated cards). The model",
+        ),
         (peaked(700.0), "1 earlier run of this code peaked at 700 MiB. The model"),
         (peaked(10.1 * GIB, 11.2 * GIB), "2 earlier runs of this code peaked at 10.1 GiB to 11.2 GiB. The model"),
         (
