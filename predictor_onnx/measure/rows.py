@@ -10,12 +10,11 @@ import enum
 import gzip
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final, get_args, get_type_hints
 
-from predictor_onnx.configuration import Configuration
+from predictor_onnx.configuration import Configuration, Precision
 from predictor_onnx.errors import PredictorError
 
 LABEL: Final = "measured"
@@ -205,7 +204,9 @@ def configuration_of(values: Any) -> Configuration:
     Raises:
         ValueError: a field is unknown or missing, or its value is of another type or out of range.
     """
-    found = Configuration.from_json(json.dumps(values))
+    if not isinstance(values, dict):
+        raise ValueError("a configuration is an object")
+    found = Configuration.from_json(json.dumps({"precision": Precision.FLOAT32.value, **values}))
     _check_types(Configuration, {field.name: getattr(found, field.name) for field in fields(found)})
     if found.batch < 1 or found.accumulation < 1 or not found.shape or min(found.shape) < 1:
         raise ValueError("batch, accumulation and the sides of shape must be 1 or more")
@@ -290,11 +291,14 @@ def read(path: Path) -> MeasuredFile:
         RowsRefusedError: it cannot be read, is of another schema or label, or a line of it is damaged.
     """
     number = 1
+    rows = []
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             header = header_of(file.readline())
-            rows = []
-            for number, line in enumerate(_whole_lines(file), 2):  # noqa: B007 - the error names the line
+            for line in file:
+                number += 1
+                if not line.endswith("\n"):
+                    raise ValueError("the line was cut")
                 rows.append(MeasuredRow.from_json(line))
     except (OSError, EOFError, ValueError) as error:
         raise RowsRefusedError(
@@ -302,10 +306,3 @@ def read(path: Path) -> MeasuredFile:
             "last line was cut is mended by continuing it with --resume."
         ) from error
     return MeasuredFile(header, tuple(rows))
-
-
-def _whole_lines(lines: Iterator[str]) -> Iterator[str]:
-    for line in lines:
-        if not line.endswith("\n"):
-            raise ValueError("the line was cut")
-        yield line
