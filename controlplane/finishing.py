@@ -10,7 +10,7 @@ from controlplane.endings import cancelled, ending_of
 from controlplane.growing import next_size
 from controlplane.observing import FEWEST_SAMPLES
 from puhui.rpc.moment import moment, timestamp
-from puhui.v1 import node_pb2, prediction_pb2
+from puhui.v1 import job_pb2, node_pb2, prediction_pb2
 from puhui.v1.job_pb2 import JOB_STATE_QUEUED, JOB_STATE_STOPPING
 
 __all__ = [
@@ -109,7 +109,16 @@ def grows(draft: Draft, _: h.Grows) -> None:
     attempt = draft.job.attempts[-1]
     draft.end_attempt(attempt)
     attempt.message = draft.record.ending.message if draft.record.ending is not None else ""
-    draft.record = replace(draft.record, ending=None, grows=False)
+    # What was asked of the share that it had is not asked of the next.
+    draft.record = replace(
+        draft.record,
+        ending=None,
+        grows=False,
+        suspend=job_pb2.RECLAIM_MODE_UNSPECIFIED,
+        parked=False,
+        idle_at=0.0,
+        rests=0,
+    )
     draft.job.state = JOB_STATE_QUEUED
     draft.job.executing_centre = draft.job.centre
     for name in ("exit_code", "artifacts", "log_size_bytes", "idleness"):

@@ -115,6 +115,17 @@ def test_one_that_ran_out_of_memory_waits_for_a_larger_slice_and_keeps_the_old_a
     assert (again.ran_out_of_mib, again.at_least_mib) == (0, 10_484)
 
 
+def test_a_suspend_of_the_share_that_was_outgrown_is_not_one_of_the_next() -> None:
+    record = through(
+        running(),
+        happenings.SuspendRequested(job_pb2.RECLAIM_MODE_DETACH),
+        happenings.CommandEnded(container(1)),
+        ran_out(),
+        happenings.Grows(),
+    )
+    assert (record.suspend, record.parked) == (job_pb2.RECLAIM_MODE_UNSPECIFIED, False)
+
+
 def test_one_that_succeeded_or_was_cancelled_does_not_grow() -> None:
     succeeded = through(running(), happenings.CommandEnded(container(0)))
     cancelled = through(running(), happenings.CommandEnded(container(1)), happenings.CancelRequested("no"))
