@@ -20,6 +20,7 @@ from controlplane.endings import CONTAINER_LOST, not_started
 from controlplane.faults import MOST_ATTEMPTS, Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES, LIVING_STATES, transition
+from controlplane.learning import learnt
 from controlplane.metering import UsageChange
 from controlplane.node_asker import Fenced, GivenUp, NodeAsker
 from controlplane.node_link import NodeLink
@@ -226,9 +227,8 @@ class AttemptDriver:
                     raise
                 stored = False
                 return None
-            return Change(
-                record, tuple(events), reserve=reserve, release=(self._number,) if release else (), usage=usage
-            )
+            released = (self._number,) if release else ()
+            return Change(record, tuple(events), reserve, released, usage=usage, observed=learnt(told, record, now()))
 
         self._record = await self._patient_store(decide)
         if stored and release:

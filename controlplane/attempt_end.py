@@ -15,6 +15,7 @@ from controlplane.cutting import discard_warm
 from controlplane.draft import current_share
 from controlplane.faults import Verdict, retry_delay_s, verdict
 from controlplane.happenings import Happening
+from controlplane.memory_verdict import look_at_memory
 from controlplane.node_asker import Fenced, GivenUp
 from controlplane.node_client import NodeClient, is_unreachable
 from controlplane.records import Reservation
@@ -75,10 +76,13 @@ class AttemptEnd:
     async def finish(self) -> None:
         """Collects the results and releases everything; the job has ended then."""
         await self._collect(patient=False)
+        await self._look_at_memory()
         release = asyncio.create_task(self._release_for_certain())
         try:
             done, _ = await asyncio.wait({release}, timeout=self._around.release_patience_s)
-            if done:
+            if self._driven.record.grows and await self._grow(release):
+                return
+            if done or release.done():
                 await self._driven.change(happenings.Ended(), before=release.result(), release=True)
                 return
             name = self._around.nodes.name(self._driven.attempt.node_id)
@@ -88,6 +92,37 @@ class AttemptEnd:
         finally:
             release.cancel()
             await asyncio.gather(release, return_exceptions=True)
+
+    async def _look_at_memory(self) -> None:
+        """Says that it ran out of device memory, if it did."""
+        driven = self._driven
+        held = self._around.reservations.get((driven.record.id, driven.attempt.number))
+        if self._cancel.is_set() or held is None or not driven.record.results_collected:
+            return
+        found = await look_at_memory(
+            driven.record,
+            driven.record.job.log_size_bytes,
+            held.memory_mib,
+            self._around.results,
+            self._around.nodes.geometries,
+            self._around.offered,
+        )
+        if found is not None:
+            await driven.change(happenings.RanOut(found), if_still=True)
+
+    async def _grow(self, release: asyncio.Task[list[Told]]) -> bool:
+        """Has the job wait for a larger slice once nothing of this attempt is left. False when its end is asked for.
+
+        A node out of contact is waited for: it holds a share, and may hold what the attempt was.
+        """
+        cancelled = asyncio.create_task(self._cancel.wait())
+        try:
+            await asyncio.wait({release, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cancelled.cancel()
+        if not release.done():
+            return False
+        return await self._driven.change(happenings.Grows(), before=release.result(), release=True, if_still=True)
 
     async def release_late(self) -> None:
         """The job has ended, but its share is held."""

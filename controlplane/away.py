@@ -67,6 +67,7 @@ _MOST_TEXT = 1000
 _REASON_LENGTH = 64
 _MOST_NAME = 128
 _MOST_RUN_BYTES = 8192
+_MOST_MIB = 2**24
 _RUN_ID = re.compile(r"r-[a-z0-9]{12}")
 
 
@@ -246,6 +247,8 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
         attempt.release_time.CopyFrom(there.release_time)
     if there.HasField("exit_code"):
         attempt.exit_code = there.exit_code
+    if there.HasField("peak_memory_mib") and there.peak_memory_mib <= _MOST_MIB:
+        attempt.peak_memory_mib = there.peak_memory_mib
     del attempt.shares[:]
     attempt.shares.extend(one for one in there.shares[-MOST_SHARES:] if one.ByteSize() <= _MOST_TEXT)
     if there.HasField("start_time") and not draft.job.HasField("start_time"):

@@ -153,6 +153,7 @@ class Centre:
             settings.release_patience_s,
             settings.collect_patience_s,
             federation.reach,
+            federation.offered,
         )
         centre._attempts = Attempts(around, scheduler.put_back)
         centre._reservations = reservations

@@ -48,6 +48,7 @@ class Draft:
         self.record = replace(
             self.record,
             ending=None,
+            ran_out_of_mib=0,
             results_collected=False,
             results_lost="",
             take_over=None,

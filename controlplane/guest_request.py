@@ -93,7 +93,8 @@ def job_of(
         sizing = size(spec.resources, prediction_pb2.Prediction(required_mib=required_mib), geometries)
     if geometries and not sizing.choices:
         raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "TOO_LARGE", sizing.reason)
-    record, submitted = transition(JobRecord(job), happenings.Submitted(), at)
+    least_mib = sizing.required_mib if spec.kind == job_pb2.JOB_KIND_BATCH and not spec.resources.profile else 0
+    record, submitted = transition(JobRecord(job, at_least_mib=least_mib), happenings.Submitted(), at)
     record, predicted = transition(record, happenings.Predicted(prediction, sizing), at)
     return record, [submitted, predicted]
 

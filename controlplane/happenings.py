@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from controlplane.endings import Ending
+from controlplane.growing import Outgrown
 from controlplane.records import TakeOver
 from puhui.v1 import card_pb2, idle_pb2, job_pb2, node_pb2, prediction_pb2
 
@@ -19,6 +20,7 @@ __all__ = [
     "Ended",
     "Forwarded",
     "Forwarding",
+    "Grows",
     "Happening",
     "KeptLate",
     "Moves",
@@ -27,6 +29,7 @@ __all__ = [
     "PeerEnded",
     "PeerTold",
     "Predicted",
+    "RanOut",
     "ReclaimBegun",
     "ReclaimRefused",
     "Reclaimed",
@@ -171,6 +174,18 @@ class ResultsLost(Happening):
     why: str
     log_bytes: int
     artifacts: job_pb2.JobArtifacts
+
+
+@dataclass(frozen=True)
+class RanOut(Happening):
+    """Its command failed because the memory of its slice was not enough."""
+
+    outgrown: Outgrown
+
+
+@dataclass(frozen=True)
+class Grows(Happening):
+    """Nothing is left of an attempt that ran out of memory, and it waits for a larger slice."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ tells of it. What is not in the table below cannot happen; a final state is fina
     RESUMING  -> STARTING    it is made anew, elsewhere or because its command had to be ended
     RESUMING  -> IDLE        the run instruction was withdrawn
     RUNNING | IDLE | RESUMING -> STOPPING   the command ended, or somebody asked for its end
+    STOPPING  -> QUEUED      it ran out of device memory, and is tried again on a larger slice
     STOPPING  -> SUCCEEDED | FAILED | CANCELLED   results are collected, everything is released
 """
 
@@ -65,7 +66,7 @@ TRANSITIONS: Mapping[State, frozenset[State]] = {
     JOB_STATE_RESUMING: frozenset(
         {JOB_STATE_RESUMING, JOB_STATE_RUNNING, JOB_STATE_STARTING, JOB_STATE_IDLE, JOB_STATE_STOPPING}
     ),
-    JOB_STATE_STOPPING: frozenset({JOB_STATE_STOPPING, *FINAL_STATES}),
+    JOB_STATE_STOPPING: frozenset({JOB_STATE_STOPPING, JOB_STATE_QUEUED, *FINAL_STATES}),
     # Results and shares may arrive after the end when a node could not be reached; the state stays.
     **{state: frozenset({state}) for state in FINAL_STATES},
 }
@@ -123,6 +124,8 @@ _ALLOWED_IN: Mapping[type[Happening], frozenset[State]] = {
     h.ResultsCollected: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
     h.ResultsDelayed: frozenset({JOB_STATE_STOPPING}),
     h.ResultsLost: frozenset({JOB_STATE_STOPPING}) | FINAL_STATES,
+    h.RanOut: frozenset({JOB_STATE_STOPPING}),
+    h.Grows: frozenset({JOB_STATE_STOPPING}),
     # A former attempt may be released while the job goes on.
     h.ContainerRemoved: frozenset(job_pb2.JobState.values()),
     h.SliceDestroyed: frozenset(job_pb2.JobState.values()),
@@ -188,8 +191,17 @@ def _require(record: JobRecord, happening: Happening) -> None:
         raise IllegalTransition(f"{record.id}: how it ends was never decided")
     if isinstance(happening, _AT_PEERS[1:-1]) and not record.attempt.peer:
         raise IllegalTransition(f"{record.id}: its newest attempt is at no peer")
-    if isinstance(happening, h.Reserved | h.ShareReserved | h.Moves | h.Forwarding) and record.cancel_requested:
+    if isinstance(happening, h.RanOut) and (record.ran_out_of_mib or not _failed(record)):
+        raise IllegalTransition(f"{record.id}: it did not fail, or is known to have run out of memory")
+    if isinstance(happening, h.Grows) and not record.grows:
+        raise IllegalTransition(f"{record.id}: it did not run out of memory, or keeps its size")
+    begins = h.Reserved | h.ShareReserved | h.Moves | h.Forwarding | h.RanOut | h.Grows
+    if isinstance(happening, begins) and record.cancel_requested:
         raise IllegalTransition(f"{record.id}: it is cancelled")
+
+
+def _failed(record: JobRecord) -> bool:
+    return record.ending is not None and record.ending.state == JOB_STATE_FAILED
 
 
 def _text(record: JobRecord, happening: Happening) -> str:
@@ -343,6 +355,8 @@ _APPLY: Mapping[type[Happening], Callable[[Draft, Any], None]] = {
     h.ResultsCollected: finishing.results_collected,
     h.ResultsDelayed: finishing.results_delayed,
     h.ResultsLost: finishing.results_lost,
+    h.RanOut: finishing.ran_out,
+    h.Grows: finishing.grows,
     h.ContainerRemoved: finishing.container_removed,
     h.SliceDestroyed: finishing.slice_destroyed,
     h.Ended: finishing.ended,

@@ -188,3 +188,29 @@ def m0005_peers(db: Database) -> None:
         """
     )
     db.execute("create index guests_by_job on guests (job_id)")
+
+
+@migrations()
+def m0006_observations(db: Database) -> None:
+    """What was learnt from attempts about the code that they ran."""
+    db.execute(
+        """
+        create table observations (
+            job_id text not null,
+            attempt integer not null,
+            tenant text not null,
+            fingerprint text not null,
+            at real not null,
+            peak_mib integer,        -- null: not known, or it did not come to its end
+            at_least_mib integer,    -- null: it came to its end
+            duration_s real not null,
+            utilization real,
+            profile text not null,
+            gpu_model text not null,
+            emulated integer not null,
+            peer text not null,
+            primary key (job_id, attempt)
+        ) without rowid
+        """
+    )
+    db.execute("create index observations_by_code on observations (tenant, fingerprint, at)")

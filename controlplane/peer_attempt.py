@@ -22,6 +22,7 @@ from controlplane.forwards import LAST_MOMENT_S, ForwardRecord, is_surely_over, 
 from controlplane.happenings import Happening
 from controlplane.jobs import PLACED_STATES, transition
 from controlplane.lasting import Lasting
+from controlplane.learning import learnt
 from controlplane.metering import AllEnded, Stretch
 from controlplane.peer_request import lease_left, origin_of
 from controlplane.peer_terms import DEFAULT_RESULT_BYTES
@@ -240,7 +241,13 @@ class PeerAttempt:
                 ended = (AllEnded(now()),) if over else ()
                 runs = tuple(record.job.runs) if events and self.is_newest(record) else ()
                 return Change(
-                    record, tuple(events), forward=after, runs=runs, usage=ended, usage_there=tuple(usage_there)
+                    record,
+                    tuple(events),
+                    forward=after,
+                    runs=runs,
+                    usage=ended,
+                    usage_there=tuple(usage_there),
+                    observed=learnt(told, record, now()) if events else (),
                 )
 
             self._record = await self._patient_store(decide)

@@ -22,7 +22,9 @@ from controlplane.away import ending_there
 from controlplane.draft import IllegalTransition
 from controlplane.endings import Ending, cancelled
 from controlplane.forwards import ForwardStage
+from controlplane.growing import Outgrown
 from controlplane.jobs import FINAL_STATES
+from controlplane.memory_verdict import look_at_memory
 from controlplane.node_asker import Fenced
 from controlplane.peer_attempt import PeerAttempt
 from controlplane.peer_client import is_away
@@ -99,7 +101,13 @@ class PeerDriver:
         self._attempt = PeerAttempt(around.centre, around.store, reach, record, number)
         self._adopted = False
         self._job_there: job_pb2.Job | None = None
-        self._at_end = PeerEnd(self._attempt, around.results, around.withdraw)
+        self._at_end = PeerEnd(self._attempt, around.results, around.withdraw, self._outgrown)
+
+    async def _outgrown(self, record: JobRecord, log_bytes: int, slice_mib: int) -> Outgrown | None:
+        around = self._around
+        return await look_at_memory(
+            record, log_bytes, slice_mib, around.results, lambda: around.nodes.geometries(), around.offered
+        )
 
     def cancel(self) -> None:
         """The job's end was asked for, and that is stored."""

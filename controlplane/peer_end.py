@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from controlplane import happenings
 from controlplane.away import ending_there
+from controlplane.draft import IllegalTransition
 from controlplane.endings import Ending
 from controlplane.forwards import ForwardStage
+from controlplane.growing import Outgrown, nominal_mib
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES
 from controlplane.node_asker import Fenced
 from controlplane.peer_attempt import PeerAttempt
 from controlplane.peer_results import collect_from_peer
+from controlplane.records import JobRecord
 from controlplane.results import Results
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import now
@@ -27,6 +31,7 @@ __all__ = ["PeerEnd"]
 _log = structlog.get_logger(__name__)
 
 _MOST_REFUSALS = 4
+_MOST_MIB = 2**24
 _OFTEN = 6
 _RARELY_S = 300.0
 _FOR_CERTAIN = frozenset({"ARTIFACTS_DIGEST", "GUEST_NOT_FOUND", "PEER_ANSWER_INVALID", "RESULTS_LOST", "WORK_ENDED"})
@@ -49,12 +54,21 @@ class PeerEnd:
         attempt: how it stands.
         results: where what it left is kept.
         withdraw: a job waits for a share no longer.
+        outgrown: returns what becomes of a job that ran out of device memory, None of one that did not: given the job,
+            the size of its output in bytes, and the memory of its slice in MiB.
     """
 
-    def __init__(self, attempt: PeerAttempt, results: Results, withdraw: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        attempt: PeerAttempt,
+        results: Results,
+        withdraw: Callable[[str], None],
+        outgrown: Callable[[JobRecord, int, int], Awaitable[Outgrown | None]],
+    ) -> None:
         self._attempt = attempt
         self._results = results
         self._withdraw = withdraw
+        self._outgrown = outgrown
 
     async def look_late(self) -> None:
         """Asks a peer that is back whether it had ended there after all."""
@@ -106,9 +120,32 @@ class PeerEnd:
             if isinstance(got, str)
             else _told(*got)
         ]
-        if self._attempt.record.state not in FINAL_STATES:
-            told.append(happenings.Ended())
-        await self._attempt.change(*told, over=True, stage=ForwardStage.SETTLED)
+        if self._attempt.record.state in FINAL_STATES:
+            await self._attempt.change(*told, over=True, stage=ForwardStage.SETTLED)
+            return
+        found = None
+        if not isinstance(there, str) and not isinstance(got, str):
+            found = await self._look_at_memory(there, got[0])
+        if found is not None:
+            last = happenings.Grows() if found.sizing is not None else happenings.Ended()
+            # Unless its end was asked for meanwhile.
+            with contextlib.suppress(IllegalTransition):
+                ran_out = happenings.RanOut(found)
+                await self._attempt.change(*told, ran_out, last, over=True, stage=ForwardStage.SETTLED)
+                return
+        await self._attempt.change(*told, happenings.Ended(), over=True, stage=ForwardStage.SETTLED)
+
+    async def _look_at_memory(self, there: job_pb2.Job, log_bytes: int) -> Outgrown | None:
+        """Returns what becomes of it when it ran out of device memory there; None when it did not."""
+        record = self._attempt.record
+        if self._attempt.is_cancelled or not record.job.attempts:
+            return None
+        profile = record.attempt.profile
+        told = [one.memory_mib for one in there.sizing.choices if one.profile == profile]
+        slice_mib = next((mib for mib in told if 0 < mib < _MOST_MIB), 0) or nominal_mib(profile)
+        # What it had is at least what was asked for.
+        slice_mib = slice_mib or record.job.sizing.required_mib
+        return await self._outgrown(record, log_bytes, slice_mib)
 
     async def _asked(self) -> job_pb2.Job | str:
         """Returns the job as the peer knows it, after a restart; or why what it left cannot be had."""

@@ -7,13 +7,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import grpc
 import structlog
 
 import predictor_onnx
+from controlplane.observing import ObservedAttempt
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration
 from puhui.v1 import prediction_pb2
@@ -23,7 +24,7 @@ from puhui.v1.prediction_pb2 import (
     PREDICTION_TIER_UNKNOWN,
 )
 
-__all__ = ["Code", "OnnxPrediction", "Prediction"]
+__all__ = ["Code", "OnnxPrediction", "Prediction", "with_history"]
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +47,10 @@ class Code:
     command: Sequence[str]
     input_bytes: int
     """Data that is read beside the bundle."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment of the command."""
+    image: str = ""
+    """Container image; "" is the centre's default."""
 
 
 class Prediction(Protocol):
@@ -58,17 +63,20 @@ class Prediction(Protocol):
             Refusal: INVALID_ARGUMENT with CODE_UNPARSABLE.
         """
 
+    async def fingerprint(self, code: Code) -> str:
+        """Returns what tells this code, and what it is asked to do, from other; "" when none can be made."""
+
     async def close(self) -> None:
         """Ends its threads."""
 
 
 class OnnxPrediction:
-    """The trained predictor, in two threads, so that one piece of odd code does not hold up the others."""
+    """The trained predictor, in three threads, so that one piece of odd code does not hold up the others."""
 
     def __init__(self, budget_s: float) -> None:
         self._budget_s = budget_s
         self._predictor = predictor_onnx.Predictor()
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="predictor")
+        self._threads = ThreadPoolExecutor(3, thread_name_prefix="predictor")
         # What is said of code that nothing is known of is the answer when time runs out.
         self._unknown = self._predictor.predict(predictor_onnx.CodeBundle({}), predictor_onnx.Request(()))
 
@@ -103,11 +111,64 @@ class OnnxPrediction:
         message.elapsed.CopyFrom(duration(time.monotonic() - started))
         return message
 
+    async def fingerprint(self, code: Code) -> str:
+        """Returns what tells this code, and what it is asked to do, from other code; "" when none can be made."""
+        made = asyncio.get_running_loop().run_in_executor(self._threads, _fingerprint, code)
+        try:
+            return await asyncio.wait_for(made, self._budget_s)
+        except TimeoutError:
+            _log.warning("code has no fingerprint, so its history is not known", after_s=self._budget_s)
+        except Exception as error:  # noqa: BLE001 - as above
+            _log.error("the fingerprint failed unforeseen", exc_info=error)
+        return ""
+
     def _predict(self, code: Code) -> predictor_onnx.Prediction:
         return self._predictor.predict(
             predictor_onnx.CodeBundle(code.files, code.sizes),
             predictor_onnx.Request(tuple(code.command), code.input_bytes),
         )
+
+
+def _fingerprint(code: Code) -> str:
+    bundle = predictor_onnx.CodeBundle(code.files, code.sizes)
+    return predictor_onnx.fingerprint(bundle, code.command, code.environment, code.image, code.input_bytes)
+
+
+def with_history(
+    prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+) -> prediction_pb2.Prediction:
+    """Returns a prediction, blended with what earlier attempts of the same code showed."""
+    if not observed:
+        return prediction
+    model = predictor_onnx.Prediction(
+        prediction.memory.p50_mib,
+        prediction.memory.p90_mib,
+        prediction.memory.p99_mib,
+        predictor_onnx.Tier.UNKNOWN,
+        prediction.reason,
+        {part.category: part.mib for part in prediction.parts},
+        {},
+        prediction.model_version,
+    )
+    seen = [
+        predictor_onnx.Observation(
+            one.peak_mib, one.at_least_mib, one.duration_s, one.utilization, emulated=one.emulated
+        )
+        for one in observed
+    ]
+    answer = predictor_onnx.blended(model, seen)
+    blended = prediction_pb2.Prediction()
+    blended.CopyFrom(prediction)
+    blended.memory.p50_mib, blended.memory.p90_mib = answer.p50_mib, answer.p90_mib
+    blended.memory.p99_mib = answer.p99_mib
+    blended.required_mib = math.ceil(predictor_onnx.required_mib(answer))
+    blended.reason = answer.reason
+    blended.facts.add(name="earlier_runs", value=str(len(observed)))
+    del blended.parts[:]
+    blended.parts.extend(
+        prediction_pb2.MemoryPart(category=name, mib=mib) for name, mib in answer.breakdown_mib.items()
+    )
+    return blended
 
 
 def _message(answer: predictor_onnx.Prediction, note: str) -> prediction_pb2.Prediction:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from controlplane.endings import Ending
 from controlplane.forwards import ForwardRecord
 from controlplane.metering import Stretch, UsageChange
+from controlplane.observing import ObservedAttempt
 from puhui.v1 import card_pb2, fleet_service_pb2, job_pb2, job_service_pb2, peer_service_pb2
 
 __all__ = [
@@ -93,6 +94,14 @@ class JobRecord:
     """The warm slice that the newest attempt is going to take over."""
     not_at: tuple[str, ...] = ()
     """Peers that are not asked again for this job: they could not run it, or ended it by themselves."""
+    fingerprint: str = ""
+    """Of its code and what it is asked to do; "" when nothing is learnt from it."""
+    ran_out_of_mib: int = 0
+    """Memory of the slice on which its newest attempt ran out of it; 0 when it did not."""
+    at_least_mib: int = 0
+    """Memory that its slice has to have at least: an attempt ran out of less, or its origin says so. 0 for none."""
+    grows: bool = False
+    """Its newest attempt ran out of memory, and when that is released it is tried again on a larger slice."""
 
     @property
     def id(self) -> str:
@@ -191,6 +200,8 @@ class Change:
     """Stretches of usage at a peer, as they are now."""
     forward: ForwardRecord | None = None
     """What was sent to a peer, as it is now."""
+    observed: tuple[ObservedAttempt, ...] = ()
+    """What is learnt from attempts that are over."""
 
 
 Decide = Callable[[JobRecord, int], Change | None]

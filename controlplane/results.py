@@ -118,6 +118,18 @@ class Results:
         with path.open("rb") as file:
             return _offset_of_tail(file, _read_index(path), lines)
 
+    def end_of_log(self, job_id: str, attempt: int, size_bytes: int, tail_bytes: int) -> bytes:
+        """Returns the last bytes of an attempt's output, both streams; empty when there is no log.
+
+        Args:
+            job_id: the job.
+            attempt: the number of its attempt.
+            size_bytes: size of its whole output.
+            tail_bytes: how many bytes, at most.
+        """
+        chunks = self.log(job_id, attempt, max(0, size_bytes - tail_bytes))
+        return b"".join(chunk.data for chunk in chunks)[-tail_bytes:]
+
     def log(self, job_id: str, attempt: int, offset: int = 0) -> Iterator[stream_pb2.LogChunk]:
         """Yields the output of an attempt from a byte offset on; nothing when there is no log."""
         path = self.folder(job_id, attempt) / "log"

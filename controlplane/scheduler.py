@@ -67,6 +67,8 @@ class Scheduler:
         _, profile, required_mib = need_of(resources, prediction)
         if record.job.spec.kind == job_pb2.JOB_KIND_SESSION and not profile:
             required_mib = required_mib or record.job.sizing.required_mib  # the centre's default
+        if not profile:
+            required_mib = max(required_mib, record.at_least_mib)
         queued = QueuedJob(
             record.id,
             record.job.spec.priority,

@@ -9,17 +9,31 @@ from controlplane.fleet import Geometry, Shape
 from puhui.v1 import job_pb2, prediction_pb2
 from puhui.v1.prediction_pb2 import (
     SIZING_ORIGIN_MEMORY,
+    SIZING_ORIGIN_OUTGROWN,
     SIZING_ORIGIN_PREDICTION,
     SIZING_ORIGIN_PROFILE,
     ProfileChoice,
     Sizing,
 )
 
-__all__ = ["EQUAL_MEMORY", "choices_for", "largest", "need_of", "size", "size_of_session", "sizing_for"]
+__all__ = [
+    "EQUAL_MEMORY",
+    "choices_for",
+    "largest",
+    "need_of",
+    "size",
+    "size_of_session",
+    "size_outgrown",
+    "sizing_for",
+]
 
 EQUAL_MEMORY = 1.05
 """Memory up to this factor apart is taken as equal: drivers report 3g and 4g of one card some MiB apart."""
 
+_SAID_BY = {
+    SIZING_ORIGIN_MEMORY: "were asked for",
+    SIZING_ORIGIN_OUTGROWN: "are more than it ran out of",
+}
 # "1g.10gb+me" and the like carry engines that there are few of; who wants one names it.
 _PLAIN = re.compile(r"\d+g\.\d+gb")
 
@@ -106,6 +120,14 @@ def size(
     )
 
 
+def size_outgrown(required_mib: int, geometries: Iterable[Geometry]) -> Sizing:
+    """Returns the size of slice for a job that ran out of memory on what it had; without choices where none has it."""
+    known = list(geometries)
+    choices = choices_for("", required_mib, known)
+    reason = _reason(SIZING_ORIGIN_OUTGROWN, "", required_mib, choices, known)
+    return Sizing(origin=SIZING_ORIGIN_OUTGROWN, required_mib=required_mib, choices=choices, reason=reason)
+
+
 def size_of_session(resources: job_pb2.Resources, geometries: Iterable[Geometry], default_mib: int = 0) -> Sizing:
     """Returns the size of slice for the runs of a session.
 
@@ -155,7 +177,7 @@ def _reason(
 ) -> str:
     if origin == SIZING_ORIGIN_PROFILE:
         return f"{profile}, because it was asked for by name"
-    need = f"{required_mib} MiB " + ("were asked for" if origin == SIZING_ORIGIN_MEMORY else "are predicted")
+    need = f"{required_mib} MiB {_SAID_BY.get(origin, 'are predicted')}"
     if choices:
         best = choices[0]
         return f"{need}; the smallest slice with that much is {best.profile} ({best.memory_mib} MiB)"

@@ -16,6 +16,8 @@ from controlplane.group_commit import GroupCommit
 from controlplane.guests import GuestKey, GuestRecord
 from controlplane.metering import Stretch
 from controlplane.migrations import migrations
+from controlplane.observation_table import put_observations, read_observations
+from controlplane.observing import ObservedAttempt
 from controlplane.records import (
     BundleRecord,
     Decide,
@@ -135,6 +137,7 @@ class SqliteStore:
                 job_tables.write_run(db, job_id, run, change.run_start)
             write_usage(db, change.record.job, change.usage)
             put_usage(db, change.usage_there)
+            put_observations(db, change.observed)
             if change.forward is not None:
                 peer_tables.write_forward(db, change.forward)
             return job_tables.write_job(db, before.sequence, change.record, change.events), True
@@ -179,6 +182,10 @@ class SqliteStore:
     async def attempts_at_peers(self, start: float, end: float) -> set[tuple[str, int]]:
         """Returns job and number of every attempt at a peer whose usage overlaps a time."""
         return read_attempts_at_peers(self._read, start, end)
+
+    async def observations(self, tenant: str, fingerprint: str, limit: int = 50) -> list[ObservedAttempt]:
+        """Returns what a tenant's own attempts showed of one piece of code, the newest first."""
+        return read_observations(self._read, tenant, fingerprint, limit)
 
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""

@@ -12,6 +12,7 @@ from typing import Protocol
 from controlplane.forwards import ForwardRecord
 from controlplane.guests import GuestKey, GuestRecord
 from controlplane.metering import Stretch
+from controlplane.observing import ObservedAttempt
 from controlplane.records import (
     BundleRecord,
     Decide,
@@ -115,6 +116,9 @@ class Store(Protocol):
 
     async def attempts_at_peers(self, start: float, end: float) -> set[tuple[str, int]]:
         """Returns job and number of every attempt at a peer whose usage overlaps a time; see `usage`."""
+
+    async def observations(self, tenant: str, fingerprint: str, limit: int = 50) -> list[ObservedAttempt]:
+        """Returns what a tenant's own attempts showed of one piece of code, the newest first, at most `limit`."""
 
     async def request(self, request_id: str) -> tuple[Request, str] | None:
         """Returns a request that was carried out, with the id of the job that it was about."""

@@ -19,7 +19,7 @@ from controlplane.jobs import transition
 from controlplane.lasting import Lasting
 from controlplane.nodes import Nodes
 from controlplane.parsing import Parsing
-from controlplane.prediction import Code, Prediction
+from controlplane.prediction import Code, Prediction, with_history
 from controlplane.records import BundleRecord, JobRecord, Request
 from controlplane.sizing import size, size_of_session
 from controlplane.spec import require_known_peers, require_offered, require_valid
@@ -50,6 +50,8 @@ class Need:
     """When its unused share is taken back."""
     spec: job_pb2.JobSpec
     """What was asked for, with what is usual where nothing was said."""
+    fingerprint: str = ""
+    """What tells this code, and what it is asked to do, from other code; "" when nothing is to be learnt from it."""
 
 
 class Submission:
@@ -116,7 +118,7 @@ class Submission:
                 state=job_pb2.JOB_STATE_QUEUED,
                 create_time=timestamp(at),
             )
-            record, submitted = transition(JobRecord(job), happenings.Submitted(), at)
+            record, submitted = transition(JobRecord(job, fingerprint=need.fingerprint), happenings.Submitted(), at)
             record, predicted = transition(record, happenings.Predicted(need.prediction, need.sizing), at)
             try:
                 return await self._lasting.do(self._keep(need, record, (submitted, predicted), noted))
@@ -167,10 +169,16 @@ class Submission:
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
             sources = await self._bundles.sources(path)
             unparsed = await self._parsing.require(entrypoint, bundle.sizes, sources)
-            code = Code(sources, bundle.sizes, spec.command, sum(data.size_bytes for data in spec.inputs))
-            prediction = await self._prediction.of(code)
+            inputs = sum(data.size_bytes for data in spec.inputs)
+            code = Code(sources, bundle.sizes, spec.command, inputs, spec.env, spec.image)
+            prediction, fingerprint = await asyncio.gather(
+                self._prediction.of(code), self._prediction.fingerprint(code)
+            )
+            if fingerprint:
+                prediction = with_history(prediction, await self._store.observations(spec.tenant, fingerprint))
             prediction.reason = unparsed + prediction.reason
-            yield Need(bundle, path, prediction, size(spec.resources, prediction, geometries), policy, spec)
+            sizing = size(spec.resources, prediction, geometries)
+            yield Need(bundle, path, prediction, sizing, policy, spec, fingerprint)
 
     @contextlib.asynccontextmanager
     async def _session_code(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from controlplane.bundles import Bundles
@@ -42,3 +42,5 @@ class Surroundings:
     """Results that a node in contact has refused for this long, and several times, are given up."""
     reach: Reach | None = None
     """How peers are worked with; None when this centre has none."""
+    offered: Callable[[], Mapping[str, Collection[str]]] = dict
+    """The peers there are now, by name, each with the profiles that it has."""

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import grpc
 
+from nodedaemon import memory_peak
+from nodedaemon.memory_peak import MemoryPeak
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import seconds, timestamp
 from puhui.v1.idle_pb2 import Idleness, IdleWatch
@@ -100,6 +102,8 @@ class IdleState:
     held_seconds: float = 0.0
     before: tuple[tuple[str, int | None], ...] = ()
     """Cards that could be read the last time, and the MiB in use on them."""
+    memory: MemoryPeak = field(default_factory=MemoryPeak)
+    """The most memory that was seen in use since it was made."""
 
 
 def sampling_interval_s(idle_after_s: float) -> float:
@@ -219,6 +223,7 @@ def step(policy: IdlePolicy, state: IdleState, glance: Glance, started_s: float)
     counted = replace(
         counted,
         used=used,
+        memory=memory_peak.seen(state.memory, glance.samples),
         seen_s=glance.at_s,
         counting=verdict.busy,
         signal=verdict.signal,
@@ -327,7 +332,10 @@ def describe(state: IdleState, at_s: float, time_s: float) -> Idleness:
         # What was used when it was looked at last is so until it is looked at again.
         busy_seconds=state.busy_seconds + (held_s if state.counting else 0.0),
         held_seconds=state.held_seconds + held_s,
+        memory_samples=state.memory.samples,
     )
+    if state.memory.samples:
+        idleness.peak_memory_mib = state.memory.mib
     if state.unused_since_s is not None:
         idleness.unused_since.CopyFrom(timestamp(time_s - (at_s - state.unused_since_s)))
     idleness.message = _sentence(state, idleness)

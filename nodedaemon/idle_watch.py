@@ -19,6 +19,7 @@ from nodedaemon.descriptions import describe_container
 from nodedaemon.events import EventLog
 from nodedaemon.idle import Glance, IdlePolicy, IdleState
 from nodedaemon.journal import Journal
+from nodedaemon.memory_peak import MemoryPeak
 from nodedaemon.owner import Owner
 from nodedaemon.records import ContainerRecord, ContainerStage, IdleRecord
 from nodedaemon.telemetry import Telemetry
@@ -181,6 +182,7 @@ class Idling:
                 counting=True,
                 busy_seconds=kept.busy_seconds,
                 held_seconds=kept.held_seconds,
+                memory=MemoryPeak(kept.peak_memory_mib, kept.memory_samples),
             )
             policy = IdlePolicy(kept.idle_after_s, kept.idle_below_percent, kept.start_grace_s)
             self._known[owner] = _Watched(owner, policy, state, kept.started_s)
@@ -249,6 +251,8 @@ class Idling:
                     state.held_to_s,
                     state.busy_seconds,
                     state.held_seconds,
+                    state.memory.mib,
+                    state.memory.samples,
                 )
             )
             one.saved_s = self._monotonic()

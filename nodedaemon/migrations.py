@@ -89,3 +89,10 @@ def m006_checkpoints(db: Database) -> None:
 def m007_leases(db: Database) -> None:
     """Keeps until when containers may run."""
     create_lease_table(db)
+
+
+@migrations()  # type: ignore[untyped-decorator]
+def m008_memory_peaks(db: Database) -> None:
+    """Keeps the most device memory that containers were seen to use."""
+    db.execute("ALTER TABLE idle ADD COLUMN peak_memory_mib INTEGER NOT NULL DEFAULT 0")
+    db.execute("ALTER TABLE idle ADD COLUMN memory_samples INTEGER NOT NULL DEFAULT 0")

@@ -170,6 +170,9 @@ class IdleRecord:
     """Up to when the seconds are counted; None while it has no card."""
     busy_seconds: float = 0.0
     held_seconds: float = 0.0
+    peak_memory_mib: int = 0
+    memory_samples: int = 0
+    """Looks in which memory was seen in use; without any, the peak is not known."""
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,31 @@ step of the program in physical terms, and asks a trained ONNX model for quantil
 """
 
 from predictor_onnx.errors import CodeDoesNotParseError, ModelUnavailableError, PredictorError
+from predictor_onnx.fingerprint import fingerprint
+from predictor_onnx.history import Observation, blended
 from predictor_onnx.prediction import Prediction, Request, Tier, fits, required_mib
 from predictor_onnx.predictor import Predictor
 from predictor_onnx.source import CodeBundle
+from predictor_onnx.speed import Duration, Slowdown, SpeedModel, StepTime, Utilization, duration
 
 __all__ = [
     "CodeBundle",
     "CodeDoesNotParseError",
+    "Duration",
     "ModelUnavailableError",
+    "Observation",
     "Prediction",
     "Predictor",
     "PredictorError",
     "Request",
+    "Slowdown",
+    "SpeedModel",
+    "StepTime",
     "Tier",
+    "Utilization",
+    "blended",
+    "duration",
+    "fingerprint",
     "fits",
     "required_mib",
 ]

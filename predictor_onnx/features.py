@@ -75,6 +75,12 @@ class Workload:
     inference_mib: float = 0.0
     macs: float = 0.0
     ops: int = 0
+    #: Time steps of recurrent layers, counted per layer and direction: each has to wait for the one before.
+    recurrent_steps: int = 0
+    #: What the ops of the forward pass write, whether or not it is kept.
+    written_mib: float = 0.0
+    #: Backward passes of the whole program, where the code says how many; None where it does not.
+    steps: int | None = None
     batch: int | None = None
     sequence: int | None = None
     image: int | None = None

@@ -89,3 +89,10 @@ def required_mib(prediction: Prediction) -> float:
 def fits(prediction: Prediction, slice_memory_mib: float) -> bool:
     """Whether a slice of this memory is the right risk for this prediction."""
     return required_mib(prediction) <= slice_memory_mib
+
+
+def gib(mib: float) -> str:
+    """Write an amount of memory as people read it: "640 MiB", "11.2 GiB"."""
+    if mib < 1:
+        return "less than 1 MiB"
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"

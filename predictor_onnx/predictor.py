@@ -8,7 +8,7 @@ from typing import Final
 from predictor_onnx import catalog
 from predictor_onnx.features import MIB, Workload
 from predictor_onnx.model import Estimate, MemoryModel
-from predictor_onnx.prediction import Prediction, Request, Tier
+from predictor_onnx.prediction import Prediction, Request, Tier, gib
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.static.analysis import analyse
 
@@ -67,7 +67,7 @@ class Predictor:
         cause = _cause(work)
         reason = (
             f"The code could not be sized ({cause}), so it is given what nine of ten measured training "
-            f"runs need, {_gib(p90)}; state --memory or --profile if you know better."
+            f"runs need, {gib(p90)}; state --memory or --profile if you know better."
         )
         return Prediction(p50, p90, p99, Tier.UNKNOWN, reason, {"unknown": p50}, _drivers(work),
                           self._model.version, work.notes)  # fmt: skip
@@ -101,12 +101,6 @@ def _cause(work: Workload) -> str:
     return "no network was found in it"
 
 
-def _gib(mib: float) -> str:
-    if mib < 1:
-        return "less than 1 MiB"
-    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
-
-
 def _count(number: float) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
@@ -121,13 +115,13 @@ def _sentence(work: Workload, p50: float, p90: float) -> str:
     precision = {"float16": "half precision", "bfloat16": "bfloat16"}.get(work.precision, "float32")
     if work.training:
         how = f"training with {work.optimizer or 'no optimizer found'} at {size} in {precision}"
-        held = f"{_gib(work.activation_mib)} of activations" if work.activation_mib else "gradients"
+        held = f"{gib(work.activation_mib)} of activations" if work.activation_mib else "gradients"
         how += f", which keeps {held}"
         how += " thanks to checkpointing" if work.checkpointing else ""
     else:
         how = f"inference at {size} in {precision}"
     guess = "; some sizes are guessed" if work.guesses else ""
-    return f"{what}, {how}, needs about {_gib(p50)} and nine times in ten under {_gib(p90)}{guess}."
+    return f"{what}, {how}, needs about {gib(p50)} and nine times in ten under {gib(p90)}{guess}."
 
 
 def _breakdown(work: Workload, estimate: Estimate) -> dict[str, float]:

@@ -39,6 +39,7 @@ def _run_forgotten_model(ev: Evaluator) -> None:
     if model is None:
         return
     ev.rec.guesses += 1
+    ev.rec.steps = None
     ev.budget.renew(0.5)
     ev.complete(model)
     if ev.optimizers:
@@ -119,7 +120,8 @@ def _describe(ev: Evaluator, path: str, notes: tuple[str, ...]) -> Workload:
         transient_mib=transient / MIB, largest_mib=found.largest / MIB,
         largest_conv_mib=found.largest_conv / MIB,
         activation_by_kind_mib=tuple(step.kinds[kind] / MIB for kind in KINDS),
-        inference_mib=beyond / MIB, macs=found.macs, ops=found.ops,
+        inference_mib=beyond / MIB, macs=found.macs, ops=found.ops, recurrent_steps=found.recurrent_steps,
+        written_mib=found.allocated / MIB, steps=rec.steps if rec.looped else None,
         batch=_batch(ev), sequence=ev.hints.found.get("sequence"),
         image=ev.hints.found.get("image"), precision=half or own,
         optimizer=optimizer.kind if optimizer is not None else "", training=training,

@@ -16,6 +16,14 @@ DATASETS: Final[dict[str, tuple[int, int | None]]] = {
     "OxfordIIITPet": (3, None), "Flowers102": (3, None), "CelebA": (3, None),
     "StanfordCars": (3, None), "Caltech101": (3, None), "Places365": (3, 256),
 }  # fmt: skip
+#: Samples for training and for testing, as their makers give them.
+_SAMPLES: Final[dict[str, tuple[int, int]]] = {
+    "CIFAR10": (50_000, 10_000), "CIFAR100": (50_000, 10_000), "MNIST": (60_000, 10_000),
+    "FashionMNIST": (60_000, 10_000), "KMNIST": (60_000, 10_000), "SVHN": (73_257, 26_032),
+    "STL10": (5_000, 8_000), "Food101": (75_750, 25_250),
+}  # fmt: skip
+#: Those of them that are asked by ``split`` and not by ``train``.
+_BY_SPLIT: Final = frozenset(["SVHN", "STL10", "Food101"])
 _SIZING: Final = frozenset(["Resize", "RandomResizedCrop", "CenterCrop", "RandomCrop", "FiveCrop"])
 
 
@@ -43,8 +51,23 @@ def dataset(name: str, args: list[Value], kwargs: dict[str, Value], hints: Hints
     if name == "FakeData":
         size = argument(args, kwargs, 1, "image_size", (3, 224, 224))
         if isinstance(size, (list, tuple)) and all(isinstance(s, int) for s in size):
-            return Record("ImageDataset", {"shape": tuple(size)})
+            return Record("ImageDataset", {"shape": tuple(size), "length": _length(name, args, kwargs)})
     if isinstance(transform, Record) and isinstance(transform.attrs.get("size"), int):
         side = transform.attrs["size"]
     side = side if side is not None else hints.image
-    return Record("ImageDataset", {"shape": (channels, side, side)})
+    return Record("ImageDataset", {"shape": (channels, side, side), "length": _length(name, args, kwargs)})
+
+
+def _length(name: str, args: list[Value], kwargs: dict[str, Value]) -> int | None:
+    """Samples of a dataset; None where its files, or a setting that is not known, decide."""
+    if name == "FakeData":
+        size = argument(args, kwargs, 0, "size", 1000)
+        return size if isinstance(size, int) else None
+    if name not in _SAMPLES:
+        return None
+    if name in _BY_SPLIT:
+        part = {"train": 0, "test": 1}.get(str(argument(args, kwargs, 1, "split", "train")))
+    else:
+        train = argument(args, kwargs, 1, "train", True)
+        part = int(not train) if isinstance(train, bool) else None
+    return None if part is None else _SAMPLES[name][part]

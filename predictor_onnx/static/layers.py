@@ -62,17 +62,19 @@ def _conv(width: int, *, transposed: bool = False) -> Forward:
             strides = pair(s["stride"], width) or (1,) * width
             kernels = pair(s["kernel_size"], width) or strides
             pads = pair(s["padding"], width) or (0,) * width
-            spatial = tuple(None if d is None else (d - 1) * t + k - 2 * p for d, t, k, p
-                            in zip(x.shape[2:], strides, kernels, pads, strict=True))  # fmt: skip
+            more = pair(s["output_padding"], width) or (0,) * width
+            spatial = tuple(None if d is None else (d - 1) * t + k - 2 * p + o for d, t, k, p, o
+                            in zip(x.shape[2:], strides, kernels, pads, more, strict=True))  # fmt: skip
         else:
             spatial = windowed_all(x.shape[2:], s["kernel_size"], s["stride"], s["padding"],
                                    s["dilation"])  # fmt: skip
         ctx.hints.last_spatial = spatial
         weight = layer.params["weight"]
         shape = (x.shape[0], count(s, "out_channels"), *spatial)
-        per_output = numel(weight.shape[1:]) or 0
+        # The weight's first size is of the side that each product is counted on: outputs, or inputs if transposed.
+        products_each = numel(weight.shape[1:]) or 0
         return ctx.rec.op(shape, dtype, "conv", [x, weight], saved=[x] if weight.grad else [],
-                          macs=float((numel(shape) or 0) * per_output))  # fmt: skip
+                          macs=float((numel(x.shape if transposed else shape) or 0) * products_each))  # fmt: skip
 
     return run
 
@@ -117,6 +119,9 @@ def _recurrent(gates: int) -> Forward:
         out = ctx.rec.op(shape, ctx.rec.compute_dtype(x, half=True), "matmul", [x, *weights],
                          saved=[x], save_output=True, extra_bytes=reserve, macs=macs)  # fmt: skip
         batch_first = s["batch_first"] is True
+        if ctx.rec.forward_depth or out.grad or out.on_gpu:
+            length = (x.shape[-2] if batch_first else x.shape[0]) if len(x.shape) > 1 else None
+            ctx.rec.current.recurrent_steps += (length or 1) * layers * directions
         if not batch_first and len(x.shape) == 3 and x.shape[1]:
             ctx.rec.note_time_major(x.shape[0], x.shape[1])
         batch = x.shape[0 if batch_first else 1] if len(x.shape) > 1 else 1

@@ -11,6 +11,7 @@ from predictor_onnx.static import (
     command_line,
     files,
     layers,
+    loaders,
     named_models,
     objects,
     ops,
@@ -25,7 +26,6 @@ from predictor_onnx.static.values import (
     UNKNOWN,
     External,
     Function,
-    Loader,
     Native,
     Optimizer,
     Record,
@@ -71,7 +71,7 @@ class Library:
     def __init__(self, ev: Evaluator) -> None:
         self.ev = ev
         self._special: dict[str, Call] = {
-            "ArgumentParser": lambda n, a, k: Parser(), "DataLoader": self._loader,
+            "ArgumentParser": lambda n, a, k: Parser(), "DataLoader": lambda n, a, k: loaders.loader(ev, a, k),
             "TensorDataset": lambda n, a, k: Record("TensorDataset", {"tensors": a}),
             "Subset": lambda n, a, k: Record("Subset", {"dataset": a[0]}),
             "random_split": self._random_split, "device": self._device, "autocast": self._autocast,
@@ -169,16 +169,6 @@ class Library:
 
     def _layer(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         return objects.build_layer(self.ev, path.rpartition(".")[2], args, kwargs)
-
-    def _loader(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
-        size = argument(args, kwargs, 1, "batch_size", 1)
-        if size is UNKNOWN:
-            size = self.ev.hints.batch
-        elif isinstance(size, int):
-            self.ev.hints.note("batch_size", size)
-        collated = "collate_fn" in kwargs and kwargs["collate_fn"] is not None
-        data = argument(args, kwargs, 0, "dataset", UNKNOWN)
-        return Loader(UNKNOWN if collated else data, size if isinstance(size, int) else None)
 
     def _random_split(self, path: str, args: list[Value], kwargs: Kwargs) -> Value:
         parts = args[1] if len(args) > 1 and isinstance(args[1], list) else [1, 1]

@@ -46,7 +46,7 @@ def _profile(figures: Entry, factor: float) -> StepProfile:
     work, count = values.pop("macs"), int(values.pop("ops"))
     kinds = dict(zip(KINDS, (value * factor for value in figures["kinds"]), strict=True))
     scaled = {name: value * factor for name, value in values.items()}
-    return StepProfile(**scaled, macs=work * factor / 4, ops=count, kinds=kinds)
+    return StepProfile(**scaled, macs=work * factor / 4, ops=count, recurrent_steps=0, kinds=kinds)
 
 
 def _at_length(entry: Entry, length: int) -> Entry:

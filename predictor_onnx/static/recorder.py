@@ -27,6 +27,7 @@ class StepProfile:
     allocated: float = 0.0
     macs: float = 0.0
     ops: int = 0
+    recurrent_steps: int = 0
     kinds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
 
     def plus(self, other: StepProfile) -> StepProfile:
@@ -40,6 +41,7 @@ class StepProfile:
             allocated=self.allocated + other.allocated,
             macs=self.macs + other.macs,
             ops=self.ops + other.ops,
+            recurrent_steps=self.recurrent_steps + other.recurrent_steps,
             kinds={kind: self.kinds[kind] + other.kinds[kind] for kind in KINDS},
         )
 
@@ -55,6 +57,10 @@ class Recorder:
     trained: StepProfile | None = None
     inferred: StepProfile = field(default_factory=StepProfile)
     backward_passes: int = 0
+    #: Backward passes that the program does, turns of loops counted; None once a number is not known.
+    steps: int | None = 0
+    #: Whether a loop with a known number of turns was among them.
+    looped: bool = False
     optimizer_steps: int = 0
     forward_depth: int = 0
     forward_passes: int = 0
@@ -167,9 +173,19 @@ class Recorder:
     def finish_step(self) -> None:
         """A backward pass has run: keep the step if it is the largest, and start afresh."""
         self.backward_passes += 1
+        if self.steps is not None:
+            self.steps += 1
         if self.trained is None or self.current.backward_peak > self.trained.backward_peak:
             self.trained = self.current
         self.current = StepProfile()
+
+    def repeat(self, before: int | None, turns: int | None) -> None:
+        """What has been counted since ``before`` was one turn of a loop; None is an unknown number of turns."""
+        if before is None or self.steps is None or turns is None:
+            self.steps = None
+            return
+        self.steps = before + (self.steps - before) * turns
+        self.looped = True
 
     def finish_inference(self) -> None:
         """What is left without a backward pass ran forward only."""

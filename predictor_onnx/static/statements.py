@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 
 from predictor_onnx.static.arithmetic import truth
 from predictor_onnx.static.expressions import Expressions
+from predictor_onnx.static.turns import turns
 from predictor_onnx.static.values import UNKNOWN, Scope, Value
 
 _MOST_WHILE: Final = 64
@@ -122,19 +123,25 @@ class Statements(Expressions):
 
     def _for(self, node: ast.For | ast.AsyncFor, scope: Scope) -> None:
         items = self.iterate(self.expr(node.iter, scope))
+        before = self.rec.steps
         for item in items if items is not None else [UNKNOWN]:
             self.bind(node.target, item, scope)
             if not self._loop_body(node.body, scope):
+                if self.rec.steps != before:
+                    self.rec.repeat(before, turns(self, node, scope))
                 return
         self.block(node.orelse, scope)
 
     def _while(self, node: ast.While, scope: Scope) -> None:
+        before = self.rec.steps
         for _ in range(_MOST_WHILE):
             known = truth(self.expr(node.test, scope))
             if known is False:
                 break
             if not self._loop_body(node.body, scope) or known is None:
-                return
+                break
+        if self.rec.steps != before:
+            self.rec.repeat(before, None)
 
     def _loop_body(self, body: list[ast.stmt], scope: Scope) -> bool:
         """One turn of a loop; False when the loop need not turn again.

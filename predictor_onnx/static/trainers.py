@@ -63,6 +63,7 @@ def train(ev: Evaluator, trainer: Record, args: list[Value], kwargs: Kwargs) -> 
         else:
             ev.call(model, [], {"labels": UNKNOWN})
     ev.rec.finish_step()
+    ev.rec.steps = None  # the library decides how many there are
     if not ev.optimizers:
         ev.optimizers.append(Optimizer("AdamW", 2.0))
     return None

@@ -1,7 +1,8 @@
-"""Train the memory model: ``python -m predictor_onnx.train --data DIR``.
+"""Train the memory and the speed model: ``python -m predictor_onnx.train --data DIR``.
 
-DIR holds the measured rows (``timm_a100_measured.csv``, ``gpumemnet_mlp_step1.csv.gz``, ``…step2.csv.gz``). Writes
-``memory.onnx``, ``model_card.json`` and ``model_card.md`` beside the package's code.
+DIR holds the measured rows (``timm_a100_measured.csv``, ``gpumemnet_mlp_step1.csv.gz``, ``…step2.csv.gz``,
+``miso_mig_steptime.csv``, ``timm_benchmark-train-amp-nchw-….csv``). Writes ``memory.onnx``, ``slowdown.onnx``,
+``model_card.json`` and ``model_card.md`` beside the package's code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from predictor_onnx import catalog
 from predictor_onnx.features import FEATURES, PHYSICS
 from predictor_onnx.model import MemoryModel
-from predictor_onnx.train import baselines, card, dataset, export, split
+from predictor_onnx.train import baselines, card, dataset, export, speed, speed_card, split
 from predictor_onnx.train.dataset import Row
 from predictor_onnx.train.fit import Array, Fitted, fit
 from predictor_onnx.train.learned_baselines import PlainTrees, physics_alone
@@ -125,8 +126,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     arguments = parser.parse_args()
     made = train(arguments.data, arguments.output, arguments.seed)
+    _say("fitting slowdown and step time")
+    made["speed"] = speed.train(arguments.data, arguments.output, arguments.seed)
     (arguments.output / "model_card.json").write_text(json.dumps(made, indent=1) + "\n")
-    (arguments.output / "model_card.md").write_text(card.markdown(made))
+    (arguments.output / "model_card.md").write_text(f"{card.markdown(made)}\n{speed_card.markdown(made['speed'])}")
     sys.stderr.write(json.dumps(made["held_out"], indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ from puhui.cli.words import (
     count,
     job_state,
     memory_slices,
+    mib,
     overruled_line,
     prediction_line,
     readable,
@@ -340,6 +341,8 @@ def _attempt(attempt: job_pb2.Attempt, now_s: float) -> str:
         parts.append(f"{attempt.runtime} {attempt.container_id[:12]}")
     if attempt.HasField("exit_code"):
         parts.append(f"exit code {attempt.exit_code}")
+    if attempt.HasField("peak_memory_mib"):
+        parts.append(f"used up to {mib(attempt.peak_memory_mib)} of device memory")
     if attempt.HasField("release_time"):
         parts.append("released")
     return ", ".join(parts) + (f": {readable(attempt.message)}" if attempt.message else "")

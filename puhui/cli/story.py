@@ -133,6 +133,8 @@ _TELLERS: dict[str, Callable[[job_pb2.Job, job_pb2.JobEvent], list[tuple[str, st
     "CANCEL_REQUESTED": lambda job, event: [("cancelling", event.message)],
     "ADOPTED": lambda job, event: [("adopted", event.message)],
     "COMMAND_ENDED": lambda job, event: [],
+    "DEVICE_OUT_OF_MEMORY": lambda job, event: [("memory", event.message)],
+    "GROWN": lambda job, event: [("waiting", readable(event.message))],
     "RECLAIMED": lambda job, event: [("idle", event.message)],
     "RECLAIM_REFUSED": lambda job, event: [("kept", event.message)],
     "SUSPENDED": lambda job, event: [("suspended", event.message)],

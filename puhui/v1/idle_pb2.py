@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13puhui/v1/idle.proto\x12\x08puhui.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x01\n\tIdleWatch\x12\x38\n\nidle_after\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\tidleAfter\x12,\n\x12idle_below_percent\x18\x02 \x01(\x01R\x10idleBelowPercent\x12:\n\x0bstart_grace\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\nstartGrace\"\xd5\x01\n\x08Idleness\x12\x12\n\x04idle\x18\x01 \x01(\x08R\x04idle\x12=\n\x0cunused_since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0bunusedSince\x12\x16\n\x06signal\x18\x03 \x01(\tR\x06signal\x12\x18\n\x07message\x18\x04 \x01(\tR\x07message\x12!\n\x0c\x62usy_seconds\x18\x05 \x01(\x01R\x0b\x62usySeconds\x12!\n\x0cheld_seconds\x18\x06 \x01(\x01R\x0bheldSecondsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13puhui/v1/idle.proto\x12\x08puhui.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x01\n\tIdleWatch\x12\x38\n\nidle_after\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\tidleAfter\x12,\n\x12idle_below_percent\x18\x02 \x01(\x01R\x10idleBelowPercent\x12:\n\x0bstart_grace\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationR\nstartGrace\"\xbd\x02\n\x08Idleness\x12\x12\n\x04idle\x18\x01 \x01(\x08R\x04idle\x12=\n\x0cunused_since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0bunusedSince\x12\x16\n\x06signal\x18\x03 \x01(\tR\x06signal\x12\x18\n\x07message\x18\x04 \x01(\tR\x07message\x12!\n\x0c\x62usy_seconds\x18\x05 \x01(\x01R\x0b\x62usySeconds\x12!\n\x0cheld_seconds\x18\x06 \x01(\x01R\x0bheldSeconds\x12+\n\x0fpeak_memory_mib\x18\x07 \x01(\x04H\x00R\rpeakMemoryMib\x88\x01\x01\x12%\n\x0ememory_samples\x18\x08 \x01(\rR\rmemorySamplesB\x12\n\x10_peak_memory_mibb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,5 +36,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IDLEWATCH']._serialized_start=99
   _globals['_IDLEWATCH']._serialized_end=274
   _globals['_IDLENESS']._serialized_start=277
-  _globals['_IDLENESS']._serialized_end=490
+  _globals['_IDLENESS']._serialized_end=594
 # @@protoc_insertion_point(module_scope)

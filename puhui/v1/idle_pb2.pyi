@@ -67,6 +67,8 @@ class Idleness(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
     HELD_SECONDS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    MEMORY_SAMPLES_FIELD_NUMBER: _builtins.int
     idle: _builtins.bool
     """True once it has not used them for idle_after."""
     signal: _builtins.str
@@ -80,6 +82,10 @@ class Idleness(_message.Message):
     """Seconds in which it used a card, since it was made."""
     held_seconds: _builtins.float
     """Seconds in which it had a card, since it was made."""
+    peak_memory_mib: _builtins.int
+    """Most memory that was seen in use on its cards together, in MiB. Absent while it is not known."""
+    memory_samples: _builtins.int
+    """Looks in which memory was seen in use. A peak between two of them goes unseen."""
     @_builtins.property
     def unused_since(self) -> _timestamp_pb2.Timestamp:
         """Unused since. Absent while it uses them, has none, or is in its start grace."""
@@ -93,11 +99,15 @@ class Idleness(_message.Message):
         message: _builtins.str = ...,
         busy_seconds: _builtins.float = ...,
         held_seconds: _builtins.float = ...,
+        peak_memory_mib: _builtins.int | None = ...,
+        memory_samples: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["unused_since", b"unused_since"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_peak_memory_mib", b"_peak_memory_mib", "peak_memory_mib", b"peak_memory_mib", "unused_since", b"unused_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "held_seconds", b"held_seconds", "idle", b"idle", "message", b"message", "signal", b"signal", "unused_since", b"unused_since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_peak_memory_mib", b"_peak_memory_mib", "busy_seconds", b"busy_seconds", "held_seconds", b"held_seconds", "idle", b"idle", "memory_samples", b"memory_samples", "message", b"message", "peak_memory_mib", b"peak_memory_mib", "signal", b"signal", "unused_since", b"unused_since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__peak_memory_mib: _TypeAlias = _typing.Literal["peak_memory_mib"]  # noqa: Y015
+    _WhichOneofArgType__peak_memory_mib: _TypeAlias = _typing.Literal["_peak_memory_mib", b"_peak_memory_mib"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__peak_memory_mib) -> _WhichOneofReturnType__peak_memory_mib | None: ...
 
 Global___Idleness: _TypeAlias = Idleness  # noqa: Y015

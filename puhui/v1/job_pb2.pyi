@@ -551,6 +551,7 @@ class Attempt(_message.Message):
     PEER_JOB_ID_FIELD_NUMBER: _builtins.int
     LEASE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_MIB_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """From 1."""
     fencing_token: _builtins.int
@@ -580,7 +581,13 @@ class Attempt(_message.Message):
     peer_job_id: _builtins.str
     """The job's id at that peer, once the peer has taken it."""
     message: _builtins.str
-    """Why it came back from its peer without having ended there; empty for every other one."""
+    """Why the job goes on in another attempt: it came back from its peer without having ended there, or ran out of
+    device memory. Empty for every other one.
+    """
+    peak_memory_mib: _builtins.int
+    """Most device memory that it was seen to use, in MiB, once its command has ended. Absent when it was looked at too
+    seldom, or its memory could not be read.
+    """
     @_builtins.property
     def placement(self) -> _card_pb2.Placement:
         """Where the slice sits on the GPU."""
@@ -636,14 +643,20 @@ class Attempt(_message.Message):
         peer_job_id: _builtins.str = ...,
         lease_expire_time: _timestamp_pb2.Timestamp | None = ...,
         message: _builtins.str = ...,
+        peak_memory_mib: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "lease_expire_time", b"lease_expire_time", "placement", b"placement", "release_time", b"release_time", "reserve_time", b"reserve_time", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_peak_memory_mib", b"_peak_memory_mib", "end_time", b"end_time", "exit_code", b"exit_code", "lease_expire_time", b"lease_expire_time", "peak_memory_mib", b"peak_memory_mib", "placement", b"placement", "release_time", b"release_time", "reserve_time", b"reserve_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "lease_expire_time", b"lease_expire_time", "message", b"message", "node_id", b"node_id", "number", b"number", "peer", b"peer", "peer_job_id", b"peer_job_id", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "_peak_memory_mib", b"_peak_memory_mib", "container_id", b"container_id", "emulated", b"emulated", "end_time", b"end_time", "exit_code", b"exit_code", "fencing_token", b"fencing_token", "gpu_index", b"gpu_index", "gpu_model", b"gpu_model", "gpu_uuid", b"gpu_uuid", "lease_expire_time", b"lease_expire_time", "message", b"message", "node_id", b"node_id", "number", b"number", "peak_memory_mib", b"peak_memory_mib", "peer", b"peer", "peer_job_id", b"peer_job_id", "placement", b"placement", "profile", b"profile", "release_time", b"release_time", "reserve_time", b"reserve_time", "runtime", b"runtime", "shares", b"shares", "slice_uuid", b"slice_uuid", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    _WhichOneofReturnType__peak_memory_mib: _TypeAlias = _typing.Literal["peak_memory_mib"]  # noqa: Y015
+    _WhichOneofArgType__peak_memory_mib: _TypeAlias = _typing.Literal["_peak_memory_mib", b"_peak_memory_mib"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__peak_memory_mib) -> _WhichOneofReturnType__peak_memory_mib | None: ...
 
 Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 

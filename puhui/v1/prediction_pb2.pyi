@@ -73,6 +73,8 @@ class _SizingOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SizingOr
     """The user named an amount of memory."""
     SIZING_ORIGIN_PREDICTION: _SizingOrigin.ValueType  # 3
     """The predictor said so."""
+    SIZING_ORIGIN_OUTGROWN: _SizingOrigin.ValueType  # 4
+    """It ran out of device memory on what it had before."""
 
 class SizingOrigin(_SizingOrigin, metaclass=_SizingOriginEnumTypeWrapper):
     """Why a job has the slice size that it has."""
@@ -85,6 +87,8 @@ SIZING_ORIGIN_MEMORY: SizingOrigin.ValueType  # 2
 """The user named an amount of memory."""
 SIZING_ORIGIN_PREDICTION: SizingOrigin.ValueType  # 3
 """The predictor said so."""
+SIZING_ORIGIN_OUTGROWN: SizingOrigin.ValueType  # 4
+"""It ran out of device memory on what it had before."""
 Global___SizingOrigin: _TypeAlias = SizingOrigin  # noqa: Y015
 
 @_typing.final

@@ -13,6 +13,7 @@ import pytest
 from controlplane import happenings, metering
 from controlplane.endings import Ending
 from controlplane.jobs import IllegalTransition, transition
+from controlplane.observing import ObservedAttempt
 from controlplane.records import (
     BundleRecord,
     Change,
@@ -126,6 +127,26 @@ async def test_fencing_tokens_only_grow_and_survive(opener: Open) -> None:
     store = await opener()
     record = await store.change_job((await add(store, 3)).id, reserve(3))
     assert [*tokens, record.attempt.fencing_token] == [1, 2, 3, 4]
+
+
+async def test_what_was_learnt_is_the_tenants_own_and_survives(opener: Open) -> None:
+    store = await opener()
+    added = await add(store)
+
+    def seen(attempt: int, tenant: str = "astro", peak_mib: int | None = 9000) -> ObservedAttempt:
+        return ObservedAttempt(
+            added.id, attempt, tenant, "f", float(attempt), peak_mib, None, 60.0, None, "1g.10gb", "H100", True, ""
+        )
+
+    first, second, third, theirs = seen(1), seen(2), seen(3, peak_mib=None), seen(4, "bio")
+    await store.change_job(added.id, lambda record, _: Change(record, observed=(first, second, third, theirs)))
+    again = replace(second, peak_mib=9100)
+    await store.change_job(added.id, lambda record, _: Change(record, observed=(again,)))
+    store = await opener()
+    assert await store.observations("astro", "f") == [third, again, first]
+    assert await store.observations("astro", "f", limit=1) == [third]
+    assert await store.observations("bio", "f") == [theirs]
+    assert await store.observations("astro", "other") == []
 
 
 async def test_a_share_is_held_by_one_attempt_until_it_is_released(opener: Open) -> None:

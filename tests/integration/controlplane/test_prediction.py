@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
 
-from controlplane.prediction import Code, OnnxPrediction
+from controlplane.observing import ObservedAttempt
+from controlplane.prediction import Code, OnnxPrediction, with_history
 from controlplane.sizing import size
 from puhui.rpc.errors import Refusal
 from puhui.v1 import job_pb2, prediction_pb2
@@ -64,6 +66,33 @@ async def test_when_time_runs_out_the_answer_is_that_of_unknown_code() -> None:
     assert answer.tier == prediction_pb2.PREDICTION_TIER_UNKNOWN
     assert answer.required_mib > 0
     assert answer.reason.startswith("the prediction was not ready within 0 s; ")
+
+
+async def test_code_is_known_again_by_what_it_does(prediction: OnnxPrediction) -> None:
+    first = await prediction.fingerprint(code(TRAINING))
+    assert first == await prediction.fingerprint(code(b"# Trains.\n\n" + TRAINING)) != ""
+    others = [TRAINING.replace(b"256", b"128"), b"print(1)\n"]
+    assert first not in [await prediction.fingerprint(code(other)) for other in others]
+
+
+async def test_what_was_observed_is_blended_with_what_is_predicted(prediction: OnnxPrediction) -> None:
+    answer = await prediction.of(code(TRAINING))
+    assert with_history(answer, []) is answer
+    seen = ObservedAttempt("j-1", 1, "lab", "f", 1.0, 12_000, None, 60.0, 0.5, "2g.20gb", "H100", False, "")
+    after = with_history(answer, [seen])
+    assert after.memory.p50_mib == pytest.approx(12_000, rel=0.02)
+    assert after.reason == f"1 earlier run of this code peaked at 11.7 GiB. {answer.reason}"
+    assert after.required_mib > 12_000
+    assert sum(part.mib for part in after.parts) == pytest.approx(after.memory.p50_mib)
+    ran_out = with_history(answer, [replace(seen, peak_mib=None, at_least_mib=20_096)])
+    assert size(job_pb2.Resources(), ran_out, [GEOMETRY]).choices[0].profile == "3g.40gb"
+
+
+async def test_a_fingerprint_that_cannot_be_made_is_none(prediction: OnnxPrediction) -> None:
+    assert await prediction.fingerprint(Code({"x.py": None}, {}, ["python3", "x.py"], 0)) == ""  # type: ignore[dict-item]
+    hurried = OnnxPrediction(budget_s=0.0)
+    assert await hurried.fingerprint(code(TRAINING * 100)) == ""
+    await hurried.close()
 
 
 async def test_a_predictor_that_meets_the_unforeseen_does_not_cost_the_job(prediction: OnnxPrediction) -> None:

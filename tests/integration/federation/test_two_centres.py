@@ -40,6 +40,39 @@ async def test_what_does_not_fit_here_runs_there_and_comes_home(tmp_path: Path) 
             assert reason in reasons
 
 
+async def test_one_that_runs_out_of_memory_there_is_sent_again_for_a_larger_slice_and_is_learnt_from(
+    tmp_path: Path,
+) -> None:
+    async with neighbour("a", tmp_path) as here, neighbour("b", tmp_path) as there:
+        await pair(here, there)
+        await here.fill()
+        job_id = await here.submit(name="guest")
+        first = await there.guest("guest")
+        await there.until(first.id, job_pb2.JOB_STATE_RUNNING)
+        await there.node.write(first.id, b"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+        await there.node.exit(first.id, 1)
+        guest = await there.ended(first.id)
+        assert (guest.reason, len(guest.attempts)) == ("DEVICE_OUT_OF_MEMORY", 1)
+        assert guest.message.endswith("and the centre that sent it decides how it goes on")
+        grown = await here.until_told(job_id, "GROWN")
+        assert (grown.details["profile"], grown.details["next_profile"]) == ("1g.10gb", "1g.20gb")
+        assert (await here.until_runs(job_id, 2)).attempts[1].profile == "1g.20gb"
+        second = await there.guest("guest")
+        idleness = there.node.containers[second.id, 1].idleness
+        idleness.peak_memory_mib, idleness.memory_samples = 15_000, 4
+        await there.node.exit(second.id, 0)
+        job = await here.ended(job_id)
+        assert (job.state, job.exit_code) == (job_pb2.JOB_STATE_SUCCEEDED, 0)
+        assert [attempt.profile for attempt in job.attempts] == ["1g.10gb", "1g.20gb"]
+        assert job.attempts[1].peak_memory_mib == 15_000
+        record = await here.centre._store.job(job_id)
+        assert record is not None
+        seen = await here.centre._store.observations("default", record.fingerprint)
+        assert [(one.peer, one.peak_mib, one.at_least_mib) for one in seen] == [("b", 15_000, None), ("b", None, 9984)]
+        # Nobody there has learnt anything from another centre's code.
+        assert there.centre._store._read.execute("select count(*) from observations").fetchone() == (0,)
+
+
 async def test_output_is_followed_through_the_origin_while_it_is_written(tmp_path: Path) -> None:
     async with neighbour("a", tmp_path) as here, neighbour("b", tmp_path) as there:
         await pair(here, there)

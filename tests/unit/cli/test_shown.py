@@ -13,12 +13,31 @@ from puhui.cli import words
 from puhui.cli.attached import ChunkJson
 from puhui.cli.chart import bar, memory_chart
 from puhui.cli.facts import facts_line, number
+from puhui.cli.jobs import job_facts
 from puhui.cli.message_json import json_of
 from puhui.cli.share_facts import share_facts
 from puhui.cli.story import exit_code_of, tell, tell_end
 from puhui.v1 import card_pb2, job_pb2, prediction_pb2, stream_pb2
 from puhui.v1.job_service_pb2 import WatchJobResponse
 from tests.unit.cli.small_centre import PREDICTION
+
+
+def test_one_that_outgrew_its_slice_is_told_and_shown() -> None:
+    update = WatchJobResponse(
+        event=job_pb2.JobEvent(
+            state=job_pb2.JOB_STATE_STOPPING, reason="DEVICE_OUT_OF_MEMORY", message="it ran out; it is tried again"
+        )
+    )
+    assert tell(update) == [("memory", "it ran out; it is tried again")]
+    update.event.state, update.event.reason = job_pb2.JOB_STATE_QUEUED, "GROWN"
+    update.event.message = "it waits for 1g.20gb (20096 MiB)"
+    assert tell(update) == [("waiting", "it waits for 1g.20gb (20096 MiB)")]
+    job = job_pb2.Job(state=job_pb2.JOB_STATE_RUNNING)
+    job.attempts.add(
+        number=1, profile="1g.10gb", node_id="n-1", exit_code=1, message="it ran out", peak_memory_mib=9728
+    )
+    shown = dict(job_facts(job, 0.0))["attempt 1"]
+    assert shown == "1g.10gb, node n-1, exit code 1, used up to 9.5 GiB of device memory: it ran out"
 
 
 def test_json_has_every_field_by_its_proto_name() -> None:

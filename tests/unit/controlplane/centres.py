@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ class FixedPrediction:
 
     async def of(self, code: Code) -> prediction_pb2.Prediction:
         return prediction_pb2.Prediction(tier=prediction_pb2.PREDICTION_TIER_STATIC, required_mib=self.required_mib)
+
+    async def fingerprint(self, code: Code) -> str:
+        return hashlib.sha256(repr((sorted(code.files.items()), list(code.command))).encode()).hexdigest()
 
     async def close(self) -> None:
         return None
@@ -100,6 +104,17 @@ class RunningCentre:
             if told.event.state in states:
                 return await self.job(job_id)
         raise AssertionError(f"it ended otherwise: {await self.job(job_id)}")
+
+    async def until_runs(self, job_id: str, attempt: int) -> job_pb2.Job:
+        """Waits until an attempt of a job runs."""
+        with self.centre._feed.watching(job_id) as news:
+            async with asyncio.timeout(20):
+                while True:
+                    news.clear()
+                    job = await self.job(job_id)
+                    if len(job.attempts) == attempt and job.state == job_pb2.JOB_STATE_RUNNING:
+                        return job
+                    await news.wait()
 
     async def until_told(self, job_id: str, reason: str) -> job_pb2.JobEvent:
         """Follows a job's events until one has this reason; past the end of the job, too."""

@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 
 from controlplane import happenings
 from controlplane.endings import Ending, ending_of
+from controlplane.growing import Outgrown
 from controlplane.jobs import FINAL_STATES, TRANSITIONS, IllegalTransition, transition
 from controlplane.records import JobRecord
 from puhui.v1 import card_pb2, job_pb2, prediction_pb2
 from tests.unit.controlplane.samples import attempt, container, queued
 
 SIZING = prediction_pb2.Sizing(reason="because")
+LARGER = prediction_pb2.Sizing(required_mib=10_484)
 
 anything: st.SearchStrategy[happenings.Happening] = st.one_of(
     st.just(happenings.Submitted()),
@@ -32,6 +34,8 @@ anything: st.SearchStrategy[happenings.Happening] = st.one_of(
     st.just(happenings.ContainerRemoved(1)),
     st.just(happenings.SliceDestroyed(1, "MIG-1")),
     st.sampled_from(["", "still held"]).map(happenings.Ended),
+    st.sampled_from([None, LARGER]).map(lambda sizing: ran_out(sizing)),
+    st.just(happenings.Grows()),
 )
 
 
@@ -93,6 +97,50 @@ def test_a_command_that_ends_with_0_succeeds_after_its_results_are_here() -> Non
     assert (record.job.log_size_bytes, record.job.artifacts.file_count) == (7, 2)
     assert record.attempt.gpu_index == 3
     assert record.attempt.HasField("release_time")
+
+
+def ran_out(sizing: prediction_pb2.Sizing | None = LARGER) -> happenings.RanOut:
+    ending = Ending(job_pb2.JOB_STATE_FAILED, "DEVICE_OUT_OF_MEMORY", "full")
+    return happenings.RanOut(Outgrown("1g.10gb", 9984, ending, sizing))
+
+
+def test_one_that_ran_out_of_memory_waits_for_a_larger_slice_and_keeps_the_old_attempt() -> None:
+    ended = through(running(), happenings.CommandEnded(container(1)), ran_out())
+    assert (ended.grows, ended.at_least_mib, ended.ran_out_of_mib) == (True, 10_484, 9984)
+    record = through(ended, happenings.SliceDestroyed(1, "MIG-1"), happenings.Grows())
+    assert (record.state, record.ending, record.grows) == (job_pb2.JOB_STATE_QUEUED, None, False)
+    assert (record.job.attempts[0].message, record.job.attempts[0].exit_code) == ("full", 1)
+    assert record.job.sizing == LARGER
+    again = through(record, happenings.Reserved(attempt(token=2), LARGER, "node-1"))
+    assert (again.ran_out_of_mib, again.at_least_mib) == (0, 10_484)
+
+
+def test_a_suspend_of_the_share_that_was_outgrown_is_not_one_of_the_next() -> None:
+    record = through(
+        running(),
+        happenings.SuspendRequested(job_pb2.RECLAIM_MODE_DETACH),
+        happenings.CommandEnded(container(1)),
+        ran_out(),
+        happenings.Grows(),
+    )
+    assert (record.suspend, record.parked) == (job_pb2.RECLAIM_MODE_UNSPECIFIED, False)
+
+
+def test_one_that_succeeded_or_was_cancelled_does_not_grow() -> None:
+    succeeded = through(running(), happenings.CommandEnded(container(0)))
+    cancelled = through(running(), happenings.CommandEnded(container(1)), happenings.CancelRequested("no"))
+    keeps = through(running(), happenings.CommandEnded(container(1)), ran_out(None))
+    for record, happening in ((succeeded, ran_out()), (cancelled, ran_out()), (keeps, happenings.Grows())):
+        with pytest.raises(IllegalTransition):
+            transition(record, happening, 1000.0)
+
+
+def test_a_cancel_before_it_goes_on_is_how_it_ends() -> None:
+    record = through(running(), happenings.CommandEnded(container(1)), ran_out(), happenings.CancelRequested("no"))
+    with pytest.raises(IllegalTransition):
+        transition(record, happenings.Grows(), 1000.0)
+    record = through(record, happenings.Ended())
+    assert (record.state, record.job.message) == (job_pb2.JOB_STATE_CANCELLED, "cancelled by request: no")
 
 
 def test_a_cancelled_waiting_job_never_starts() -> None:

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import grpc
@@ -42,6 +43,7 @@ from puhui.v1.job_pb2 import (
 )
 from tests.unit.controlplane.centres import eventually
 from tests.unit.controlplane.fake_peer import Book, FakePeer, TestClock
+from tests.unit.controlplane.samples import GEOMETRY
 
 LEASE_S, MARGIN_S = 90.0, 30.0
 KEY = ("j-1", 1)
@@ -139,7 +141,7 @@ async def origin(folder: Path, *peers: FakePeer, lease_s: float = LEASE_S, **spe
     around = Surroundings(
         centre="a",
         store=store,
-        nodes=cast("Any", None),
+        nodes=cast("Any", SimpleNamespace(geometries=lambda: [GEOMETRY])),
         reservations=cast("Any", None),
         bundles=Bundles(folder / "bundles", store, Lasting()),
         results=results,
@@ -241,6 +243,65 @@ async def test_usage_there_is_the_tenants_usage_here(tmp_path: Path) -> None:
         assert (stretch.tenant, stretch.start, stretch.end, stretch.busy_s) == ("astro", 100.0, 105.0, 3.0)
         assert await site.store.attempts_at_peers(0, 1e12) == {("j-1", 1)}
         assert await site.store.attempts_at_peers(105.0, 1e12) == set()
+
+
+async def test_what_it_used_there_is_learnt_here(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+        await site.store.change_job("j-1", lambda record, _: Change(replace(record, fingerprint="f")))
+        await run_there(site, peer)
+        peer.jobs[KEY].attempts[0].peak_memory_mib = 7000
+        peer.jobs[KEY].attempts[0].end_time.CopyFrom(timestamp(61.0))
+        await ends(peer)
+        await site.settled()
+        (seen,) = await site.store.observations("astro", "f")
+        assert (seen.peak_mib, seen.duration_s, seen.peer, seen.profile) == (7000, 60.0, "b", "1g.10gb")
+
+
+FULL = b"torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+
+
+@pytest.mark.parametrize("told", [0, 20096])
+async def test_one_that_ran_out_of_memory_there_waits_here_for_a_larger_slice(tmp_path: Path, told: int) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer) as site:
+
+        def sized(record: JobRecord, _: int) -> Change:
+            job = job_pb2.Job()
+            job.CopyFrom(record.job)
+            job.sizing.required_mib = 9000
+            return Change(replace(record, job=job, fingerprint="f"))
+
+        await site.store.change_job("j-1", sized)
+        await run_there(site, peer)
+        leave(peer, FULL)
+        if told:
+            peer.jobs[KEY].sizing.choices.add(profile="1g.10gb", memory_mib=told)
+        peer.jobs[KEY].attempts[0].end_time.CopyFrom(timestamp(61.0))
+        await ends(peer, 1)
+        await site.settled()
+        record = await site.job()
+        profile, least_mib = ("3g.40gb", 20096) if told else ("1g.20gb", 10240)
+        assert (record.state, record.ran_out_of_mib, record.ending) == (JOB_STATE_QUEUED, least_mib, None)
+        assert record.job.sizing.choices[0].profile == profile
+        assert record.job.executing_centre == "a"
+        assert (await site.reasons())[-4:] == ["PEER_ENDED", "RESULTS_COLLECTED", "DEVICE_OUT_OF_MEMORY", "GROWN"]
+        (seen,) = await site.store.observations("astro", "f")
+        assert (seen.peak_mib, seen.at_least_mib, seen.peer) == (None, least_mib, "b")
+        assert b"".join(chunk.data for chunk in site.results.log("j-1", 1)) == FULL
+
+
+async def test_one_that_keeps_its_size_ends_with_what_to_ask_for(tmp_path: Path) -> None:
+    peer = FakePeer()
+    async with origin(tmp_path, peer, resources=job_pb2.Resources(memory_mib=9000)) as site:
+        await run_there(site, peer)
+        leave(peer, FULL)
+        peer.jobs[KEY].sizing.choices.add(profile="1g.10gb", memory_mib=9984)
+        await ends(peer, 1)
+        await site.settled()
+        job = (await site.job()).job
+        assert (job.state, job.reason) == (JOB_STATE_FAILED, "DEVICE_OUT_OF_MEMORY")
+        assert "the 9000 MiB that were asked for, which is kept; ask for 1g.20gb" in job.message
 
 
 @pytest.mark.parametrize(

@@ -237,3 +237,11 @@ def _require_idle(seen: list[_Seen]) -> None:
         run.append(one)
     assert len(run) >= idle.FEWEST_SAMPLES
     assert run[0].at_s - run[-1].at_s >= _POLICY.idle_after_s
+
+
+def test_the_most_memory_that_was_seen_in_use_is_told_also_after_the_card_is_gone() -> None:
+    held = after((2, presence(1, 700)), (4, presence(1, 9000)), (6, presence(1, 800)))
+    for state in (held, idle.release(held, 7), idle.hold(idle.release(held, 7), 8)):
+        told = idle.describe(state, 8, 1_000_000)
+        assert (told.peak_memory_mib, told.memory_samples) == (9000, 3)
+    assert not idle.describe(after((2, presence(0, 12)), (4, silent())), 4, 0).HasField("peak_memory_mib")

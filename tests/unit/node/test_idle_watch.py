@@ -235,7 +235,7 @@ async def test_what_could_not_be_written_is_told_once_it_can_be(bench: Bench) ->
 async def test_seconds_are_kept_over_a_kill_and_what_was_not_seen_counts_as_busy(tmp_path: Path) -> None:
     with contextlib.closing(_FullJournal(tmp_path / "node.db")) as journal:
         at_s = time.monotonic()
-        journal.put_idle(IdleRecord(_OWNER, 60, 1, 0, at_s - 100, True, at_s - 10, 20, 90))
+        journal.put_idle(IdleRecord(_OWNER, 60, 1, 0, at_s - 100, True, at_s - 10, 20, 90, 9000, 4))
         journal.put_container(ContainerRecord(_OWNER, 1, ContainerStage.RUNNING, "image", "bundle", ("MIG-1",), 1, 1))
         async with living(journal) as bench:
             await settled(bench, 1)
@@ -245,10 +245,13 @@ async def test_seconds_are_kept_over_a_kill_and_what_was_not_seen_counts_as_busy
             assert idleness is not None
             assert idleness.busy_seconds == pytest.approx(30, abs=1)
             assert idleness.held_seconds == pytest.approx(100, abs=1)
+            assert (idleness.peak_memory_mib, idleness.memory_samples) == (9000, 4)
             ended = journal.put_container(replace(record, stage=ContainerStage.EXITED))
             last = bench.idling.describe(ended)
             assert last is not None
             assert last.held_seconds >= idleness.held_seconds
+            assert last.peak_memory_mib == 9000
         kept = journal.idle(_OWNER)
         assert kept is not None
         assert kept.held_seconds >= 100
+        assert (kept.peak_memory_mib, kept.memory_samples) == (9000, 4)

@@ -1,0 +1,1 @@
+"""Measures configurations on a GPU, each in a process of its own, into a data file that training reads."""
