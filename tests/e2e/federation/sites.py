@@ -70,7 +70,7 @@ class Site:
             here = f"{self.network.address(self.name)}:{PORT}"
             arguments = [
                 *("--listen", self.address, "--state", str(self.folder / "centre"), "--centre", self.name),
-                *("--federation-listen", here, "--lease", f"{self.lease_s:g}s", "--lease-margin", "2s"),
+                *("--federation-listen", here, "--lease", f"{self.lease_s:g}s", "--lease-margin", "4s"),
             ]
         else:
             arguments = [

@@ -34,12 +34,14 @@ def test_it_comes_back_and_runs_here(centres: Pair, dead: tuple[str, ...], tmp_p
     with centres.network.without("b"):
         for which in dead:
             centres.b.kill(which)
-        work.story.heard("BROUGHT_BACK")
-        assert work.is_still(), "it is brought back, and its process is alive"
-        centres.clear()
-        work.begun(times=2)
-        for which in dead:
-            centres.b.start(which)
+        try:
+            work.story.heard("BROUGHT_BACK")
+            assert work.is_still(), "it is brought back, and its process is alive"
+            centres.clear()
+            work.begun(times=2)
+        finally:
+            for which in dead:
+                centres.b.start(which)
     work.go()
     work.finished(tmp_path / "result", attempts=2, runs=2)
 
