@@ -215,7 +215,7 @@ def _attempt_of(job: job_pb2.Job) -> job_pb2.Attempt | None:
         return None
     last = job.attempts[-1]
     # It had come back from there, and ended while it waited here.
-    return None if last.peer and job.executing_centre != last.peer else last
+    return None if last.peer and job.executing_centre == job.centre != "" else last
 
 
 def _slice(job: job_pb2.Job) -> str:
