@@ -71,7 +71,8 @@ class Contact:
         `attempt` must be safe to repeat: a read, or a mutation with a request_id.
 
         Raises:
-            Refusal: the centre refused, or could not be reached for too long (UNAVAILABLE, CENTRE_UNREACHABLE).
+            Refusal: the centre refused, or could not be reached for too long (UNAVAILABLE, CENTRE_UNREACHABLE), or the
+                connection was closed on this side (CANCELLED, CONNECTION_CLOSED).
         """
         wait = _Wait(self, self._patience.call_s)
         while True:
@@ -79,6 +80,10 @@ class Contact:
                 result = attempt()
             except grpc.RpcError as error:
                 wait.after(error)
+            except ValueError:  # so gRPC tells of a call on a closed channel
+                if not self._closed:
+                    raise
+                raise self._closed_here() from None
             else:
                 self._answered = True
                 return result
@@ -103,6 +108,10 @@ class Contact:
                 # The error is the call itself, in a circle with its traceback. Freed as late as at Python's end, it may
                 # wait for ever for a lock of a thread that is no more.
                 error.__traceback__ = None
+            except ValueError:  # so gRPC tells of a call on a closed channel
+                if not self._closed:
+                    raise
+                raise self._closed_here() from None
             else:
                 self._answered = True
                 return
@@ -124,7 +133,11 @@ class Contact:
 
     def answer(self, refusal: Refusal) -> Refusal:
         """Returns what a caller is told when trying again would not help."""
-        if refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED and refusal.reason == "UNKNOWN":
+        if refusal.reason != "UNKNOWN":
+            return refusal
+        if self._closed and refusal.code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE):
+            return self._closed_here()
+        if refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return Refusal(
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 "CENTRE_TOO_SLOW",
@@ -149,6 +162,14 @@ class Contact:
             f"no centre answers at {self._address}; {advice}",
             address=self._address,
             failure=refusal.message,
+        )
+
+    def _closed_here(self) -> Refusal:
+        return Refusal(
+            grpc.StatusCode.CANCELLED,
+            "CONNECTION_CLOSED",
+            f"the connection to {self._address} was closed on this side; open another",
+            address=self._address,
         )
 
     def tell(self, refusal: Refusal, waited_s: float) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import pytest
 
+from puhui.client import Centre
 from puhui.client.patience import Contact, Patience, Trouble
 from puhui.rpc.errors import Refusal
 
@@ -68,6 +69,26 @@ def test_after_closing_nothing_is_tried_again() -> None:
     with pytest.raises(Refusal) as caught:
         centre.call(failing(grpc.StatusCode.CANCELLED))
     assert caught.value.code is grpc.StatusCode.CANCELLED
+    assert caught.value.reason == "CONNECTION_CLOSED"
+
+
+def test_who_asks_on_a_closed_connection_is_told_so() -> None:
+    """As a thread may that reads on while another closes."""
+    centre = Centre("unix:/nowhere/centre.sock")
+    centre.close()
+    asked: list[Callable[[], object]] = [lambda: centre.get("job-1"), lambda: list(centre.watch("job-1"))]
+    for ask in asked:
+        with pytest.raises(Refusal) as caught:
+            ask()
+        assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.CANCELLED, "CONNECTION_CLOSED")
+
+
+def test_another_mistake_is_not_taken_for_a_closed_connection() -> None:
+    def attempt() -> str:
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else"):
+        contact().call(attempt)
 
 
 def test_no_answer_in_time_is_not_taken_for_a_failure() -> None:
