@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from predictor_onnx.configuration import Configuration, Precision
+from predictor_onnx.trace import torchvision_ops
 
 _AUTOCAST: Final = {Precision.AMP_FLOAT16: torch.float16, Precision.AMP_BFLOAT16: torch.bfloat16}
 _WHOLE: Final = {Precision.FLOAT16: torch.float16, Precision.BFLOAT16: torch.bfloat16}
@@ -126,6 +127,8 @@ def build_network(asked: Configuration) -> Any:
     try:
         if asked.source == "layers":
             return torch.nn.Sequential(*(_layer(*entry) for entry in json.loads(asked.model)))
+        if asked.source in ("timm", "torchvision"):
+            torchvision_ops.define()
         if asked.source == "timm":
             import timm
 

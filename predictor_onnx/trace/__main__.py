@@ -16,7 +16,6 @@ import torch
 
 from predictor_onnx.configuration import Configuration
 from predictor_onnx.step import CannotBuildError
-from predictor_onnx.trace import torchvision_ops
 from predictor_onnx.trace.affine import AffineRecord, NotAffineError
 from predictor_onnx.trace.summary import summarise
 from predictor_onnx.trace.tracing import STEPS, at_batch, record, trace
@@ -61,7 +60,6 @@ def main() -> None:
     """Answer until the input ends."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    torchvision_ops.define()
     # Libraries print; the answers must be all that is in their pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
