@@ -124,6 +124,11 @@ def _default_type(kind: torch.dtype) -> Iterator[None]:
 
 
 def build_network(asked: Configuration) -> Any:
+    """The network alone.
+
+    Raises:
+        CannotBuildError: it is unknown, or the library that has it is not installed.
+    """
     try:
         if asked.source == "layers":
             return torch.nn.Sequential(*(_layer(*entry) for entry in json.loads(asked.model)))

@@ -69,23 +69,27 @@ class Tracer:
         return [TracedStep(**step) for step in answer]
 
     def _exchange(self, line: bytes, deadline: float) -> Any:
-        process = self._process
-        if process is None or process.poll() is not None:
-            process = self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-            )  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            told = _line(process.stdout.fileno(), deadline)
-            return json.loads(told)
+            process = self._running()
+            into, out = process.stdin, process.stdout
+            if into is None or out is None:
+                raise OSError("the tracing process has no pipes")
+            into.write(line)
+            into.flush()
+            return json.loads(_line(out.fileno(), deadline))
         except (OSError, ValueError, TimeoutError) as error:
             self._end()
             why = "it took too long" if isinstance(error, TimeoutError) else "the tracing process died of it"
             raise CannotTraceError(why) from error
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )  # fmt: skip
+        return self._process
 
     def _end(self) -> None:
         process, self._process = self._process, None

@@ -1,7 +1,7 @@
 """Trace every measured configuration: ``python -m predictor_onnx.train.build_traces --data DIR``.
 
-Needs the extra ``trace`` (torch, timm, torchvision). What could not be traced is named; what the file has already is kept
-unless ``--anew``. It takes about an hour of two processors.
+Needs the extra ``trace`` (torch, timm, torchvision). What could not be traced is named; what the file has already is
+kept unless ``--anew``. It takes about an hour of two processors.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +69,7 @@ class Row:
         clean: False for rows that the filter of the card excludes.
         configuration: what was run.
         traced: its features as the tracer saw it, in the order of ``TRACED_FEATURES``; None where it was not traced.
+        alive_mib: all tensors that live at once, as the tracer saw it.
     """
 
     source: str
@@ -82,6 +82,7 @@ class Row:
     clean: bool
     configuration: Configuration
     traced: tuple[float, ...] | None = None
+    alive_mib: float = 0.0
 
     @property
     def key(self) -> traces.Key:
@@ -187,9 +188,10 @@ def read(folder: Path) -> tuple[list[Row], dict[str, dict[str, int]]]:
         rows += more
         excluded[name] = dict(why)
     known = traces.read()
-    return [replace(row, traced=_vector(known, row)) for row in rows], excluded
+    return [_with_trace(row, known.get(row.key)) for row in rows], excluded
 
 
-def _vector(known: Mapping[traces.Key, TracedStep], row: Row) -> tuple[float, ...] | None:
-    step = known.get(row.key)
-    return tuple(step.vector()) if step is not None else None
+def _with_trace(row: Row, step: TracedStep | None) -> Row:
+    if step is None:
+        return row
+    return replace(row, traced=tuple(step.vector()), alive_mib=step.allocated_mib)

@@ -92,7 +92,8 @@ def _quantiles(g: _Graph, fitted: Fitted, fixed: str, work: str) -> None:
 
 def _static(fitted: Fitted) -> _Graph:
     g, physics = _Graph("features", len(FEATURES)), fitted.physics
-    assert isinstance(physics, StaticPhysics)
+    if not isinstance(physics, StaticPhysics):
+        raise TypeError("this half is of what was read from the code")
     context = g.linear(0, [physics.convolutions], physics.context, "context")
     resident = g.linear(1, [physics.resident], 0.0, "resident")
     update = g.linear(2, [physics.update], 0.0, "update")
@@ -105,7 +106,8 @@ def _static(fitted: Fitted) -> _Graph:
 
 def _traced(fitted: Fitted) -> _Graph:
     g, physics = _Graph("traced", len(TRACED_FEATURES), "traced_"), fitted.physics
-    assert isinstance(physics, TracedPhysics)
+    if not isinstance(physics, TracedPhysics):
+        raise TypeError("this half is of what was traced")
     context = g.linear(0, [physics.convolutions], physics.context, "context")
     reserved = g.linear(1, [physics.reserved], 0.0, "reserved")
     _quantiles(g, fitted, context, reserved)
