@@ -99,6 +99,9 @@ class Workload:
     #: Samples per step that stood in where the code does not say.
     assumed_batch: int = 0
     notes: tuple[str, ...] = field(default=())
+    #: Networks by name that were called, as ``library/name``, each with the shape of what went in and the numbers in
+    #: its weights.
+    networks: tuple[tuple[str, tuple[int | None, ...], int], ...] = ()
 
     @property
     def uses_accelerator(self) -> bool:

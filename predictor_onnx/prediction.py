@@ -11,6 +11,8 @@ from typing import Final
 class Tier(enum.Enum):
     """How the answer was found, best first."""
 
+    #: A model of the catalog, traced step by step on tensors without data.
+    TRACED = "traced"
     #: A model of the catalog, by its name.
     STATIC_NAMED = "static_named"
     #: Layers that the code itself defines.

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Final
 
-from predictor_onnx import catalog
+from predictor_onnx import catalog, rebuild
+from predictor_onnx.configuration import Configuration
 from predictor_onnx.features import MIB, Workload
-from predictor_onnx.model import Estimate, MemoryModel
+from predictor_onnx.model import Estimate, MemoryModel, TracedEstimate
 from predictor_onnx.prediction import Prediction, Request, Tier, gib
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.static.analysis import analyse
+from predictor_onnx.traced_step import TracedStep
+from predictor_onnx.tracer import CannotTraceError, Tracer
 
 #: Each size that had to be guessed from names, and an architecture beyond anything measured, widens the
 #: answer: p90 by this share, p99 by twice it. A judgement, not learnt: nothing measured is like that.
 _GUESS_WIDTH: Final = 0.25
+#: Traced steps that are remembered: people submit the same step again and again.
+_REMEMBERED: Final = 256
 
 
 class Predictor:
     """Predicts peak device memory from source code that it never executes."""
 
-    def __init__(self, model_path: Path | None = None) -> None:
+    def __init__(self, model_path: Path | None = None, tracer: Tracer | None = None) -> None:
         """Load the model and the catalog once; instances can be shared.
+
+        Args:
+            model_path: the ONNX file, where it is not the one of this package.
+            tracer: traces what has a name; without one the static analysis answers.
 
         Raises:
             ModelUnavailableError: the ONNX file or the catalog is missing or unusable.
         """
         self._model = MemoryModel(model_path)
+        self._tracer = tracer
+        self._traced: OrderedDict[Configuration, TracedStep] = OrderedDict()
         catalog.load()
 
     @property
@@ -34,8 +46,13 @@ class Predictor:
         """Hash of the ONNX file."""
         return self._model.version
 
-    def predict(self, code: CodeBundle, request: Request) -> Prediction:
+    def predict(self, code: CodeBundle, request: Request, trace_s: float = 0.0) -> Prediction:
         """Predict what the code needs.
+
+        Args:
+            code: the program.
+            request: what is asked of it.
+            trace_s: seconds that tracing may take; what is not traced by then is answered from reading alone.
 
         Raises:
             CodeDoesNotParseError: the program is not valid Python; it names file and line.
@@ -45,18 +62,41 @@ class Predictor:
             return self._without_accelerator(work)
         if not work.known:
             return self._unknown(work)
-        return self._known(work, request, code)
+        return self._known(work, request, code, self._trace(work, trace_s))
 
-    def _known(self, work: Workload, request: Request, code: CodeBundle) -> Prediction:
-        estimate = self._model.estimate(work.vector())
-        p50, p90, p99 = estimate.quantiles
-        outside = self._model.outside(work.vector())
+    def _trace(self, work: Workload, within_s: float) -> TracedStep | None:
+        """The step as the tracer sees it, if it can be traced in time."""
+        asked = rebuild.configuration(work) if self._tracer is not None else None
+        if asked is None or self._tracer is None:
+            return None
+        known = self._traced.get(asked)
+        if known is None and within_s > 0:
+            try:
+                (known,) = self._tracer.trace([asked], within_s)
+            except CannotTraceError:
+                return None
+            self._traced[asked] = known
+            while len(self._traced) > _REMEMBERED:
+                self._traced.popitem(last=False)
+        return known
+
+    def _known(self, work: Workload, request: Request, code: CodeBundle, step: TracedStep | None) -> Prediction:
+        if step is not None:
+            told = self._model.estimate_traced(step.vector())
+            p50, p90, p99 = told.quantiles
+            outside = self._model.outside_traced(step.vector())
+            breakdown = _traced_breakdown(step, told)
+        else:
+            estimate = self._model.estimate(work.vector())
+            p50, p90, p99 = estimate.quantiles
+            outside = self._model.outside(work.vector())
+            breakdown = _breakdown(work, estimate)
         guesses = min(work.guesses, 2) + min(len(outside), 1) + (2 if work.unknown_models or work.stopped_early else 0)
         p90 *= 1 + _GUESS_WIDTH * min(guesses, 3)
         p99 *= 1 + 2 * _GUESS_WIDTH * min(guesses, 3)
-        tier = Tier.STATIC_NAMED if "/" in work.model_name else Tier.STATIC_LAYERS
+        read = Tier.STATIC_NAMED if "/" in work.model_name else Tier.STATIC_LAYERS
         return Prediction(
-            p50, p90, p99, tier, _sentence(work, p50, p90), _breakdown(work, estimate),
+            p50, p90, p99, read if step is None else Tier.TRACED, _sentence(work, p50, p90), breakdown,
             {**_drivers(work), "data_bytes": code.data_bytes + request.input_bytes,
              "beyond_training": bool(outside)},
             self._model.version, work.notes,
@@ -140,6 +180,22 @@ def _breakdown(work: Workload, estimate: Estimate) -> dict[str, float]:
         "workspace": 0.0 if peaks_in_update else backward * work.transient_mib / moving,
     }
     scale = estimate.quantiles[0] / max(sum(parts.values()), 1e-9)
+    return {name: value * scale for name, value in parts.items()}
+
+
+def _traced_breakdown(step: TracedStep, told: TracedEstimate) -> dict[str, float]:
+    """The same for a traced step: what lives at the peak, and what the allocator has besides."""
+    live = step.live_mib
+    parts = {
+        "context": told.context,
+        "parameters": live["parameter"],
+        "optimizer": live["optimizer"],
+        "data": live["data"],
+        "gradients": live["gradient"],
+        "activations": live["activation"],
+        "workspace": live["temporary"] + max(step.reserved_mib - sum(live.values()), 0.0),
+    }
+    scale = told.quantiles[0] / max(sum(parts.values()), 1e-9)
     return {name: value * scale for name, value in parts.items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from predictor_onnx.configuration import Configuration, Precision
+from predictor_onnx.trace import torchvision_ops
 
 _AUTOCAST: Final = {Precision.AMP_FLOAT16: torch.float16, Precision.AMP_BFLOAT16: torch.bfloat16}
 _WHOLE: Final = {Precision.FLOAT16: torch.float16, Precision.BFLOAT16: torch.bfloat16}
@@ -29,8 +30,18 @@ class Step:
         parameters: numbers in its weights.
     """
 
-    def __init__(self, configuration: Configuration, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        device: str = "cpu",
+        network: Callable[[Configuration], Any] | None = None,
+    ) -> None:
         """Build it.
+
+        Args:
+            configuration: what is built.
+            device: where.
+            network: makes the network, where it is not made as usual.
 
         Raises:
             CannotBuildError: the network or the optimizer is unknown, or the library that has it is not installed.
@@ -39,7 +50,7 @@ class Step:
         self._device = device
         # Made in its place, and not moved there: tensors without data cannot be moved.
         with torch.device(device), _default_type(_WHOLE.get(configuration.precision, torch.float32)):
-            self.model = _model(configuration)
+            self.model = (network or build_network)(configuration)
         if configuration.channels_last:
             for weight in self.model.parameters():
                 if weight.dim() == 4:
@@ -112,10 +123,17 @@ def _default_type(kind: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _model(asked: Configuration) -> Any:
+def build_network(asked: Configuration) -> Any:
+    """The network alone.
+
+    Raises:
+        CannotBuildError: it is unknown, or the library that has it is not installed.
+    """
     try:
         if asked.source == "layers":
             return torch.nn.Sequential(*(_layer(*entry) for entry in json.loads(asked.model)))
+        if asked.source in ("timm", "torchvision"):
+            torchvision_ops.define()
         if asked.source == "timm":
             import timm
 

@@ -25,7 +25,6 @@ from predictor_onnx.measure.out_of_memory import card_was_full, tried_mib
 from predictor_onnx.measure.protocol import ALLOCATOR, Settings
 from predictor_onnx.measure.rows import Ending, Header, Outcome, Reading, configuration_of
 from predictor_onnx.step import CannotBuildError, Step
-from predictor_onnx.trace import torchvision_ops
 
 _DEVICE: Final = "cuda"
 _LEAST_STEPS: Final = 10
@@ -142,7 +141,6 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer one request."""
     warnings.simplefilter("ignore")
-    torchvision_ops.define()
     # Libraries print; the answer must be all that is in its pipe.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

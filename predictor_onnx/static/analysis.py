@@ -127,7 +127,7 @@ def _describe(ev: Evaluator, path: str, notes: tuple[str, ...]) -> Workload:
         optimizer=optimizer.kind if optimizer is not None else "", training=training,
         checkpointing=rec.checkpointing, guesses=rec.guesses + rec.unknown_sizes,
         unsized=_unsized(ev, weights), stopped_early=ev.stopped_early, starts_unknown=ev.starts_unknown,
-        notes=notes,
+        notes=notes, networks=tuple(dict.fromkeys(rec.networks)),
         assumed_batch=ev.hints.batch, step_seen=rec.trained is not None or rec.forward_passes > 0,
     )  # fmt: skip
 

@@ -80,6 +80,7 @@ def run(ctx: Context, model: Layer, args: list[Value], kwargs: dict[str, Value])
     entry: Entry = model.hyper["entry"]
     x = _input(ctx, entry, args, kwargs)
     rec, weight = ctx.rec, model.params["weight"]
+    rec.networks.append((str(model.hyper["name"]), x.shape, weight.numel or 0))
     batch = x.shape[0] if x.shape[0] is not None else ctx.hints.batch
     image = "input" in entry
     if image:

@@ -77,6 +77,8 @@ class Recorder:
     autocast_used: str | None = None
     grad_scaler: bool = False
     checkpointing: bool = False
+    #: Networks by name that were called, each with the shape of what went in and the numbers in its weights.
+    networks: list[tuple[str, tuple[int | None, ...], int]] = field(default_factory=list)
     #: Bytes moved to the accelerator, per place in the code.
     moved: dict[tuple[str, int, int], float] = field(default_factory=dict)
 

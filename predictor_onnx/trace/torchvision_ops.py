@@ -5,13 +5,26 @@ No network that is traced uses those ops (boxes that overlap); their names must 
 
 from __future__ import annotations
 
-import torch
+import importlib
+import sys
 
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+import torch
 
 
 def define() -> None:
-    """Declare the ops, unless torchvision brought its own."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """Declare the ops, unless torchvision brings its own, or is not there."""
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+#: What a library defines is there for as long as the library is.
+_KEPT: list[torch.library.Library] = []

@@ -12,24 +12,66 @@ import gzip
 import hashlib
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from predictor_onnx import catalog
 from predictor_onnx.features import FEATURES, PHYSICS
-from predictor_onnx.model import MemoryModel
+from predictor_onnx.model import MemoryModel, Quantiles
+from predictor_onnx.traced_step import TRACED_FEATURES, TRACED_PHYSICS
 from predictor_onnx.train import baselines, card, dataset, export, speed, speed_card, split
 from predictor_onnx.train.dataset import Row
-from predictor_onnx.train.fit import Array, Fitted, fit
+from predictor_onnx.train.fit import Fitted, fit
 from predictor_onnx.train.learned_baselines import PlainTrees, physics_alone
+from predictor_onnx.train.physics import Array, Fitter, Physics, fit_static, fit_traced
 
 _PACKAGE = Path(__file__).parents[1]
 
 
-def _matrix(rows: list[Row]) -> tuple[Array, Array]:
-    return np.array([row.vector for row in rows]), np.array([row.measured_mib for row in rows])
+@dataclass(frozen=True)
+class _Way:
+    """A way of knowing a step: what it is fitted and asked by.
+
+    Attributes:
+        name: for people.
+        vector: the features of a row; None for a row that it knows nothing of.
+        physics: fits its physics.
+        ask: quantiles of the exported model.
+    """
+
+    name: str
+    vector: Callable[[Row], tuple[float, ...] | None]
+    physics: Fitter
+    ask: Callable[[MemoryModel, list[float]], Quantiles]
+
+    def matrix(self, rows: list[Row]) -> Array:
+        return np.array([self.vector(row) for row in rows])
+
+    def known(self, rows: list[Row]) -> list[Row]:
+        return [row for row in rows if self.vector(row) is not None]
+
+    def fit(self, rows: list[Row], seed: int) -> Fitted:
+        families = [row.family for row in rows]
+        return fit(self.physics, self.matrix(rows), _measured(rows), _weights(rows), families, seed)
+
+    def answers(self, model: MemoryModel, rows: list[Row]) -> Array:
+        return np.array([self.ask(model, list(self.vector(row) or ())) for row in rows])
+
+
+_STATIC: Final = _Way(
+    "read from the code", lambda row: row.vector, fit_static, lambda model, vector: model.estimate(vector).quantiles
+)
+_TRACED: Final = _Way(
+    "traced", lambda row: row.traced, fit_traced, lambda model, vector: model.estimate_traced(vector).quantiles
+)
+
+
+def _measured(rows: list[Row]) -> Array:
+    return np.array([row.measured_mib for row in rows])
 
 
 def _weights(rows: list[Row]) -> Array:
@@ -42,21 +84,15 @@ def _weights(rows: list[Row]) -> Array:
     return result
 
 
-def _answers(model: MemoryModel, rows: list[Row]) -> Array:
-    return np.array([model.estimate(list(row.vector)).quantiles for row in rows])
-
-
 def _population(rows: list[Row]) -> list[float]:
     """p50, p90, p99 of measured memory, one value per configuration's network and batch."""
     values = [row.measured_mib for row in rows if row.source == "timm_a100"]
     return [float(np.quantile(values, level)) for level in (0.5, 0.9, 0.99)]
 
 
-def _physics(fitted: Fitted) -> dict[str, float]:
-    p = fitted.physics
-    names = ("context_mib", "convolutions_mib", *PHYSICS[1:])
-    return dict(zip(names, (p.context, p.convolutions, p.resident, p.update,
-                            *(float(value) for value in p.backward)), strict=True))  # fmt: skip
+def _reach(matrix: Array, width: int) -> tuple[Array, Array]:
+    shape = matrix[:, width:]
+    return shape.min(axis=0), shape.max(axis=0)
 
 
 def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
@@ -65,13 +101,20 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     rows, excluded = dataset.read(data)
     held = split.held_out((row.family for row in rows), seed)
     training = [row for row in rows if row.clean and row.family not in held]
-    _say(f"fitting {len(training)} rows")
-    x, y = _matrix(training)
-    fitted = fit(x, y, _weights(training), [row.family for row in training], seed)
+    fitted = {}
+    for way in (_STATIC, _TRACED):
+        known = way.known(training)
+        _say(f"fitting {len(known)} rows, {way.name}")
+        fitted[way] = way.fit(known, seed)
     path = output / "memory.onnx"
-    population = _population([row for row in rows if row.family not in held])
-    shape = x[:, len(PHYSICS) :]
-    export.write(fitted, population, (shape.min(axis=0), shape.max(axis=0)), path)
+    export.write(
+        export.Model(
+            fitted[_STATIC], fitted[_TRACED], _population([row for row in rows if row.family not in held]),
+            _reach(_STATIC.matrix(training), len(PHYSICS)),
+            _reach(_TRACED.matrix(_TRACED.known(training)), len(TRACED_PHYSICS)),
+        ),
+        path,
+    )  # fmt: skip
     _say("evaluating the exported model on the held-out families")
     model = MemoryModel(path)
     unseen = [row for row in rows if row.family in held]
@@ -80,36 +123,49 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
         "timm, unfiltered": [r for r in unseen if r.source == "timm_a100"],
         "MLP, one shape of network": [r for r in unseen if r.source == "gpumemnet_mlp"],
     }
-    trees = PlainTrees(x, y, _weights(training), seed)
-
-    def evaluated(part: list[Row]) -> dict[str, Any]:
-        test, _ = _matrix(part)
-        others = [physics_alone(fitted.physics, x, y, test), trees.method(test), *baselines.unlearned(training, part)]
-        return card.evaluate(part, _answers(model, part), others)
-
-    small = [row for row in training if row.batch <= card.SMALL_BATCH]
-    large = [row for row in sets["timm, filtered"] if row.batch >= card.LARGE_BATCH]
+    figures: dict[str, Any] = {}
+    beyond: dict[str, Any] = {}
+    for way in (_TRACED, _STATIC):
+        seen = way.known(training)
+        x, y = way.matrix(seen), _measured(seen)
+        trees = PlainTrees(x, y, _weights(seen), seed)
+        for name, rows_of in sets.items():
+            part = way.known(rows_of)
+            if not part:
+                continue
+            test = way.matrix(part)
+            others = [physics_alone(fitted[way].physics, x, y, test), trees.method(test)]
+            others += baselines.traced(part) if way is _TRACED else []
+            figures[f"{way.name}: {name}"] = card.evaluate(
+                part, way.answers(model, part), [*others, *baselines.unlearned(seen, part)], len(rows_of) - len(part)
+            )
+        small = [row for row in seen if row.batch <= card.SMALL_BATCH]
+        large = [row for row in way.known(sets["timm, filtered"]) if row.batch >= card.LARGE_BATCH]
+        title = f"timm, filtered, batch {card.LARGE_BATCH} and more; fitted on batches up to {card.SMALL_BATCH}"
+        beyond[f"{way.name}: {title}"] = _refitted(way, small, large, seed)
     content = path.read_bytes()
+    worst = _TRACED.known(sets["timm, unfiltered"])
     return {
         "model_sha256": hashlib.sha256(content).hexdigest(), "model_bytes": len(content),
-        "seed": seed, "features": len(FEATURES), "full_card_mib": dataset.FULL_CARD_MIB,
+        "seed": seed, "features": len(FEATURES), "traced_features": len(TRACED_FEATURES),
+        "full_card_mib": dataset.FULL_CARD_MIB,
         "catalog_versions": json.loads(gzip.decompress(catalog.PATH.read_bytes()))["versions"],
         "held_out_families": sorted(held), "train_rows": len(training),
         "train_families": len({row.family for row in training}), "excluded": excluded,
-        "physics": _physics(fitted),
-        "held_out": {name: evaluated(part) for name, part in sets.items() if part},
-        "beyond_training": {
-            f"timm, filtered, batch {card.LARGE_BATCH} and more; fitted on batches up to {card.SMALL_BATCH}":
-            _refitted(small, large, seed)},
-        "unfiltered_error": card.audit(sets["timm, unfiltered"], _answers(model, sets["timm, unfiltered"])[:, 0]),
-        "training_fit": evaluated(training),
+        "physics": {way.name: _plain(fitted[way].physics) for way in fitted},
+        "held_out": figures, "beyond_training": beyond,
+        "unfiltered_error": card.audit(worst, _TRACED.answers(model, worst)[:, 0]),
     }  # fmt: skip
 
 
-def _refitted(known: list[Row], asked: list[Row], seed: int) -> dict[str, Any]:
+def _plain(physics: Physics) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(physics).items()}
+
+
+def _refitted(way: _Way, known: list[Row], asked: list[Row], seed: int) -> dict[str, Any]:
     """All learning methods fitted on ``known`` and asked about rows beyond it (not through ONNX)."""
-    (x, y), weight, test = _matrix(known), _weights(known), _matrix(asked)[0]
-    fitted = fit(x, y, weight, [row.family for row in known], seed)
+    x, y, weight, test = way.matrix(known), _measured(known), _weights(known), way.matrix(asked)
+    fitted = way.fit(known, seed)
     others = [physics_alone(fitted.physics, x, y, test), PlainTrees(x, y, weight, seed).method(test)]
     return card.evaluate(asked, fitted.quantiles(test), others)
 

@@ -52,8 +52,8 @@ def _by_family(rows: list[Row], covered: npt.NDArray[np.bool_]) -> tuple[float, 
     return 100 * float(shares.mean()), 100 * float(error)
 
 
-def evaluate(rows: list[Row], quantiles: Array, others: list[Method]) -> dict[str, Any]:
-    """All figures of one set of rows."""
+def evaluate(rows: list[Row], quantiles: Array, others: list[Method], unknown: int = 0) -> dict[str, Any]:
+    """All figures of one set of rows, of which so many more were not known to the model."""
     measured = np.array([row.measured_mib for row in rows])
     model = Method("this model", quantiles[:, 0], quantiles[:, 1] + _MARGIN_MIB)
     table = {}
@@ -65,7 +65,7 @@ def evaluate(rows: list[Row], quantiles: Array, others: list[Method]) -> dict[st
         }  # fmt: skip
     by_family = _by_family(rows, measured <= quantiles[:, 1])
     return {
-        "rows": len(rows), "configurations": len({row.model for row in rows}),
+        "rows": len(rows), "rows_not_known": unknown, "configurations": len({row.model for row in rows}),
         "coverage_p90_pct": float((measured <= quantiles[:, 1]).mean() * 100),
         "coverage_p99_pct": float((measured <= quantiles[:, 2]).mean() * 100),
         "coverage_p90_by_family_pct": by_family[0], "coverage_p90_by_family_error_pct": by_family[1],
@@ -176,6 +176,10 @@ _WEAKNESSES: Final = """\
 """
 
 
+def _numbers(value: float | list[float]) -> str:
+    return ", ".join(f"{one:.3f}" for one in value) if isinstance(value, list) else f"{value:.3f}"
+
+
 def _family_coverage(figures: dict[str, Any]) -> str:
     if figures["families"] == 1:
         return "All rows are of one family."
@@ -219,6 +223,7 @@ def markdown(card: dict[str, Any]) -> str:
     if fallen is not None:
         lines += ["", f"Models with less memory at a larger batch: {', '.join(fallen['models'])}."]
     lines += ["", "## Physics", "", "| term | coefficient |", "|---|---|"]
-    lines += [f"| {name} | {value:.3f} |" for name, value in card["physics"].items()]
+    for way, terms in card["physics"].items():
+        lines += [f"| {way}: {name} | {_numbers(value)} |" for name, value in terms.items()]
     lines += ["", _WEAKNESSES.format(kib=card["model_bytes"] / 1024, families=card["train_families"])]
     return "\n".join(lines)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import ast
 import csv
 import gzip
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from predictor_onnx import catalog
+from predictor_onnx.configuration import Configuration
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.static.analysis import analyse
+from predictor_onnx.traced_step import TracedStep
+from predictor_onnx.train import traces
 
 #: The card that the timm rows were measured on has 40 GB; rows from here on are a full card.
 FULL_CARD_MIB: Final = 38_500.0
@@ -62,6 +67,9 @@ class Row:
         vector: its features, in the order of ``FEATURES``.
         parameter_mib: bytes of its weights in MiB, for the weights-only baseline.
         clean: False for rows that the filter of the card excludes.
+        configuration: what was run.
+        traced: its features as the tracer saw it, in the order of ``TRACED_FEATURES``; None where it was not traced.
+        alive_mib: all tensors that live at once, as the tracer saw it.
     """
 
     source: str
@@ -72,6 +80,20 @@ class Row:
     vector: tuple[float, ...]
     parameter_mib: float
     clean: bool
+    configuration: Configuration
+    traced: tuple[float, ...] | None = None
+    alive_mib: float = 0.0
+
+    @property
+    def key(self) -> traces.Key:
+        """What the traced steps are kept by."""
+        return key_of(self.configuration)
+
+
+def key_of(asked: Configuration) -> traces.Key:
+    """Source, name of the network (a digest of its layers where it has none), and batch."""
+    name = asked.model if asked.source == "timm" else hashlib.sha256(asked.model.encode()).hexdigest()[:16]
+    return asked.source, name, asked.batch
 
 
 def family_of(model: str) -> str:
@@ -80,10 +102,10 @@ def family_of(model: str) -> str:
     return found.group() if found else model
 
 
-def _row(source: str, family: str, model: str, batch: int, measured: float, code: str,
+def _row(source: str, family: str, model: str, measured: float, code: str, asked: Configuration,
          *, clean: bool) -> Row:  # fmt: skip
     work = analyse(CodeBundle({"train.py": code}), ["python3", "train.py"])
-    return Row(source, family, model, batch, measured, tuple(work.vector()), work.parameter_mib, clean)
+    return Row(source, family, model, asked.batch, measured, tuple(work.vector()), work.parameter_mib, clean, asked)
 
 
 def read_timm(path: Path) -> tuple[list[Row], Counter[str]]:
@@ -104,7 +126,8 @@ def read_timm(path: Path) -> tuple[list[Row], Counter[str]]:
         size = ", ".join(str(side) for side in entry["input"])
         for batch, measured in sorted(points):
             code = _TIMM.format(model=model, batch=batch, size=size)
-            rows.append(_row("timm_a100", family_of(model), model, batch, measured, code,
+            asked = Configuration("timm", model, batch, tuple(entry["input"]))
+            rows.append(_row("timm_a100", family_of(model), model, measured, code, asked,
                              clean=grows and measured < FULL_CARD_MIB))  # fmt: skip
     return rows, left_out
 
@@ -126,32 +149,34 @@ def read_mlp(path: Path) -> tuple[list[Row], Counter[str]]:
             if made is None:
                 left_out["layer list is not understood"] += 1
                 continue
-            code, shape = made
-            rows.append(_row("gpumemnet_mlp", f"mlp_{shape}", record["Filename"],
-                             int(record["Batch Size"]), float(record["Max GPU Memory (MiB)"]), code,
-                             clean=True))  # fmt: skip
+            code, shape, asked = made
+            rows.append(_row("gpumemnet_mlp", f"mlp_{shape}", record["Filename"], float(record["Max GPU Memory (MiB)"]),
+                             code, asked, clean=True))  # fmt: skip
     return rows, left_out
 
 
-def _mlp_code(record: dict[str, str]) -> tuple[str, str] | None:
+def _mlp_code(record: dict[str, str]) -> tuple[str, str, Configuration] | None:
     name = re.search(r"input:(\d+)_output:(\d+)_.*arch:([a-z]+)", record["Filename"])
     if name is None:
         return None
     width, classes, shape = int(name[1]), int(name[2]), name[3]
-    layers, inner = [], width
+    layers: list[list[Any]] = []
+    inner = width
     for kind, out, _ in ast.literal_eval(record["Activations-Params"]):
         if kind == "linear":
-            layers.append(f"nn.Linear({inner}, {out})")
+            layers.append(["Linear", inner, int(out)])
             inner = int(out)
         elif kind == "batch_normalization":
-            layers.append(f"nn.BatchNorm1d({out})")
+            layers.append(["BatchNorm1d", int(out)])
         elif kind == "dropout":
-            layers.append("nn.Dropout(0.3)")
+            layers.append(["Dropout", 0.3])
         else:
-            layers.append(f"nn.{kind}()")
-    code = _MLP.format(layers=", ".join(layers), batch=record["Batch Size"], width=width,
+            layers.append([kind])
+    written = ", ".join(f"nn.{layer}({', '.join(str(each) for each in arguments)})" for layer, *arguments in layers)
+    code = _MLP.format(layers=written, batch=record["Batch Size"], width=width,
                        classes=max(2, classes))  # fmt: skip
-    return code, shape
+    asked = Configuration("layers", json.dumps(layers), int(record["Batch Size"]), (width,), max(2, classes))
+    return code, shape, asked
 
 
 def read(folder: Path) -> tuple[list[Row], dict[str, dict[str, int]]]:
@@ -162,4 +187,11 @@ def read(folder: Path) -> tuple[list[Row], dict[str, dict[str, int]]]:
         more, why = read_mlp(folder / name)
         rows += more
         excluded[name] = dict(why)
-    return rows, excluded
+    known = traces.read()
+    return [_with_trace(row, known.get(row.key)) for row in rows], excluded
+
+
+def _with_trace(row: Row, step: TracedStep | None) -> Row:
+    if step is None:
+        return row
+    return replace(row, traced=tuple(step.vector()), alive_mib=step.allocated_mib)

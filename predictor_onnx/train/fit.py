@@ -1,9 +1,8 @@
 """Fitting: non-negative robust physics, a boosted correction, and calibrated quantiles.
 
-Peak = context + resident + max(backward, update) x correction, where ``backward`` is linear in the activations,
-the moving tensors and the convolution workspace, and ``update`` in the gradients. The correction and the
-quantiles see only the architecture, never the batch, so the answer grows with the batch however far it lies
-beyond the data.
+Peak = fixed + work x correction. The physics says what is fixed and what is work (`predictor_onnx.train.physics`); the
+correction and the quantiles see only the architecture, never the batch, so the answer grows with the batch however far
+it lies beyond the data.
 """
 
 from __future__ import annotations
@@ -14,11 +13,8 @@ from typing import Any, Final
 import lightgbm
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
 
-from predictor_onnx.features import PHYSICS
-
-Array = npt.NDArray[np.float64]
+from predictor_onnx.train.physics import Array, Fitter, Physics
 
 LEVELS: Final = (0.5, 0.9, 0.99)
 #: Bounds of the correction's logarithm. What autograd saves is really there, so it may add more than remove.
@@ -26,70 +22,6 @@ LEAST_CORRECTION: Final = -0.15
 LARGEST_CORRECTION: Final = 0.5
 #: The median head only trims: the correction has done the rest.
 LARGEST_MEDIAN_SHIFT: Final = 0.05
-#: Share of the saved activations that is at least alive at the peak; in-place ops reuse the rest.
-LEAST_ACTIVATION: Final = 0.9
-_BACKWARD: Final = slice(3, len(PHYSICS))
-_BACKWARD_TERMS: Final = len(PHYSICS) - 3
-_UPDATE: Final = 2
-
-
-@dataclass
-class Physics:
-    """Coefficients: context and cuDNN in MiB, the others are MiB per MiB."""
-
-    context: float
-    convolutions: float
-    resident: float
-    update: float
-    backward: Array
-
-    def parts(self, x: Array) -> tuple[Array, Array, Array]:
-        """Fixed part, backward work and update work in MiB, one value per row."""
-        fixed = self.context + self.convolutions * x[:, 0] + self.resident * x[:, 1]
-        return fixed, x[:, _BACKWARD] @ self.backward, self.update * x[:, _UPDATE]
-
-    def predict(self, x: Array) -> Array:
-        """Peak in MiB."""
-        fixed, backward, update = self.parts(x)
-        return fixed + np.maximum(backward, update)
-
-
-def fit_physics(x: Array, y: Array, weight: Array, turns: int = 40) -> Physics:
-    """Robust non-negative least squares on relative errors.
-
-    Which phase peaks depends on the coefficients, so both are found in turns. Weights and gradients take at
-    least their own size. Activation coefficients are drawn gently towards one, their physical value, so that
-    a kind with little data does not vanish.
-    """
-    physics = Physics(1500.0, 200.0, 1.0, 1.0, np.r_[0.5, 0.1, np.ones(_BACKWARD_TERMS - 2)])
-    robust = np.ones(len(y))
-    least = np.zeros(4 + _BACKWARD_TERMS)
-    least[2:4] = 1.0
-    least[6:] = LEAST_ACTIVATION
-    for _ in range(turns):
-        _, backward, update = physics.parts(x)
-        peaks_late = update > backward
-        design = np.c_[np.ones(len(y)), x[:, 0], x[:, 1],
-                       np.where(peaks_late, x[:, _UPDATE], 0.0),
-                       np.where(peaks_late[:, None], 0.0, x[:, _BACKWARD])]  # fmt: skip
-        # What must be there is taken as given; only what exceeds it is fitted.
-        target = y - design @ least
-        scale = robust * np.sqrt(weight) / y
-        prior = np.zeros((design.shape[1] - 6, design.shape[1]))
-        prior[:, 6:] = np.eye(design.shape[1] - 6)
-        pull = 0.02 * np.sqrt(weight.sum())
-        solution, _ = nnls(
-            np.r_[design * scale[:, None], pull * prior],
-            np.r_[target * scale, pull * (1 - LEAST_ACTIVATION) * np.ones(len(prior))],
-        )
-        solution = solution + least
-        physics = Physics(float(solution[0]), float(solution[1]), float(solution[2]),
-                          float(solution[3]), solution[4:])  # fmt: skip
-        error = np.abs(physics.predict(x) / y - 1)
-        robust = 1 / np.sqrt(np.maximum(error, 0.02) / 0.02)
-    return physics
-
-
 _TREES: Final[dict[str, Any]] = {
     "num_leaves": 12, "learning_rate": 0.04, "min_child_samples": 40, "lambda_l2": 5.0,
     "feature_fraction": 0.7, "bagging_fraction": 0.8, "bagging_freq": 1, "max_depth": 5,
@@ -99,20 +31,19 @@ _TREES: Final[dict[str, Any]] = {
 
 def fit_correction(physics: Physics, x: Array, y: Array, weight: Array, seed: int) -> Any:
     """Trees for the logarithm of (measured work / physical work), robust to outliers."""
-    fixed, backward, update = physics.parts(x)
-    work = np.maximum(backward, update)
+    fixed, work = physics.terms(x)
     ratio = np.log(np.clip((y - fixed) / np.maximum(work, 1e-6), 0.4, 2.5))
     importance = weight * (work / (fixed + work)) ** 2
-    data = lightgbm.Dataset(x[:, len(PHYSICS) :], ratio, weight=importance)
+    data = lightgbm.Dataset(x[:, physics.width :], ratio, weight=importance)
     settings = {**_TREES, "objective": "huber", "alpha": 0.1, "seed": seed}
     return lightgbm.train(settings, data, num_boost_round=220)
 
 
 def corrected(physics: Physics, trees: Any, x: Array) -> Array:
     """Peak in MiB with the correction applied."""
-    fixed, backward, update = physics.parts(x)
-    change = np.clip(trees.predict(x[:, len(PHYSICS) :]), LEAST_CORRECTION, LARGEST_CORRECTION)
-    result: Array = fixed + np.maximum(backward, update) * np.exp(change)
+    fixed, work = physics.terms(x)
+    change = np.clip(trees.predict(x[:, physics.width :]), LEAST_CORRECTION, LARGEST_CORRECTION)
+    result: Array = fixed + work * np.exp(change)
     return result
 
 
@@ -137,7 +68,7 @@ class Fitted:
     def quantiles(self, x: Array) -> Array:
         """p50, p90 and p99 in MiB, one row per configuration."""
         base = np.log(corrected(self.physics, self.correction, x))
-        shape = x[:, len(PHYSICS) :]
+        shape = x[:, self.physics.width :]
         steps = [head.predict(shape) + shift for head, shift in zip(self.heads, self.shifts, strict=True)]
         p50 = np.clip(steps[0], -LARGEST_MEDIAN_SHIFT, LARGEST_MEDIAN_SHIFT)
         p90 = np.maximum(steps[1], p50 + 0.01)
@@ -174,7 +105,7 @@ def family_quantile(values: Array, families: list[str], level: float) -> float:
     return _weighted_quantile(values, weight, raised if raised < 1 else level)
 
 
-def fit(x: Array, y: Array, weight: Array, families: list[str], seed: int) -> Fitted:
+def fit(fit_physics: Fitter, x: Array, y: Array, weight: Array, families: list[str], seed: int) -> Fitted:
     """Fit all parts; quantiles are calibrated on families that their predictor had not seen."""
     folds = folds_of(families, seed)
     residual = np.zeros(len(y))
@@ -183,7 +114,7 @@ def fit(x: Array, y: Array, weight: Array, families: list[str], seed: int) -> Fi
         physics = fit_physics(x[inside], y[inside], weight[inside])
         trees = fit_correction(physics, x[inside], y[inside], weight[inside], seed)
         residual[outside] = np.log(y[outside] / corrected(physics, trees, x[outside]))
-    shape = x[:, len(PHYSICS) :]
+    shape = x[:, physics.width :]
     heads, shifts = [], []
     for level in LEVELS:
         unseen = np.zeros(len(y))

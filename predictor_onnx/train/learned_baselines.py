@@ -8,7 +8,7 @@ import lightgbm
 import numpy as np
 
 from predictor_onnx.train.baselines import Method
-from predictor_onnx.train.fit import Array, Physics
+from predictor_onnx.train.physics import Array, Physics, predicted
 
 _TREES: Final[dict[str, Any]] = {
     "num_leaves": 31, "learning_rate": 0.05, "min_child_samples": 20, "verbosity": -1, "deterministic": True,
@@ -20,8 +20,8 @@ _LEVEL: Final = 0.9
 
 def physics_alone(physics: Physics, x: Array, y: Array, test: Array) -> Method:
     """The linear part; it asks for the 90 % quantile of its own training residuals more."""
-    wide = np.quantile(np.log(y / physics.predict(x)), _LEVEL)
-    point = physics.predict(test)
+    wide = np.quantile(np.log(y / predicted(physics, x)), _LEVEL)
+    point = predicted(physics, test)
     return Method("physics alone", point, point * np.exp(wide))
 
 

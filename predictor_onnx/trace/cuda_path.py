@@ -1,0 +1,85 @@
+"""Makes functions on tensors without data take the path that they take on a CUDA device.
+
+The tensors are CPU tensors (the backward pass of CUDA ones needs a device). A few functions choose another
+implementation by device, with other memory: dropout keeps a mask of bytes, attention is fused, and optimizers work on
+all weights at once (``foreach``). Autocast keeps more functions in float32 than on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from predictor_onnx.trace.fused_attention import fused_attention
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+               enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+    if query.dim() < 3:
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    out: torch.Tensor = fused_attention(query, key, value, attn_mask)[0]
+    return out
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+    if not training or p == 0.0:
+        return input
+    out: torch.Tensor = torch.native_dropout(input, p, True)[0]
+    return out
+
+
+def _dropout_by_train(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002
+    return _dropout(input, p, train)
+
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    functional.scaled_dot_product_attention: _attention,
+    functional.dropout: _dropout,
+    torch.dropout: _dropout_by_train,
+}
+
+
+def _named(*names: str) -> Iterator[Any]:
+    for name in names:
+        for place in (torch, functional, torch.Tensor):
+            if hasattr(place, name):
+                yield getattr(place, name)
+
+
+#: What autocast computes in float32 on CUDA devices, and in what it is given on CPUs. Source: the lists "CUDA Ops that
+#: can autocast to float32" and "CPU Ops ..." of PyTorch's documentation of ``torch.amp``.
+_IN_FLOAT32: Final = frozenset(
+    _named(
+        "acos", "asin", "cosh", "cosine_embedding_loss", "cosine_similarity", "cross_entropy", "cumprod", "cumsum",
+        "dist", "erfinv", "exp", "expm1", "group_norm", "hinge_embedding_loss", "kl_div", "l1_loss", "layer_norm",
+        "log", "log10", "log1p", "log2", "log_softmax", "logsumexp", "margin_ranking_loss", "mse_loss", "nll_loss",
+        "norm", "normalize", "pow", "reciprocal", "rsqrt", "sinh", "smooth_l1_loss", "softmax", "softplus", "sum",
+        "tan", "triplet_margin_loss", "binary_cross_entropy_with_logits",
+    )
+)  # fmt: skip
+
+
+class CudaPath(TorchFunctionMode):
+    """Replaces what differs between CPU and CUDA while it is entered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_widened, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        return _INSTEAD.get(func, func)(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if narrow else value
