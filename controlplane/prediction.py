@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,16 @@ from puhui.v1 import prediction_pb2
 from puhui.v1.prediction_pb2 import (
     PREDICTION_TIER_NO_ACCELERATOR,
     PREDICTION_TIER_STATIC,
+    PREDICTION_TIER_TRACE,
     PREDICTION_TIER_UNKNOWN,
 )
 
-__all__ = ["Code", "OnnxPrediction", "Prediction", "with_history"]
+__all__ = ["Code", "OnnxPrediction", "Prediction", "Tracing", "with_history"]
 
 _log = structlog.get_logger(__name__)
 
 _TIERS = {
+    predictor_onnx.Tier.TRACED: PREDICTION_TIER_TRACE,
     predictor_onnx.Tier.STATIC_NAMED: PREDICTION_TIER_STATIC,
     predictor_onnx.Tier.STATIC_LAYERS: PREDICTION_TIER_STATIC,
     predictor_onnx.Tier.UNKNOWN: PREDICTION_TIER_UNKNOWN,
@@ -70,12 +73,35 @@ class Prediction(Protocol):
         """Ends its threads."""
 
 
+class Tracing(enum.Enum):
+    """When the process begins that traces networks; it takes some seconds and half a GiB."""
+
+    AT_START = "at-start"
+    WHEN_NEEDED = "when-needed"
+    OFF = "off"
+
+
+#: Of the time that there is, what is kept for the answer itself.
+_ANSWER_S = 0.1
+
+
 class OnnxPrediction:
     """The trained predictor, in three threads, so that one piece of odd code does not hold up the others."""
 
-    def __init__(self, budget_s: float) -> None:
+    def __init__(self, budget_s: float, tracing: Tracing = Tracing.WHEN_NEEDED) -> None:
+        """Loads the models.
+
+        Args:
+            budget_s: how long an answer may take, in seconds.
+            tracing: whether networks are traced, if torch is installed.
+        """
         self._budget_s = budget_s
-        self._predictor = predictor_onnx.Predictor()
+        self._steps: predictor_onnx.TracedSteps | None = None
+        if tracing is not Tracing.OFF and predictor_onnx.can_trace():
+            self._steps = predictor_onnx.TracedSteps(predictor_onnx.Tracer())
+            if tracing is Tracing.AT_START:
+                self._steps.begin()
+        self._predictor = predictor_onnx.Predictor(steps=self._steps)
         self._threads = ThreadPoolExecutor(3, thread_name_prefix="predictor")
         # What is said of code that nothing is known of is the answer when time runs out.
         self._unknown = self._predictor.predict(predictor_onnx.CodeBundle({}), predictor_onnx.Request(()))
@@ -83,11 +109,15 @@ class OnnxPrediction:
     async def close(self) -> None:
         """Ends its threads; what they are busy with is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._steps is not None:
+            await asyncio.to_thread(self._steps.close)
 
     async def of(self, code: Code) -> prediction_pb2.Prediction:
         """Returns what the code needs."""
         started = time.monotonic()
-        asked = asyncio.get_running_loop().run_in_executor(self._threads, self._predict, code)
+        asked = asyncio.get_running_loop().run_in_executor(
+            self._threads, self._predict, code, started + self._budget_s - _ANSWER_S
+        )
         try:
             answer = await asyncio.wait_for(asked, self._budget_s)
         except predictor_onnx.CodeDoesNotParseError as error:
@@ -122,10 +152,11 @@ class OnnxPrediction:
             _log.error("the fingerprint failed unforeseen", exc_info=error)
         return ""
 
-    def _predict(self, code: Code) -> predictor_onnx.Prediction:
+    def _predict(self, code: Code, deadline: float) -> predictor_onnx.Prediction:
         return self._predictor.predict(
             predictor_onnx.CodeBundle(code.files, code.sizes),
             predictor_onnx.Request(tuple(code.command), code.input_bytes),
+            trace_s=deadline - time.monotonic(),
         )
 
 

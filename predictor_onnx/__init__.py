@@ -11,6 +11,8 @@ from predictor_onnx.prediction import Prediction, Request, Tier, fits, required_
 from predictor_onnx.predictor import Predictor
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.speed import Duration, Slowdown, SpeedModel, StepTime, Utilization, duration
+from predictor_onnx.traced_steps import TracedSteps
+from predictor_onnx.tracer import Tracer, can_trace
 
 __all__ = [
     "CodeBundle",
@@ -26,8 +28,11 @@ __all__ = [
     "SpeedModel",
     "StepTime",
     "Tier",
+    "TracedSteps",
+    "Tracer",
     "Utilization",
     "blended",
+    "can_trace",
     "duration",
     "fingerprint",
     "fits",
