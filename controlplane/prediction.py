@@ -26,7 +26,10 @@ from puhui.v1.prediction_pb2 import (
     PREDICTION_TIER_UNKNOWN,
 )
 
-__all__ = ["Code", "OnnxPrediction", "Prediction", "Tracing", "with_history"]
+__all__ = ["COSTS", "Code", "Costs", "OnnxPrediction", "Prediction", "Tracing", "with_history"]
+
+Costs = predictor_onnx.Costs
+COSTS = predictor_onnx.COSTS
 
 _log = structlog.get_logger(__name__)
 
@@ -69,6 +72,11 @@ class Prediction(Protocol):
     async def fingerprint(self, code: Code) -> str:
         """Returns what tells this code, and what it is asked to do, from other; "" when none can be made."""
 
+    def with_history(
+        self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    ) -> prediction_pb2.Prediction:
+        """Returns a prediction, blended with what earlier attempts of the same code showed."""
+
     async def close(self) -> None:
         """Ends its threads."""
 
@@ -88,14 +96,21 @@ _ANSWER_S = 0.1
 class OnnxPrediction:
     """The trained predictor, in three threads, so that one piece of odd code does not hold up the others."""
 
-    def __init__(self, budget_s: float, tracing: Tracing = Tracing.WHEN_NEEDED) -> None:
+    def __init__(
+        self,
+        budget_s: float,
+        tracing: Tracing = Tracing.WHEN_NEEDED,
+        costs: Costs = COSTS,
+    ) -> None:
         """Loads the models.
 
         Args:
             budget_s: how long an answer may take, in seconds.
             tracing: whether networks are traced, if torch is installed.
+            costs: of slices that are too small or too large.
         """
         self._budget_s = budget_s
+        self._costs = costs
         self._steps: predictor_onnx.TracedSteps | None = None
         if tracing is not Tracing.OFF and predictor_onnx.can_trace():
             self._steps = predictor_onnx.TracedSteps(predictor_onnx.Tracer())
@@ -137,7 +152,7 @@ class OnnxPrediction:
             note = f"the predictor failed on this code ({type(error).__name__}); "
         else:
             note = ""
-        message = _message(answer, note)
+        message = _message(answer, note, self._costs)
         message.elapsed.CopyFrom(duration(time.monotonic() - started))
         return message
 
@@ -151,6 +166,12 @@ class OnnxPrediction:
         except Exception as error:  # noqa: BLE001 - as above
             _log.error("the fingerprint failed unforeseen", exc_info=error)
         return ""
+
+    def with_history(
+        self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    ) -> prediction_pb2.Prediction:
+        """Returns a prediction, blended with what earlier attempts of the same code showed."""
+        return with_history(prediction, observed, self._costs)
 
     def _predict(self, code: Code, deadline: float) -> predictor_onnx.Prediction:
         return self._predictor.predict(
@@ -166,7 +187,9 @@ def _fingerprint(code: Code) -> str:
 
 
 def with_history(
-    prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    prediction: prediction_pb2.Prediction,
+    observed: Sequence[ObservedAttempt],
+    costs: Costs = COSTS,
 ) -> prediction_pb2.Prediction:
     """Returns a prediction, blended with what earlier attempts of the same code showed."""
     if not observed:
@@ -192,7 +215,7 @@ def with_history(
     blended.CopyFrom(prediction)
     blended.memory.p50_mib, blended.memory.p90_mib = answer.p50_mib, answer.p90_mib
     blended.memory.p99_mib = answer.p99_mib
-    blended.required_mib = math.ceil(predictor_onnx.required_mib(answer))
+    blended.required_mib = math.ceil(predictor_onnx.required_mib(answer, costs))
     blended.reason = answer.reason
     blended.facts.add(name="earlier_runs", value=str(len(observed)))
     del blended.parts[:]
@@ -202,11 +225,11 @@ def with_history(
     return blended
 
 
-def _message(answer: predictor_onnx.Prediction, note: str) -> prediction_pb2.Prediction:
+def _message(answer: predictor_onnx.Prediction, note: str, costs: Costs) -> prediction_pb2.Prediction:
     return prediction_pb2.Prediction(
         tier=_TIERS[answer.tier],
         memory=prediction_pb2.MemoryQuantiles(p50_mib=answer.p50_mib, p90_mib=answer.p90_mib, p99_mib=answer.p99_mib),
-        required_mib=math.ceil(predictor_onnx.required_mib(answer)),
+        required_mib=math.ceil(predictor_onnx.required_mib(answer, costs)),
         parts=[prediction_pb2.MemoryPart(category=category, mib=mib) for category, mib in answer.breakdown_mib.items()],
         facts=[
             prediction_pb2.CodeFact(name=name, value=str(value))

@@ -7,7 +7,7 @@ step of the program in physical terms, and asks a trained ONNX model for quantil
 from predictor_onnx.errors import CodeDoesNotParseError, ModelUnavailableError, PredictorError
 from predictor_onnx.fingerprint import fingerprint
 from predictor_onnx.history import Observation, blended
-from predictor_onnx.prediction import Prediction, Request, Tier, fits, required_mib
+from predictor_onnx.prediction import COSTS, Costs, Prediction, Request, Tier, fits, required_mib
 from predictor_onnx.predictor import Predictor
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.speed import Duration, Slowdown, SpeedModel, StepTime, Utilization, duration
@@ -15,8 +15,10 @@ from predictor_onnx.traced_steps import TracedSteps
 from predictor_onnx.tracer import Tracer, can_trace
 
 __all__ = [
+    "COSTS",
     "CodeBundle",
     "CodeDoesNotParseError",
+    "Costs",
     "Duration",
     "ModelUnavailableError",
     "Observation",

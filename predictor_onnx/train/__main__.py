@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,15 @@ from predictor_onnx import catalog
 from predictor_onnx.features import FEATURES, PHYSICS
 from predictor_onnx.model import MemoryModel, Quantiles
 from predictor_onnx.traced_step import TRACED_FEATURES, TRACED_PHYSICS
-from predictor_onnx.train import baselines, card, dataset, export, speed, speed_card, split
+from predictor_onnx.train import baselines, card, dataset, export, speed, speed_card, split, survey
 from predictor_onnx.train.dataset import Row
-from predictor_onnx.train.fit import Fitted, fit
+from predictor_onnx.train.fit import Examples, Fitted, fit
 from predictor_onnx.train.learned_baselines import PlainTrees, physics_alone
 from predictor_onnx.train.physics import Array, Fitter, Physics, fit_static, fit_traced
+from predictor_onnx.train.survey import Surveyed
 
+#: What a step that was traced only weighs beside a measured one.
+LESSON_WEIGHT: Final = 0.3
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -54,9 +58,9 @@ class _Way:
     def known(self, rows: list[Row]) -> list[Row]:
         return [row for row in rows if self.vector(row) is not None]
 
-    def fit(self, rows: list[Row], seed: int) -> Fitted:
+    def fit(self, rows: list[Row], seed: int, taught: Examples | None = None) -> Fitted:
         families = [row.family for row in rows]
-        return fit(self.physics, self.matrix(rows), _measured(rows), _weights(rows), families, seed)
+        return fit(self.physics, self.matrix(rows), _measured(rows), _weights(families), families, seed, taught)
 
     def answers(self, model: MemoryModel, rows: list[Row]) -> Array:
         return np.array([self.ask(model, list(self.vector(row) or ())) for row in rows])
@@ -74,14 +78,27 @@ def _measured(rows: list[Row]) -> Array:
     return np.array([row.measured_mib for row in rows])
 
 
-def _weights(rows: list[Row]) -> Array:
+def _weights(families: list[str]) -> Array:
     """A family weighs as the root of its rows; the thousands of MLPs must not drown the rest."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.family] = counts.get(row.family, 0) + 1
-    weight = np.array([counts[row.family] ** -0.5 for row in rows])
+    counts = Counter(families)
+    weight = np.array([counts[family] ** -0.5 for family in families])
     result: Array = weight / weight.mean()
     return result
+
+
+def _lesson(surveyed: list[Surveyed], traced: Physics, weight: float) -> Examples | None:
+    """What the physics of traced steps says of steps that nobody measured; None where there are none.
+
+    Args:
+        surveyed: the steps.
+        traced: that physics, fitted on what was measured.
+        weight: of one step, on average; of a measured row it is one.
+    """
+    if not surveyed:
+        return None
+    fixed, work = traced.terms(np.array([one.traced for one in surveyed]))
+    families = [one.family for one in surveyed]
+    return Examples(np.array([one.vector for one in surveyed]), fixed + work, weight * _weights(families), families)
 
 
 def _population(rows: list[Row]) -> list[float]:
@@ -102,10 +119,13 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     held = split.held_out((row.family for row in rows), seed)
     training = [row for row in rows if row.clean and row.family not in held]
     fitted = {}
-    for way in (_STATIC, _TRACED):
-        known = way.known(training)
-        _say(f"fitting {len(known)} rows, {way.name}")
-        fitted[way] = way.fit(known, seed)
+    seen = _TRACED.known(training)
+    _say(f"fitting {len(seen)} rows, {_TRACED.name}")
+    fitted[_TRACED] = _TRACED.fit(seen, seed)
+    surveyed = survey.read()
+    lesson = _lesson([one for one in surveyed if one.family not in held], fitted[_TRACED].physics, LESSON_WEIGHT)
+    _say(f"fitting {len(training)} rows, {_STATIC.name}, and {len(lesson.y) if lesson else 0} traced only")
+    fitted[_STATIC] = _STATIC.fit(training, seed, lesson)
     path = output / "memory.onnx"
     export.write(
         export.Model(
@@ -128,7 +148,7 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     for way in (_TRACED, _STATIC):
         seen = way.known(training)
         x, y = way.matrix(seen), _measured(seen)
-        trees = PlainTrees(x, y, _weights(seen), seed)
+        trees = PlainTrees(x, y, _weights([row.family for row in seen]), seed)
         for name, rows_of in sets.items():
             part = way.known(rows_of)
             if not part:
@@ -164,7 +184,7 @@ def _plain(physics: Physics) -> dict[str, Any]:
 
 def _refitted(way: _Way, known: list[Row], asked: list[Row], seed: int) -> dict[str, Any]:
     """All learning methods fitted on ``known`` and asked about rows beyond it (not through ONNX)."""
-    x, y, weight, test = way.matrix(known), _measured(known), _weights(known), way.matrix(asked)
+    x, y, weight, test = way.matrix(known), _measured(known), _weights([row.family for row in known]), way.matrix(asked)
     fitted = way.fit(known, seed)
     others = [physics_alone(fitted.physics, x, y, test), PlainTrees(x, y, weight, seed).method(test)]
     return card.evaluate(asked, fitted.quantiles(test), others)

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from predictor_onnx.prediction import OOM_COST, OVERSIZE_COST
+from predictor_onnx.prediction import COSTS
 from predictor_onnx.train.baselines import PROFILES_MIB, Method, slice_index
 from predictor_onnx.train.dataset import FULL_CARD_MIB, Row
 
@@ -16,8 +16,8 @@ Array = npt.NDArray[np.float64]
 #: The test beyond the training range fits on batches up to the one and asks from the other.
 SMALL_BATCH: Final = 32
 LARGE_BATCH: Final = 64
-#: Largest share above the measured value that the margin adds, as ``required_mib`` does.
-_MARGIN_MIB: Final = 64.0
+#: As ``required_mib`` adds.
+_MARGIN_MIB: Final = 1.0
 
 
 def errors(measured: Array, point: Array) -> dict[str, float]:
@@ -38,7 +38,7 @@ def slices(measured: Array, ask: Array, sizes: tuple[float, ...]) -> dict[str, f
     return {
         "slice_exact_pct": 100 * (1 - small - large), "slice_too_small_pct": 100 * small,
         "slice_oversized_pct": 100 * large,
-        "expected_cost": OOM_COST * small + OVERSIZE_COST * large,
+        "expected_cost": COSTS.out_of_memory * small + COSTS.oversized * large,
     }  # fmt: skip
 
 
