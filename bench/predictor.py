@@ -3,9 +3,9 @@
     python -m bench.predictor [--json] [--data FOLDER] [--verbose]
 
 FOLDER holds the public measurements that training reads (see `predictor_onnx.train`); no GPU is needed. The figures
-that are aimed at are those of the shipped ``memory.onnx`` as a centre asks it: every row gets one answer, of the half for
-traced steps where its step was traced and of the half that reads code elsewhere. Cross-fitted figures are of the same
-method fitted anew without each fifth of all families; they are not of the shipped file.
+that are aimed at are those of the shipped ``memory.onnx`` as a centre asks it: every row gets one answer, of the half
+for traced steps where its step was traced and of the half that reads code elsewhere. Cross-fitted figures are of the
+same method fitted anew without each fifth of all families; they are not of the shipped file.
 """
 
 from __future__ import annotations

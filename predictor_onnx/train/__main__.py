@@ -71,8 +71,10 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     _say(f"fitting {len(seen)} rows, {TRACED.name}")
     fitted[TRACED] = TRACED.fit(seen, seed)
     surveyed = survey.read()
-    lesson = _lesson([one for one in surveyed if one.family not in held], fitted[TRACED].physics, LESSON_WEIGHT)
-    _say(f"fitting {len(training)} rows, {STATIC.name}, and {len(lesson.y) if lesson else 0} traced only")
+    unseen_families = held | split.held_out_surveyed(survey.families(), (row.family for row in rows), seed)
+    taught = [one for one in surveyed if one.family not in unseen_families]
+    lesson = _lesson(taught, fitted[TRACED].physics, LESSON_WEIGHT)
+    _say(f"fitting {len(training)} rows, {STATIC.name}, and {len(taught)} that were traced only")
     fitted[STATIC] = STATIC.fit(training, seed, lesson)
     path = output / "memory.onnx"
     export.write(
@@ -111,6 +113,7 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
         large = [row for row in way.known(sets["timm, filtered"]) if row.batch >= card.LARGE_BATCH]
         title = f"timm, filtered, batch {card.LARGE_BATCH} and more; fitted on batches up to {card.SMALL_BATCH}"
         beyond[f"{way.name}: {title}"] = _refitted(way, small, large, seed)
+    _say("comparing both halves on the survey")
     content = path.read_bytes()
     worst = TRACED.known(sets["timm, unfiltered"])
     return {
@@ -122,6 +125,8 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
         "train_families": len({row.family for row in training}), "excluded": excluded,
         "physics": {way.name: _plain(fitted[way].physics) for way in fitted},
         "held_out": figures, "beyond_training": beyond,
+        "taught_rows": len(taught), "lesson_weight": LESSON_WEIGHT,
+        "surveyed": survey.compared(model, surveyed, unseen_families),
         "unfiltered_error": card.audit(worst, TRACED.answers(model, worst)[:, 0]),
     }  # fmt: skip
 
