@@ -159,10 +159,10 @@ Baselines from the same run: *physics alone* is the fitted linear part without c
 boosted trees* are LightGBM on the same features (logarithms of MiB as target, 400 rounds of 31 leaves, untuned). Both
 ask for their own 90 % quantile. The other three do not learn.
 
-The correction's gain over the physics is the difference of the first two rows of each table. Where code is only read, the
-plain trees have the lower mean error on the filtered rows and the cheaper slices: held-out and training rows have the same batches and
-sizes. They are not used all the same: they answer with values that they have seen, so beyond the measured batches and
-memory they stop growing. The table *fitted on batches up to {small}* shows it: all three
+The correction's gain over the physics is the difference of the first two rows of each table. Where code is only read,
+the plain trees have the lower mean error on the filtered rows and the cheaper slices: held-out and training rows have
+the same batches and sizes. They are not used all the same: they answer with values that they have seen, so beyond the
+measured batches and memory they stop growing. The table *fitted on batches up to {small}* shows it: all three
 fitted again on batches up to {small} and asked about batches from {large} of the held-out families.
 """
 _WEAKNESSES: Final = """\
