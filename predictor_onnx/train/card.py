@@ -130,8 +130,8 @@ in it was tuned on the held-out families, and their coverage stands below as it 
 - Each row is turned into source code and read by the same static analysis as a submitted job.
 - Labels of all figures are measured, but for the one table that says otherwise. The half that reads code is taught,
   at a weight of {lesson:g} a row, by {taught} further configurations that were traced and never measured
-  (precisions, optimizers, language models): what the physics of traced steps says of them stands for a label there. Its quantiles
-  are calibrated on measured rows only. The traced half has learnt from measured rows alone.
+  (precisions, optimizers, language models): what the physics of traced steps says of them stands for a label
+  there. Its quantiles are calibrated on measured rows only. The traced half has learnt from measured rows alone.
 
 *Filtered* drops the rows of a timm model whose memory does not follow the batch (the rows of one model must not fall
 by more than 2 % and must rise by 2 % in all; what the others are is counted below) and rows of {full:.0f} MiB or more
