@@ -20,6 +20,7 @@ from controlplane.lasting import Lasting
 from controlplane.log_reader import LogReader, require_job
 from controlplane.nodes import Nodes
 from controlplane.pages import Page, Pages, page_size
+from controlplane.profile_outlook import outlooks
 from controlplane.records import BundleRecord, JobQuery, JobRecord
 from controlplane.results import Results
 from controlplane.resumption import Resumption
@@ -105,7 +106,11 @@ class JobService(JobServiceServicer):
         if decision is None and (there := self._elsewhere(need.spec, need.sizing)):
             message += f"; {there}"
         return wire.PredictJobResponse(
-            prediction=need.prediction, sizing=need.sizing, fits_now=decision is not None, message=message
+            prediction=need.prediction,
+            sizing=need.sizing,
+            fits_now=decision is not None,
+            message=message,
+            profiles=outlooks(need.prediction, need.sizing, self._nodes.geometries(), need.paces),
         )
 
     async def GetJob(self, request: wire.GetJobRequest, context: _Context) -> wire.GetJobResponse:  # noqa: N802

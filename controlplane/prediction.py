@@ -15,7 +15,9 @@ import grpc
 import structlog
 
 import predictor_onnx
+from controlplane.fleet import Geometry
 from controlplane.observing import ObservedAttempt
+from controlplane.profile_outlook import Pace, confidence
 from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration
 from puhui.v1 import prediction_pb2
@@ -62,8 +64,8 @@ class Code:
 class Prediction(Protocol):
     """Says what code needs."""
 
-    async def of(self, code: Code) -> prediction_pb2.Prediction:
-        """Returns what the code needs.
+    async def of(self, code: Code, budget_s: float | None = None) -> prediction_pb2.Prediction:
+        """Returns what the code needs, within so many seconds if they are given.
 
         Raises:
             Refusal: INVALID_ARGUMENT with CODE_UNPARSABLE.
@@ -76,6 +78,9 @@ class Prediction(Protocol):
         self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
     ) -> prediction_pb2.Prediction:
         """Returns a prediction, blended with what earlier attempts of the same code showed."""
+
+    async def paces(self, code: Code, geometries: Sequence[Geometry]) -> dict[tuple[str, str], Pace]:
+        """Returns how fast the code is expected to be, by GPU model and profile; nothing where that is not known."""
 
     async def close(self) -> None:
         """Ends its threads."""
@@ -117,6 +122,7 @@ class OnnxPrediction:
             if tracing is Tracing.AT_START:
                 self._steps.begin()
         self._predictor = predictor_onnx.Predictor(steps=self._steps)
+        self._speed = predictor_onnx.SpeedModel()
         self._threads = ThreadPoolExecutor(3, thread_name_prefix="predictor")
         # What is said of code that nothing is known of is the answer when time runs out.
         self._unknown = self._predictor.predict(predictor_onnx.CodeBundle({}), predictor_onnx.Request(()))
@@ -127,14 +133,15 @@ class OnnxPrediction:
         if self._steps is not None:
             await asyncio.to_thread(self._steps.close)
 
-    async def of(self, code: Code) -> prediction_pb2.Prediction:
-        """Returns what the code needs."""
+    async def of(self, code: Code, budget_s: float | None = None) -> prediction_pb2.Prediction:
+        """Returns what the code needs, within so many seconds if they are given."""
         started = time.monotonic()
+        budget_s = self._budget_s if budget_s is None else budget_s
         asked = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._predict, code, started + self._budget_s - _ANSWER_S
+            self._threads, self._predict, code, started + budget_s - _ANSWER_S
         )
         try:
-            answer = await asyncio.wait_for(asked, self._budget_s)
+            answer = await asyncio.wait_for(asked, budget_s)
         except predictor_onnx.CodeDoesNotParseError as error:
             raise Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -145,7 +152,7 @@ class OnnxPrediction:
             ) from error
         except TimeoutError:
             answer = self._unknown
-            note = f"the prediction was not ready within {self._budget_s:g} s; "
+            note = f"the prediction was not ready within {budget_s:g} s; "
         except Exception as error:  # noqa: BLE001 - whatever the code does to the predictor, the job is accepted
             _log.error("prediction failed unforeseen", exc_info=error)
             answer = self._unknown
@@ -155,6 +162,31 @@ class OnnxPrediction:
         message = _message(answer, note, self._costs)
         message.elapsed.CopyFrom(duration(time.monotonic() - started))
         return message
+
+    async def paces(self, code: Code, geometries: Sequence[Geometry]) -> dict[tuple[str, str], Pace]:
+        """Returns how fast the code is expected to be, by GPU model and profile; nothing where that is not known."""
+        asked = asyncio.get_running_loop().run_in_executor(self._threads, self._paces, code, geometries)
+        try:
+            return await asyncio.wait_for(asked, self._budget_s)
+        except TimeoutError:
+            _log.warning("how fast some code is was not found in time", after_s=self._budget_s)
+        except Exception as error:  # noqa: BLE001 - as in `of`: an answer without paces is one all the same
+            _log.error("paces failed unforeseen", exc_info=error)
+        return {}
+
+    def _paces(self, code: Code, geometries: Sequence[Geometry]) -> dict[tuple[str, str], Pace]:
+        bundle = predictor_onnx.CodeBundle(code.files, code.sizes)
+        work = self._predictor.read(bundle, predictor_onnx.Request(tuple(code.command), code.input_bytes))
+        found = {}
+        for geometry in geometries:
+            names = [shape.profile for shape in geometry.shapes]
+            whole = self._speed.step_time(work, geometry.gpu_model)
+            for profile, slower in self._speed.slowdowns(work, names, product=geometry.gpu_model).items():
+                takes = predictor_onnx.duration(work.steps, whole, slower)
+                found[geometry.gpu_model, profile] = Pace(
+                    slower.p50, slower.p90, takes.p50_s if takes else None, takes.p90_s if takes else None
+                )
+        return found
 
     async def fingerprint(self, code: Code) -> str:
         """Returns what tells this code, and what it is asked to do, from other code; "" when none can be made."""
@@ -216,6 +248,7 @@ def with_history(
     blended.memory.p50_mib, blended.memory.p90_mib = answer.p50_mib, answer.p90_mib
     blended.memory.p99_mib = answer.p99_mib
     blended.required_mib = math.ceil(predictor_onnx.required_mib(answer, costs))
+    blended.confidence = confidence(blended)
     blended.reason = answer.reason
     blended.facts.add(name="earlier_runs", value=str(len(observed)))
     del blended.parts[:]
@@ -226,7 +259,7 @@ def with_history(
 
 
 def _message(answer: predictor_onnx.Prediction, note: str, costs: Costs) -> prediction_pb2.Prediction:
-    return prediction_pb2.Prediction(
+    message = prediction_pb2.Prediction(
         tier=_TIERS[answer.tier],
         memory=prediction_pb2.MemoryQuantiles(p50_mib=answer.p50_mib, p90_mib=answer.p90_mib, p99_mib=answer.p99_mib),
         required_mib=math.ceil(predictor_onnx.required_mib(answer, costs)),
@@ -239,3 +272,5 @@ def _message(answer: predictor_onnx.Prediction, note: str, costs: Costs) -> pred
         reason=note + answer.reason,
         model_version=answer.model_version,
     )
+    message.confidence = confidence(message)
+    return message

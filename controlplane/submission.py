@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -20,6 +20,7 @@ from controlplane.lasting import Lasting
 from controlplane.nodes import Nodes
 from controlplane.parsing import Parsing
 from controlplane.prediction import Code, Prediction
+from controlplane.profile_outlook import Pace
 from controlplane.records import BundleRecord, JobRecord, Request
 from controlplane.sizing import size, size_of_session
 from controlplane.spec import require_known_peers, require_offered, require_valid
@@ -27,11 +28,12 @@ from controlplane.store import RequestReused, Store
 from puhui.rpc.bundle import pack_files
 from puhui.rpc.errors import Refusal
 from puhui.rpc.identity import new_id
-from puhui.rpc.moment import now, timestamp
+from puhui.rpc.moment import now, seconds, timestamp
 from puhui.v1 import job_pb2, job_service_pb2, prediction_pb2
 
 __all__ = ["Need", "Submission"]
 
+_LONGEST_BUDGET_S = 120.0
 _MOST_INLINE_BYTES = 2**20
 _DEFAULT_TENANT = "default"
 
@@ -52,6 +54,27 @@ class Need:
     """What was asked for, with what is usual where nothing was said."""
     fingerprint: str = ""
     """What tells this code, and what it is asked to do, from other code; "" when nothing is to be learnt from it."""
+    paces: Mapping[tuple[str, str], Pace] = field(default_factory=dict)
+    """How fast it is expected to be, by GPU model and profile; only of what is asked about and not submitted."""
+
+
+def _budget_s(request: job_service_pb2.PredictJobRequest) -> float | None:
+    """Returns the longest wait for a prediction that was asked for, in seconds; None when none was.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT with BUDGET_OUT_OF_RANGE.
+    """
+    if not request.HasField("budget"):
+        return None
+    wanted_s = seconds(request.budget)
+    if not 0 < wanted_s <= _LONGEST_BUDGET_S:
+        raise Refusal(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "BUDGET_OUT_OF_RANGE",
+            f"a prediction may take more than 0 s and at most {_LONGEST_BUDGET_S:g} s; "
+            "leave the budget out for the centre's own",
+        )
+    return wanted_s
 
 
 class Submission:
@@ -144,7 +167,7 @@ class Submission:
             Refusal: a job like this would not be accepted.
             OSError: the disk is full.
         """
-        async with self._need(_with_defaults(request.spec), request) as need:
+        async with self._need(_with_defaults(request.spec), request, _budget_s(request)) as need:
             return need
 
     @contextlib.asynccontextmanager
@@ -152,6 +175,7 @@ class Submission:
         self,
         spec: job_pb2.JobSpec,
         request: job_service_pb2.SubmitJobRequest | job_service_pb2.PredictJobRequest,
+        budget_s: float | None = None,
     ) -> AsyncIterator[Need]:
         require_valid(spec)
         peers = self._peers()
@@ -171,15 +195,18 @@ class Submission:
             unparsed = await self._parsing.require(entrypoint, bundle.sizes, sources)
             inputs = sum(data.size_bytes for data in spec.inputs)
             code = Code(sources, bundle.sizes, spec.command, inputs, spec.env, spec.image)
-            prediction, fingerprint = await asyncio.gather(
-                self._prediction.of(code), self._prediction.fingerprint(code)
+            asked_only = isinstance(request, job_service_pb2.PredictJobRequest)
+            prediction, fingerprint, paces = await asyncio.gather(
+                self._prediction.of(code, budget_s),
+                self._prediction.fingerprint(code),
+                self._prediction.paces(code, geometries if asked_only else ()),
             )
             if fingerprint:
                 observed = await self._store.observations(spec.tenant, fingerprint)
                 prediction = self._prediction.with_history(prediction, observed)
             prediction.reason = unparsed + prediction.reason
             sizing = size(spec.resources, prediction, geometries)
-            yield Need(bundle, path, prediction, sizing, policy, spec, fingerprint)
+            yield Need(bundle, path, prediction, sizing, policy, spec, fingerprint, paces)
 
     @contextlib.asynccontextmanager
     async def _session_code(

@@ -42,6 +42,14 @@ class Predictor:
         """Hash of the ONNX file."""
         return self._model.version
 
+    def read(self, code: CodeBundle, request: Request) -> Workload:
+        """What the static analysis reads of a step.
+
+        Raises:
+            CodeDoesNotParseError: the program is not valid Python; it names file and line.
+        """
+        return analyse(code, request.argv)
+
     def predict(self, code: CodeBundle, request: Request, trace_s: float = 0.0) -> Prediction:
         """Predict what the code needs.
 

@@ -124,7 +124,11 @@ def prediction_line(prediction: prediction_pb2.Prediction) -> str:
     memory = prediction.memory
     quantiles = f"p50 {mib(memory.p50_mib)}, p90 {mib(memory.p90_mib)}, p99 {mib(memory.p99_mib)}"
     why = f": {prediction.reason}" if prediction.reason else ""
-    return f"{mib(prediction.required_mib)} ({quantiles}; tier {tier}){why}"
+    sure = plain_enum(
+        prediction_pb2.PredictionConfidence.Name(prediction.confidence), "PREDICTION_CONFIDENCE_"
+    )  # fmt: skip
+    said = f", confidence {sure}" if prediction.confidence else ""
+    return f"{mib(prediction.required_mib)} ({quantiles}; tier {tier}{said}){why}"
 
 
 def run_end(run: job_pb2.Run) -> str:

@@ -17,6 +17,7 @@ from puhui.client.patience import Patience, Trouble
 from puhui.client.peer_calls import PeerCalls
 from puhui.client.run import RunCall
 from puhui.rpc.errors import Refusal
+from puhui.rpc.moment import duration
 from puhui.v1 import job_pb2, job_service_pb2
 from puhui.v1.job_service_pb2_grpc import JobServiceStub
 from puhui.v1.stream_pb2 import Bundle, LogChunk
@@ -102,9 +103,20 @@ class Centre(FleetCalls, PeerCalls):
         return self._contact.call(lambda: self._jobs.SubmitJob(request, timeout=CALL_S)).job
 
     def predict(
-        self, spec: job_pb2.JobSpec, code: Code | str, progress: Progress | None = None
+        self,
+        spec: job_pb2.JobSpec,
+        code: Code | str,
+        progress: Progress | None = None,
+        *,
+        budget_s: float | None = None,
     ) -> job_service_pb2.PredictJobResponse:
         """Returns what slice the code would get, and why. No job is made.
+
+        Args:
+            spec: what would be asked for.
+            code: the code, or the id of a bundle.
+            progress: is told how the upload goes on.
+            budget_s: longest wait for the prediction, in seconds; the centre's own if not given.
 
         Raises:
             Refusal: the centre refuses it or cannot be reached.
@@ -112,7 +124,9 @@ class Centre(FleetCalls, PeerCalls):
         """
         bundle_id = code if isinstance(code, str) else self.put_bundle(code, progress).id
         request = job_service_pb2.PredictJobRequest(spec=spec, bundle_id=bundle_id)
-        return self._contact.call(lambda: self._jobs.PredictJob(request, timeout=CALL_S))
+        if budget_s is not None:
+            request.budget.CopyFrom(duration(budget_s))
+        return self._contact.call(lambda: self._jobs.PredictJob(request, timeout=CALL_S + (budget_s or 0)))
 
     def get(self, job_id: str) -> job_pb2.Job:
         """Returns a job.

@@ -954,6 +954,7 @@ class PredictJobRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     BUNDLE_ID_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     bundle_id: _builtins.str
     """A bundle uploaded with PutBundle."""
     @_builtins.property
@@ -964,16 +965,23 @@ class PredictJobRequest(_message.Message):
     def inline(self) -> Global___InlineCode:
         """The code itself."""
 
+    @_builtins.property
+    def budget(self) -> _duration_pb2.Duration:
+        """Longest wait for the prediction; the centre's own budget if not set, and at most two minutes. With more time, surer
+        tiers can answer.
+        """
+
     def __init__(
         self,
         *,
         spec: _job_pb2.JobSpec | None = ...,
         bundle_id: _builtins.str = ...,
         inline: Global___InlineCode | None = ...,
+        budget: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "code", b"code", "inline", b"inline", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bundle_id", b"bundle_id", "code", b"code", "inline", b"inline", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_id", b"bundle_id", "code", b"code", "inline", b"inline", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "bundle_id", b"bundle_id", "code", b"code", "inline", b"inline", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_code: _TypeAlias = _typing.Literal["bundle_id", "inline"]  # noqa: Y015
     _WhichOneofArgType_code: _TypeAlias = _typing.Literal["code", b"code"]  # noqa: Y015
@@ -991,6 +999,7 @@ class PredictJobResponse(_message.Message):
     SIZING_FIELD_NUMBER: _builtins.int
     FITS_NOW_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
     fits_now: _builtins.bool
     """Whether one is free now."""
     message: _builtins.str
@@ -1003,6 +1012,10 @@ class PredictJobResponse(_message.Message):
     def sizing(self) -> _prediction_pb2.Sizing:
         """What slice it would get."""
 
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[_prediction_pb2.ProfileOutlook]:
+        """What is expected on each profile that this centre has, by GPU model and then by size."""
+
     def __init__(
         self,
         *,
@@ -1010,10 +1023,11 @@ class PredictJobResponse(_message.Message):
         sizing: _prediction_pb2.Sizing | None = ...,
         fits_now: _builtins.bool = ...,
         message: _builtins.str = ...,
+        profiles: _abc.Iterable[_prediction_pb2.ProfileOutlook] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction", "sizing", b"sizing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits_now", b"fits_now", "message", b"message", "prediction", b"prediction", "sizing", b"sizing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fits_now", b"fits_now", "message", b"message", "prediction", b"prediction", "profiles", b"profiles", "sizing", b"sizing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

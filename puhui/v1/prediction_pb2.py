@@ -25,17 +25,19 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19puhui/v1/prediction.proto\x12\x08puhui.v1\x1a\x1egoogle/protobuf/duration.proto\"\\\n\x0fMemoryQuantiles\x12\x17\n\x07p50_mib\x18\x01 \x01(\x01R\x06p50Mib\x12\x17\n\x07p90_mib\x18\x02 \x01(\x01R\x06p90Mib\x12\x17\n\x07p99_mib\x18\x03 \x01(\x01R\x06p99Mib\":\n\nMemoryPart\x12\x1a\n\x08\x63\x61tegory\x18\x01 \x01(\tR\x08\x63\x61tegory\x12\x10\n\x03mib\x18\x02 \x01(\x01R\x03mib\"4\n\x08\x43odeFact\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value\"\xd8\x02\n\nPrediction\x12,\n\x04tier\x18\x01 \x01(\x0e\x32\x18.puhui.v1.PredictionTierR\x04tier\x12\x31\n\x06memory\x18\x02 \x01(\x0b\x32\x19.puhui.v1.MemoryQuantilesR\x06memory\x12!\n\x0crequired_mib\x18\x03 \x01(\x04R\x0brequiredMib\x12*\n\x05parts\x18\x04 \x03(\x0b\x32\x14.puhui.v1.MemoryPartR\x05parts\x12(\n\x05\x66\x61\x63ts\x18\x05 \x03(\x0b\x32\x12.puhui.v1.CodeFactR\x05\x66\x61\x63ts\x12\x16\n\x06reason\x18\x06 \x01(\tR\x06reason\x12#\n\rmodel_version\x18\x07 \x01(\tR\x0cmodelVersion\x12\x33\n\x07\x65lapsed\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07\x65lapsed\"\xa6\x01\n\x06Sizing\x12.\n\x06origin\x18\x01 \x01(\x0e\x32\x16.puhui.v1.SizingOriginR\x06origin\x12!\n\x0crequired_mib\x18\x02 \x01(\x04R\x0brequiredMib\x12\x31\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x17.puhui.v1.ProfileChoiceR\x07\x63hoices\x12\x16\n\x06reason\x18\x04 \x01(\tR\x06reason\"\x8c\x01\n\rProfileChoice\x12\x18\n\x07profile\x18\x01 \x01(\tR\x07profile\x12\x1b\n\tgpu_model\x18\x02 \x01(\tR\x08gpuModel\x12\x1d\n\nmemory_mib\x18\x03 \x01(\x04R\tmemoryMib\x12%\n\x0e\x63ompute_slices\x18\x04 \x01(\rR\rcomputeSlices*\xc6\x01\n\x0ePredictionTier\x12\x1f\n\x1bPREDICTION_TIER_UNSPECIFIED\x10\x00\x12\x1b\n\x17PREDICTION_TIER_DRY_RUN\x10\x01\x12\x19\n\x15PREDICTION_TIER_TRACE\x10\x02\x12\x1a\n\x16PREDICTION_TIER_STATIC\x10\x03\x12\x1b\n\x17PREDICTION_TIER_UNKNOWN\x10\x04\x12\"\n\x1ePREDICTION_TIER_NO_ACCELERATOR\x10\x05*\x9c\x01\n\x0cSizingOrigin\x12\x1d\n\x19SIZING_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15SIZING_ORIGIN_PROFILE\x10\x01\x12\x18\n\x14SIZING_ORIGIN_MEMORY\x10\x02\x12\x1c\n\x18SIZING_ORIGIN_PREDICTION\x10\x03\x12\x1a\n\x16SIZING_ORIGIN_OUTGROWN\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19puhui/v1/prediction.proto\x12\x08puhui.v1\x1a\x1egoogle/protobuf/duration.proto\"\\\n\x0fMemoryQuantiles\x12\x17\n\x07p50_mib\x18\x01 \x01(\x01R\x06p50Mib\x12\x17\n\x07p90_mib\x18\x02 \x01(\x01R\x06p90Mib\x12\x17\n\x07p99_mib\x18\x03 \x01(\x01R\x06p99Mib\":\n\nMemoryPart\x12\x1a\n\x08\x63\x61tegory\x18\x01 \x01(\tR\x08\x63\x61tegory\x12\x10\n\x03mib\x18\x02 \x01(\x01R\x03mib\"4\n\x08\x43odeFact\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value\"\x98\x03\n\nPrediction\x12,\n\x04tier\x18\x01 \x01(\x0e\x32\x18.puhui.v1.PredictionTierR\x04tier\x12\x31\n\x06memory\x18\x02 \x01(\x0b\x32\x19.puhui.v1.MemoryQuantilesR\x06memory\x12!\n\x0crequired_mib\x18\x03 \x01(\x04R\x0brequiredMib\x12*\n\x05parts\x18\x04 \x03(\x0b\x32\x14.puhui.v1.MemoryPartR\x05parts\x12(\n\x05\x66\x61\x63ts\x18\x05 \x03(\x0b\x32\x12.puhui.v1.CodeFactR\x05\x66\x61\x63ts\x12\x16\n\x06reason\x18\x06 \x01(\tR\x06reason\x12#\n\rmodel_version\x18\x07 \x01(\tR\x0cmodelVersion\x12\x33\n\x07\x65lapsed\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07\x65lapsed\x12>\n\nconfidence\x18\t \x01(\x0e\x32\x1e.puhui.v1.PredictionConfidenceR\nconfidence\"\x84\x04\n\x0eProfileOutlook\x12\x18\n\x07profile\x18\x01 \x01(\tR\x07profile\x12\x1b\n\tgpu_model\x18\x02 \x01(\tR\x08gpuModel\x12\x1d\n\nmemory_mib\x18\x03 \x01(\x04R\tmemoryMib\x12%\n\x0e\x63ompute_slices\x18\x04 \x01(\rR\rcomputeSlices\x12\'\n\rchance_of_fit\x18\x05 \x01(\x01H\x00R\x0b\x63hanceOfFit\x88\x01\x01\x12\x1c\n\tsatisfies\x18\x06 \x01(\x08R\tsatisfies\x12\x16\n\x06\x63hosen\x18\x07 \x01(\x08R\x06\x63hosen\x12&\n\x0cslowdown_p50\x18\x08 \x01(\x01H\x01R\x0bslowdownP50\x88\x01\x01\x12&\n\x0cslowdown_p90\x18\t \x01(\x01H\x02R\x0bslowdownP90\x88\x01\x01\x12<\n\x0c\x64uration_p50\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationR\x0b\x64urationP50\x12<\n\x0c\x64uration_p90\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationR\x0b\x64urationP90\x12\x16\n\x06reason\x18\x0c \x01(\tR\x06reasonB\x10\n\x0e_chance_of_fitB\x0f\n\r_slowdown_p50B\x0f\n\r_slowdown_p90\"\xa6\x01\n\x06Sizing\x12.\n\x06origin\x18\x01 \x01(\x0e\x32\x16.puhui.v1.SizingOriginR\x06origin\x12!\n\x0crequired_mib\x18\x02 \x01(\x04R\x0brequiredMib\x12\x31\n\x07\x63hoices\x18\x03 \x03(\x0b\x32\x17.puhui.v1.ProfileChoiceR\x07\x63hoices\x12\x16\n\x06reason\x18\x04 \x01(\tR\x06reason\"\x8c\x01\n\rProfileChoice\x12\x18\n\x07profile\x18\x01 \x01(\tR\x07profile\x12\x1b\n\tgpu_model\x18\x02 \x01(\tR\x08gpuModel\x12\x1d\n\nmemory_mib\x18\x03 \x01(\x04R\tmemoryMib\x12%\n\x0e\x63ompute_slices\x18\x04 \x01(\rR\rcomputeSlices*\xc6\x01\n\x0ePredictionTier\x12\x1f\n\x1bPREDICTION_TIER_UNSPECIFIED\x10\x00\x12\x1b\n\x17PREDICTION_TIER_DRY_RUN\x10\x01\x12\x19\n\x15PREDICTION_TIER_TRACE\x10\x02\x12\x1a\n\x16PREDICTION_TIER_STATIC\x10\x03\x12\x1b\n\x17PREDICTION_TIER_UNKNOWN\x10\x04\x12\"\n\x1ePREDICTION_TIER_NO_ACCELERATOR\x10\x05*\x9e\x01\n\x14PredictionConfidence\x12%\n!PREDICTION_CONFIDENCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPREDICTION_CONFIDENCE_HIGH\x10\x01\x12 \n\x1cPREDICTION_CONFIDENCE_MEDIUM\x10\x02\x12\x1d\n\x19PREDICTION_CONFIDENCE_LOW\x10\x03*\x9c\x01\n\x0cSizingOrigin\x12\x1d\n\x19SIZING_ORIGIN_UNSPECIFIED\x10\x00\x12\x19\n\x15SIZING_ORIGIN_PROFILE\x10\x01\x12\x18\n\x14SIZING_ORIGIN_MEMORY\x10\x02\x12\x1c\n\x18SIZING_ORIGIN_PREDICTION\x10\x03\x12\x1a\n\x16SIZING_ORIGIN_OUTGROWN\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'puhui.v1.prediction_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PREDICTIONTIER']._serialized_start=939
-  _globals['_PREDICTIONTIER']._serialized_end=1137
-  _globals['_SIZINGORIGIN']._serialized_start=1140
-  _globals['_SIZINGORIGIN']._serialized_end=1296
+  _globals['_PREDICTIONTIER']._serialized_start=1522
+  _globals['_PREDICTIONTIER']._serialized_end=1720
+  _globals['_PREDICTIONCONFIDENCE']._serialized_start=1723
+  _globals['_PREDICTIONCONFIDENCE']._serialized_end=1881
+  _globals['_SIZINGORIGIN']._serialized_start=1884
+  _globals['_SIZINGORIGIN']._serialized_end=2040
   _globals['_MEMORYQUANTILES']._serialized_start=71
   _globals['_MEMORYQUANTILES']._serialized_end=163
   _globals['_MEMORYPART']._serialized_start=165
@@ -43,9 +45,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CODEFACT']._serialized_start=225
   _globals['_CODEFACT']._serialized_end=277
   _globals['_PREDICTION']._serialized_start=280
-  _globals['_PREDICTION']._serialized_end=624
-  _globals['_SIZING']._serialized_start=627
-  _globals['_SIZING']._serialized_end=793
-  _globals['_PROFILECHOICE']._serialized_start=796
-  _globals['_PROFILECHOICE']._serialized_end=936
+  _globals['_PREDICTION']._serialized_end=688
+  _globals['_PROFILEOUTLOOK']._serialized_start=691
+  _globals['_PROFILEOUTLOOK']._serialized_end=1207
+  _globals['_SIZING']._serialized_start=1210
+  _globals['_SIZING']._serialized_end=1376
+  _globals['_PROFILECHOICE']._serialized_start=1379
+  _globals['_PROFILECHOICE']._serialized_end=1519
 # @@protoc_insertion_point(module_scope)

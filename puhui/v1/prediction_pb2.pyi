@@ -59,6 +59,34 @@ PREDICTION_TIER_NO_ACCELERATOR: PredictionTier.ValueType  # 5
 """The code uses no accelerator library."""
 Global___PredictionTier: _TypeAlias = PredictionTier  # noqa: Y015
 
+class _PredictionConfidence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PredictionConfidenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PredictionConfidence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREDICTION_CONFIDENCE_UNSPECIFIED: _PredictionConfidence.ValueType  # 0
+    """Nothing was predicted."""
+    PREDICTION_CONFIDENCE_HIGH: _PredictionConfidence.ValueType  # 1
+    """Nine in ten stay within 10 % of the median."""
+    PREDICTION_CONFIDENCE_MEDIUM: _PredictionConfidence.ValueType  # 2
+    """Within 30 %."""
+    PREDICTION_CONFIDENCE_LOW: _PredictionConfidence.ValueType  # 3
+    """Wider, or the code could not be sized."""
+
+class PredictionConfidence(_PredictionConfidence, metaclass=_PredictionConfidenceEnumTypeWrapper):
+    """How sure a prediction is, by how far p90 is from p50."""
+
+PREDICTION_CONFIDENCE_UNSPECIFIED: PredictionConfidence.ValueType  # 0
+"""Nothing was predicted."""
+PREDICTION_CONFIDENCE_HIGH: PredictionConfidence.ValueType  # 1
+"""Nine in ten stay within 10 % of the median."""
+PREDICTION_CONFIDENCE_MEDIUM: PredictionConfidence.ValueType  # 2
+"""Within 30 %."""
+PREDICTION_CONFIDENCE_LOW: PredictionConfidence.ValueType  # 3
+"""Wider, or the code could not be sized."""
+Global___PredictionConfidence: _TypeAlias = PredictionConfidence  # noqa: Y015
+
 class _SizingOrigin:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -187,6 +215,7 @@ class Prediction(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     ELAPSED_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
     tier: Global___PredictionTier.ValueType
     """How much was known."""
     required_mib: _builtins.int
@@ -195,6 +224,8 @@ class Prediction(_message.Message):
     """The answer in one sentence."""
     model_version: _builtins.str
     """Version of the ONNX model that answered."""
+    confidence: Global___PredictionConfidence.ValueType
+    """How sure the answer is."""
     @_builtins.property
     def memory(self) -> Global___MemoryQuantiles:
         """Peak device memory."""
@@ -222,14 +253,96 @@ class Prediction(_message.Message):
         reason: _builtins.str = ...,
         model_version: _builtins.str = ...,
         elapsed: _duration_pb2.Duration | None = ...,
+        confidence: Global___PredictionConfidence.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed", "facts", b"facts", "memory", b"memory", "model_version", b"model_version", "parts", b"parts", "reason", b"reason", "required_mib", b"required_mib", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence", b"confidence", "elapsed", b"elapsed", "facts", b"facts", "memory", b"memory", "model_version", b"model_version", "parts", b"parts", "reason", b"reason", "required_mib", b"required_mib", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class ProfileOutlook(_message.Message):
+    """What is expected of a job on one profile. What is not known is not set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    GPU_MODEL_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    COMPUTE_SLICES_FIELD_NUMBER: _builtins.int
+    CHANCE_OF_FIT_FIELD_NUMBER: _builtins.int
+    SATISFIES_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_P50_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_P90_FIELD_NUMBER: _builtins.int
+    DURATION_P50_FIELD_NUMBER: _builtins.int
+    DURATION_P90_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    profile: _builtins.str
+    """Name of the profile."""
+    gpu_model: _builtins.str
+    """Model of the GPUs that offer it."""
+    memory_mib: _builtins.int
+    """Memory of the slice, in MiB."""
+    compute_slices: _builtins.int
+    """Compute slices."""
+    chance_of_fit: _builtins.float
+    """Chance that the job's peak fits, from 0 to 1, read off the predicted quantiles."""
+    satisfies: _builtins.bool
+    """Whether it is one that the job may get."""
+    chosen: _builtins.bool
+    """Whether it is the one that the job would get where it is free."""
+    slowdown_p50: _builtins.float
+    """How many times longer a step takes than on the whole card: as likely more as less, and nine in ten."""
+    slowdown_p90: _builtins.float
+    """See slowdown_p50."""
+    reason: _builtins.str
+    """Why it is chosen, or why it is not, in a few words."""
+    @_builtins.property
+    def duration_p50(self) -> _duration_pb2.Duration:
+        """How long the steps of the job take; only where their number could be read from the code."""
+
+    @_builtins.property
+    def duration_p90(self) -> _duration_pb2.Duration:
+        """See duration_p50."""
+
+    def __init__(
+        self,
+        *,
+        profile: _builtins.str = ...,
+        gpu_model: _builtins.str = ...,
+        memory_mib: _builtins.int = ...,
+        compute_slices: _builtins.int = ...,
+        chance_of_fit: _builtins.float | None = ...,
+        satisfies: _builtins.bool = ...,
+        chosen: _builtins.bool = ...,
+        slowdown_p50: _builtins.float | None = ...,
+        slowdown_p90: _builtins.float | None = ...,
+        duration_p50: _duration_pb2.Duration | None = ...,
+        duration_p90: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chance_of_fit", b"_chance_of_fit", "_slowdown_p50", b"_slowdown_p50", "_slowdown_p90", b"_slowdown_p90", "chance_of_fit", b"chance_of_fit", "duration_p50", b"duration_p50", "duration_p90", b"duration_p90", "slowdown_p50", b"slowdown_p50", "slowdown_p90", b"slowdown_p90"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chance_of_fit", b"_chance_of_fit", "_slowdown_p50", b"_slowdown_p50", "_slowdown_p90", b"_slowdown_p90", "chance_of_fit", b"chance_of_fit", "chosen", b"chosen", "compute_slices", b"compute_slices", "duration_p50", b"duration_p50", "duration_p90", b"duration_p90", "gpu_model", b"gpu_model", "memory_mib", b"memory_mib", "profile", b"profile", "reason", b"reason", "satisfies", b"satisfies", "slowdown_p50", b"slowdown_p50", "slowdown_p90", b"slowdown_p90"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chance_of_fit: _TypeAlias = _typing.Literal["chance_of_fit"]  # noqa: Y015
+    _WhichOneofArgType__chance_of_fit: _TypeAlias = _typing.Literal["_chance_of_fit", b"_chance_of_fit"]  # noqa: Y015
+    _WhichOneofReturnType__slowdown_p50: _TypeAlias = _typing.Literal["slowdown_p50"]  # noqa: Y015
+    _WhichOneofArgType__slowdown_p50: _TypeAlias = _typing.Literal["_slowdown_p50", b"_slowdown_p50"]  # noqa: Y015
+    _WhichOneofReturnType__slowdown_p90: _TypeAlias = _typing.Literal["slowdown_p90"]  # noqa: Y015
+    _WhichOneofArgType__slowdown_p90: _TypeAlias = _typing.Literal["_slowdown_p90", b"_slowdown_p90"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chance_of_fit) -> _WhichOneofReturnType__chance_of_fit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slowdown_p50) -> _WhichOneofReturnType__slowdown_p50 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slowdown_p90) -> _WhichOneofReturnType__slowdown_p90 | None: ...
+
+Global___ProfileOutlook: _TypeAlias = ProfileOutlook  # noqa: Y015
 
 @_typing.final
 class Sizing(_message.Message):

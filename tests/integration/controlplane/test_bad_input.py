@@ -362,6 +362,18 @@ async def test_a_list_of_large_jobs_comes_in_more_pages(tmp_path: Path) -> None:
         assert [job.id for job in few.jobs] == made[:-4:-1]
 
 
+@pytest.mark.parametrize("budget_s", [0, -1, 121, 315576000000])
+async def test_a_budget_that_cannot_be(centre: RunningCentre, budget_s: int) -> None:
+    request = wire.PredictJobRequest(
+        spec=job_pb2.JobSpec(command=["python3", "x.py"]), inline=wire.InlineCode(files={"x.py": "print(1)"})
+    )
+    request.budget.seconds = budget_s
+    async with refused(INVALID, "BUDGET_OUT_OF_RANGE"):
+        await centre.jobs.PredictJob(request)
+    request.budget.seconds = 30
+    assert len((await centre.jobs.PredictJob(request)).profiles) > 0
+
+
 async def test_a_program_too_large_to_parse_is_accepted_and_the_prediction_says_so(centre: RunningCentre) -> None:
     longest = "a=1\n" * (LARGEST_PARSED_BYTES // 4)
     for code, said in ((longest, ""), (longest + "(((\n", "x.py has 393220 bytes and was not parsed")):

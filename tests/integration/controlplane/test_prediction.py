@@ -8,8 +8,9 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from controlplane.fleet import Geometry
 from controlplane.observing import ObservedAttempt
-from controlplane.prediction import Code, OnnxPrediction, with_history
+from controlplane.prediction import Code, OnnxPrediction, Tracing, with_history
 from controlplane.sizing import size
 from puhui.rpc.errors import Refusal
 from puhui.v1 import job_pb2, prediction_pb2
@@ -50,6 +51,48 @@ async def test_a_training_loop_needs_more_than_code_without_an_accelerator(predi
     assert large.model_version
     assert large.elapsed.ToNanoseconds() > 0
     assert size(job_pb2.Resources(), none, [GEOMETRY]).choices[0].profile == "1g.10gb"
+
+
+NAMED = b"""\
+import timm
+import torch
+model = timm.create_model("resnet18").cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(1000):
+    loss = model(torch.randn(32, 3, 224, 224, device="cuda")).sum()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+async def test_a_network_with_a_name_is_traced() -> None:
+    traced = OnnxPrediction(budget_s=100, tracing=Tracing.AT_START)
+    untraced = OnnxPrediction(budget_s=100, tracing=Tracing.OFF)
+    try:
+        with_trace, without = await traced.of(code(NAMED)), await untraced.of(code(NAMED))
+        hurried = await traced.of(code(NAMED.replace(b"resnet18", b"resnet34")), budget_s=0.2)
+    finally:
+        await traced.close()
+        await untraced.close()
+    assert with_trace.tier == prediction_pb2.PREDICTION_TIER_TRACE
+    assert without.tier == hurried.tier == prediction_pb2.PREDICTION_TIER_STATIC
+    # Both are about the same step.
+    assert with_trace.memory.p50_mib == pytest.approx(without.memory.p50_mib, rel=0.25)
+    assert with_trace.confidence == prediction_pb2.PREDICTION_CONFIDENCE_HIGH
+
+
+async def test_how_fast_it_is_on_each_profile(prediction: OnnxPrediction) -> None:
+    shapes = tuple(replace(shape, profile=shape.profile) for shape in GEOMETRY.shapes)
+    geometry = Geometry("NVIDIA A100-SXM4-80GB", shapes, GEOMETRY.memory_slices)
+    paces = await prediction.paces(code(NAMED), [geometry])
+    assert {profile for _, profile in paces} == {shape.profile for shape in shapes}
+    whole, smallest = paces[geometry.gpu_model, "7g.80gb"], paces[geometry.gpu_model, "1g.10gb"]
+    assert 1 <= whole.slowdown_p50 < smallest.slowdown_p50 <= smallest.slowdown_p90
+    assert whole.duration_p50_s is not None
+    assert smallest.duration_p50_s is not None
+    assert 1 < whole.duration_p50_s < smallest.duration_p50_s
+    assert await prediction.paces(code(b"print(1)\n"), [geometry]) == {}
+    assert await prediction.paces(code(b"def f(:\n"), [geometry]) == {}
 
 
 async def test_code_that_does_not_parse_is_refused_with_its_line(prediction: OnnxPrediction) -> None:

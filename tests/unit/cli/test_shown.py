@@ -1,6 +1,7 @@
 """What people and scripts get to read."""
 
 import json
+from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from puhui.cli import words
 from puhui.cli.attached import ChunkJson
-from puhui.cli.chart import bar, memory_chart
+from puhui.cli.chart import bar, chance, memory_chart
 from puhui.cli.facts import facts_line, number
 from puhui.cli.jobs import job_facts
 from puhui.cli.message_json import json_of
@@ -182,17 +183,52 @@ def test_bars_keep_to_their_width(share: float) -> None:
     assert bar(0) == ""
 
 
-def test_the_chart_marks_the_slice_that_is_chosen() -> None:
+def outlook(profile: str, memory_mib: int, **more: Any) -> prediction_pb2.ProfileOutlook:
+    return prediction_pb2.ProfileOutlook(profile=profile, gpu_model="A100", memory_mib=memory_mib, **more)
+
+
+def charted(prediction: prediction_pb2.Prediction, profiles: list[prediction_pb2.ProfileOutlook]) -> list[str]:
     console = Console(width=80, color_system=None)
-    profiles = {f"{n}g.{n}0gb": 9728.0 * n for n in range(1, 8)}
     with console.capture() as captured:
-        console.print(memory_chart(PREDICTION, profiles, "7g.70gb"))
-    lines = captured.get().splitlines()
-    assert [line.split()[0] for line in lines if line.strip()][:4] == ["p50", "p90", "p99", "needs"]
+        console.print(memory_chart(prediction, profiles))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_the_chart_marks_the_slice_that_is_chosen() -> None:
+    profiles = [outlook(f"{n}g.{n}0gb", 9728 * n, chosen=n == 7) for n in range(1, 8)]
+    lines = charted(PREDICTION, profiles)
+    words = [line.split()[0] for line in lines if line.strip()]
+    assert words[words.index("p50") :][:4] == ["p50", "p90", "p99", "needs"]
     assert next(line for line in lines if "chosen" in line).startswith("7g.70gb")
-    with console.capture() as captured:
-        console.print(memory_chart(prediction_pb2.Prediction(), {}, ""))
-    assert "needs" in captured.get()
+    assert any("needs" in line for line in charted(prediction_pb2.Prediction(), []))
+
+
+def test_the_chart_says_of_each_profile_what_is_known_and_nothing_else() -> None:
+    prediction = prediction_pb2.Prediction(required_mib=9900)
+    prediction.memory.p50_mib, prediction.memory.p90_mib, prediction.memory.p99_mib = 9000, 9900, 11000
+    for category, mib in (("context", 1500), ("activations", 7480), ("data", 20)):
+        prediction.parts.add(category=category, mib=mib)
+    small = outlook("1g.10gb", 9728, reason="too small", chance_of_fit=0.85, slowdown_p50=6.2)
+    large = outlook("2g.20gb", 19968, chosen=True, satisfies=True, chance_of_fit=0.99999, slowdown_p50=3.1)
+    large.duration_p50.FromSeconds(7300)
+    assert charted(prediction, [small, large]) == [
+        "activations  █████████▍                 7.3 GiB",
+        "context      █▉                         1.5 GiB",
+        "",
+        "p50          ███████████▎               8.8 GiB",
+        "p90          ████████████▍              9.7 GiB",
+        "p99          █████████████▊             10.7 GiB",
+        "needs        ████████████▍              9.7 GiB",
+        "",
+        "                                                  fits  slower  takes",
+        "1g.10gb      ████████████▏              9.5 GiB    85%    6.2x         too small",
+        "2g.20gb      █████████████████████████  19.5 GiB  >99%    3.1x   2h1m  ← chosen",
+    ]
+
+
+@pytest.mark.parametrize(("share", "said"), [(0, "0%"), (1e-9, "<1%"), (0.5, "50%"), (0.9999, ">99%"), (1, "100%")])
+def test_a_chance_is_no_certainty(share: float, said: str) -> None:
+    assert chance(share) == said
 
 
 def test_facts_have_units_and_leave_out_what_is_not() -> None:

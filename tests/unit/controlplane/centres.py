@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from controlplane.centre import Centre, Settings
+from controlplane.fleet import Geometry
 from controlplane.idle_policy import CentrePolicy
 from controlplane.observing import ObservedAttempt
 from controlplane.prediction import Code, with_history
+from controlplane.profile_outlook import Pace
 from puhui.rpc.channel import open_channel
 from puhui.rpc.errors import Refusal
 from puhui.v1 import fleet_service_pb2, job_pb2, prediction_pb2
@@ -39,11 +41,14 @@ class FixedPrediction:
     def __init__(self, required_mib: int) -> None:
         self.required_mib = required_mib
 
-    async def of(self, code: Code) -> prediction_pb2.Prediction:
+    async def of(self, code: Code, budget_s: float | None = None) -> prediction_pb2.Prediction:
         return prediction_pb2.Prediction(tier=prediction_pb2.PREDICTION_TIER_STATIC, required_mib=self.required_mib)
 
     async def fingerprint(self, code: Code) -> str:
         return hashlib.sha256(repr((sorted(code.files.items()), list(code.command))).encode()).hexdigest()
+
+    async def paces(self, code: Code, geometries: Sequence[Geometry]) -> dict[tuple[str, str], Pace]:
+        return {}
 
     def with_history(
         self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
