@@ -17,7 +17,7 @@ from controlplane.lasting import Lasting
 from controlplane.records import BundleRecord
 from controlplane.results import sync_folder
 from controlplane.store import Store
-from puhui.rpc.bundle import BundleLimits, check, read_files
+from puhui.rpc.bundle import BundleLimits, Contents, check, read_files
 from puhui.rpc.errors import Refusal
 from puhui.rpc.transfer import UploadPart, receive
 from puhui.v1 import stream_pb2
@@ -26,6 +26,8 @@ __all__ = ["Bundles", "InlineBundle"]
 
 _SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".txt", ".cfg", ".ipynb")
 _MOST_SOURCE_BYTES = 32 * 2**20
+_LARGEST_DIGESTED = 2**20
+"""A larger file is data, of which the size counts."""
 
 
 class InlineBundle:
@@ -164,9 +166,16 @@ class Bundles:
         record = await self.require(bundle_id)
         return stream_pb2.BundleHeader(bundle_id=record.id, size_bytes=record.size_bytes), self.path(bundle_id)
 
-    async def sources(self, path: Path) -> dict[str, bytes]:
-        """Returns the text files of a bundle that say what its code needs, by path."""
-        return await asyncio.to_thread(read_files, path, self.limits, suffixes=_SOURCES, most_bytes=_MOST_SOURCE_BYTES)
+    async def sources(self, path: Path) -> Contents:
+        """Returns the text files of a bundle that say what its code needs, and what tells its other small files."""
+        return await asyncio.to_thread(
+            read_files,
+            path,
+            self.limits,
+            suffixes=_SOURCES,
+            most_bytes=_MOST_SOURCE_BYTES,
+            largest_digested=_LARGEST_DIGESTED,
+        )
 
 
 def _write(handle: int, archive: bytes) -> str:

@@ -59,6 +59,8 @@ class Code:
     """Environment of the command."""
     image: str = ""
     """Container image; "" is the centre's default."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of other files that may say what is done, by path."""
 
 
 class Prediction(Protocol):
@@ -214,7 +216,7 @@ class OnnxPrediction:
 
 
 def _fingerprint(code: Code) -> str:
-    bundle = predictor_onnx.CodeBundle(code.files, code.sizes)
+    bundle = predictor_onnx.CodeBundle(code.files, code.sizes, code.digests)
     return predictor_onnx.fingerprint(bundle, code.command, code.environment, code.image, code.input_bytes)
 
 

@@ -192,9 +192,11 @@ class Submission:
         async with self._code(request) as (bundle, path):
             entrypoint = find_entrypoint(spec.command, bundle.sizes)
             sources = await self._bundles.sources(path)
-            unparsed = await self._parsing.require(entrypoint, bundle.sizes, sources)
+            unparsed = await self._parsing.require(entrypoint, bundle.sizes, sources.files)
             inputs = sum(data.size_bytes for data in spec.inputs)
-            code = Code(sources, bundle.sizes, spec.command, inputs, spec.env, spec.image)
+            code = Code(
+                sources.files, bundle.sizes, spec.command, inputs, spec.env, spec.image, sources.digests
+            )  # fmt: skip
             asked_only = isinstance(request, job_service_pb2.PredictJobRequest)
             prediction, fingerprint, paces = await asyncio.gather(
                 self._prediction.of(code, budget_s),

@@ -1,10 +1,11 @@
 """The same code, asked to do the same: a name by which what earlier runs needed is found again.
 
-What counts: every Python file of the bundle without comments, layout and docstrings; every other text file as it is,
-but for the ends of its lines if it is small; the words of the command; its environment; the size of its data, in powers
-of two; the image.
+What counts: every Python file of the bundle without comments, layout and docstrings (with them, where it reads its
+``__doc__``); every other file up to 1 MiB as it is, but for the ends of its lines if it is a small text; the words of
+the command; its environment; the size of its data, in powers of two; the image.
 
-What does not: prose (``README.md``), paths that are plainly those of outputs (``--output-dir runs/7``), how the
+What does not: prose (``README.md``), paths that are plainly those of outputs (``--output-dir runs/7``; a number is no
+path), how the
 interpreter is called (``python3.11``, ``/usr/bin/python3``, ``-u``) and whether a value follows its option after a
 space or ``=``. The order of options counts: which of them may change places only the program knows.
 
@@ -50,7 +51,7 @@ def fingerprint(
     """Name code and what it is asked to do.
 
     Args:
-        code: the bundle; of files that are in ``sizes_bytes`` only, the size counts as data.
+        code: the bundle; of files that are neither in ``files`` nor in ``digests``, the size counts as data.
         argv: the command line.
         environment: what is set for the command.
         image: digest or name of the container image.
@@ -61,7 +62,9 @@ def fingerprint(
     """
     digest = hashlib.sha256()
     data_bytes = input_bytes + sum(
-        size for path, size in code.sizes_bytes.items() if path not in code.files and not _is_about(path)
+        size
+        for path, size in code.sizes_bytes.items()
+        if path not in code.files and path not in code.digests and not _is_about(path)
     )
     for part in (_VERSION, image, str(data_bytes.bit_length())):
         _add(digest, part)
@@ -75,6 +78,9 @@ def fingerprint(
         if not _is_about(path):
             _add(digest, path)
             _add_file(digest, source, path)
+    for path, content in sorted(code.digests.items()):
+        if not _is_about(path):
+            _add(digest, path, "digest", content)
     return digest.hexdigest()
 
 
@@ -99,6 +105,8 @@ def _add_file(digest: _Digest, source: Source, path: str) -> None:
     if tree is not None:
         # No token holds the end of a line: texts are written with escapes.
         _add(digest, "python", "\n".join(_tokens(tree)))
+        if _reads_its_docstring(tree):
+            _add(digest, ast.get_docstring(tree, clean=False) or "")
         return
     content = source.bundle.files[path]
     content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
@@ -135,6 +143,15 @@ def _tokens(tree: ast.Module) -> Iterator[str]:
             yield f"{type(item).__name__} {hex(item) if type(item) is int else repr(item)}"
 
 
+def _reads_its_docstring(tree: ast.Module) -> bool:
+    """Whether the module's docstring is more than prose: programs take their options out of it."""
+    return any(
+        (isinstance(node, ast.Name) and node.id == "__doc__")
+        or (isinstance(node, ast.Attribute) and node.attr == "__doc__")
+        for node in ast.walk(tree)
+    )
+
+
 class _End:
     """Where a node ends."""
 
@@ -162,6 +179,14 @@ def _is_prose(statement: ast.stmt) -> bool:
     )
 
 
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def _words(argv: Sequence[str]) -> list[str]:
     """Returns the words of a command that say what is done."""
     if not argv:
@@ -175,7 +200,7 @@ def _words(argv: Sequence[str]) -> list[str]:
     while words:
         word = words.pop(0)
         is_switch = not words or words[0].startswith("-")
-        if word.lower().replace("_", "-") in _OUTPUTS and not is_switch:
+        if word.lower().replace("_", "-") in _OUTPUTS and not is_switch and not _is_number(words[0]):
             del words[0]
         else:
             kept.append(clean_path(word))

@@ -30,10 +30,12 @@ class CodeBundle:
     Attributes:
         files: source text (or bytes) by path relative to the bundle's root.
         sizes_bytes: size of every file of the bundle, data files included.
+        digests: of the content of files that are not in ``files``, where it is known.
     """
 
     files: Mapping[str, str | bytes]
     sizes_bytes: Mapping[str, int] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:

@@ -8,11 +8,13 @@ inside it. Whoever receives one checks it before keeping it: every entry and eve
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
@@ -32,6 +34,7 @@ __all__ = [
     "SKIPPED_FOLDERS",
     "BundleContents",
     "BundleLimits",
+    "Contents",
     "check",
     "pack",
     "pack_files",
@@ -208,25 +211,48 @@ def _disowned(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield entry
 
 
-def read_files(archive: Path, limits: BundleLimits, *, suffixes: tuple[str, ...], most_bytes: int) -> dict[str, bytes]:
-    """Returns the content of regular files whose names end in one of `suffixes`, by normalized path.
+@dataclass(frozen=True)
+class Contents:
+    """What is in the regular files of a bundle, by normalized path."""
 
-    A file that is larger than what is left of `most_bytes` is left out.
+    files: dict[str, bytes]
+    """Content of those that were read."""
+    digests: dict[str, str]
+    """SHA-256, in hex, of small ones that were not."""
+
+
+def read_files(
+    archive: Path, limits: BundleLimits, *, suffixes: tuple[str, ...], most_bytes: int, largest_digested: int = 0
+) -> Contents:
+    """Returns the content of regular files whose names end in one of `suffixes`, and digests of others.
+
+    Args:
+        archive: the bundle.
+        limits: what a bundle may be.
+        suffixes: how the names of files end that are read.
+        most_bytes: of content; a file that is larger than what is left of it is not read.
+        largest_digested: bytes of the largest file that has a digest where it is not read.
 
     Raises:
         Refusal: as `check` does.
     """
     check(archive, limits)
-    found: dict[str, bytes] = {}
+    found = Contents({}, {})
     left = most_bytes
     with _readable(), tarfile.open(archive, "r:gz", errorlevel=2) as tar:
         for entry in tar:
-            if not entry.isreg() or not entry.name.endswith(suffixes) or entry.size > left:
+            wanted = entry.name.endswith(suffixes) and entry.size <= left
+            if not entry.isreg() or not (wanted or entry.size <= largest_digested):
                 continue
             file = tar.extractfile(entry)
-            if file is not None:
-                found[normalized(entry.name)] = file.read()
+            if file is None:
+                continue
+            content = file.read()
+            if wanted:
+                found.files[normalized(entry.name)] = content
                 left -= entry.size
+            else:
+                found.digests[normalized(entry.name)] = hashlib.sha256(content).hexdigest()
     return found
 
 

@@ -110,6 +110,7 @@ def test_how_it_is_called_and_where_it_writes_changes_nothing(one: str, other: s
         ("python3 train.py --output-dir --amp", "python3 train.py --amp"),
         ("python3 train.py --data a", "python3 train.py --data b"),
         ("python3 train.py ab c", "python3 train.py a bc"),
+        ("python3 train.py --output 10", "python3 train.py --output 50000"),
         ("python3 train.py", ""),
     ],
 )
@@ -138,6 +139,23 @@ def test_data_in_the_bundle_counts_by_its_size() -> None:
 
     assert with_data(1000) == with_data(1001) != with_data(5000)
     assert with_data(5000, "guide.md") == SAME
+
+
+def test_other_small_files_count_by_their_content() -> None:
+    def with_file(digest: str, name: str = "train.gin") -> str:
+        code = CodeBundle({"train.py": TRAIN}, {"train.py": len(TRAIN), name: 20}, {name: digest})
+        return fingerprint(code, ["python3", "train.py"], {}, "sha256:1")
+
+    assert with_file("1") == with_file("1") != with_file("2")
+    assert with_file("1") != with_file("1", "Makefile")
+    assert with_file("1", "guide.md") == with_file("2", "guide.md") == SAME
+
+
+def test_a_docstring_that_the_program_reads_counts() -> None:
+    program = '"""Usage: train.py [--batch=N]  [default: {}]"""\nimport docopt\ndocopt.docopt(__doc__)\n'
+    assert of(program.format(64)) != of(program.format(512))
+    silent = program.replace("__doc__", "USAGE")
+    assert of(silent.format(64)) == of(silent.format(512))
 
 
 def test_code_that_does_not_parse_still_has_a_name() -> None:

@@ -1,6 +1,7 @@
 """A bundle is refused before it can do harm, and otherwise comes out as it went in."""
 
 import gzip
+import hashlib
 import io
 import os
 import socket
@@ -14,7 +15,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from puhui.rpc.bundle import SKIPPED_FOLDERS, BundleLimits, check, pack, pack_files, read_files, survey, unpack
+from puhui.rpc.bundle import (
+    SKIPPED_FOLDERS,
+    BundleLimits,
+    Contents,
+    check,
+    pack,
+    pack_files,
+    read_files,
+    survey,
+    unpack,
+)
 from puhui.rpc.errors import Refusal
 from tests.unit.rpc.archives import archive, entry, files
 
@@ -182,8 +193,10 @@ def test_harmless_oddities_are_taken(tmp_path: Path) -> None:
     contents = unpack(path, target, SMALL)
     assert contents.sizes == {"a/训练.py": 1}
     assert (target / "a/link").read_text() == "x"
-    assert read_files(path, SMALL, suffixes=(".py",), most_bytes=10) == {"a/训练.py": b"x"}
-    assert read_files(path, SMALL, suffixes=(".py",), most_bytes=0) == {}
+    assert read_files(path, SMALL, suffixes=(".py",), most_bytes=10) == Contents({"a/训练.py": b"x"}, {})
+    assert read_files(path, SMALL, suffixes=(".py",), most_bytes=0) == Contents({}, {})
+    digested = read_files(path, SMALL, suffixes=(".py",), most_bytes=0, largest_digested=1)
+    assert digested.digests["a/训练.py"] == hashlib.sha256(b"x").hexdigest()
 
 
 def test_unpacked_files_have_plain_modes_and_our_owner(tmp_path: Path) -> None:
@@ -307,7 +320,7 @@ def test_whatever_is_packed_comes_out_the_same(
         path.relative_to(target).as_posix(): path.read_bytes() for path in target.rglob("*") if path.is_file()
     } == tree
     assert contents.sizes == {name: len(content) for name, content in tree.items()}
-    assert read_files(folder / "archive", limits, suffixes=("",), most_bytes=10**6) == tree
+    assert read_files(folder / "archive", limits, suffixes=("",), most_bytes=10**6).files == tree
     (folder / "inline").write_bytes(pack_files(tree))
     assert check(folder / "inline", limits) == contents
 
