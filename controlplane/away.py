@@ -13,6 +13,7 @@ from dataclasses import replace
 from controlplane import happenings as h
 from controlplane.draft import MOST_SHARES, Draft, IllegalTransition, since_ms
 from controlplane.endings import Ending, cancelled
+from controlplane.growing import credible_mib
 from puhui.rpc.moment import moment, timestamp
 from puhui.rpc.plain_text import plain_text
 from puhui.v1 import job_pb2
@@ -67,7 +68,6 @@ _MOST_TEXT = 1000
 _REASON_LENGTH = 64
 _MOST_NAME = 128
 _MOST_RUN_BYTES = 8192
-_MOST_MIB = 2**24
 _RUN_ID = re.compile(r"r-[a-z0-9]{12}")
 
 
@@ -247,7 +247,7 @@ def _take_over(draft: Draft, job: job_pb2.Job) -> None:
         attempt.release_time.CopyFrom(there.release_time)
     if there.HasField("exit_code"):
         attempt.exit_code = there.exit_code
-    if there.HasField("peak_memory_mib") and there.peak_memory_mib <= _MOST_MIB:
+    if there.HasField("peak_memory_mib") and credible_mib(attempt.profile, there.peak_memory_mib):
         attempt.peak_memory_mib = there.peak_memory_mib
     del attempt.shares[:]
     attempt.shares.extend(one for one in there.shares[-MOST_SHARES:] if one.ByteSize() <= _MOST_TEXT)

@@ -44,9 +44,19 @@ _REFUSED = re.compile(
         )
     )
 )
-# The last line of a traceback; a worker of torchrun may write its rank before it.
-_RAISED = re.compile(r"(?:\[\w+\]:\s*)?(?P<name>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Exhausted))(?::|$)")
+_RANK = r"(?:\[(?P<rank>\w+)\]:\s?)?"
+# A worker of torchrun may write its rank before each line.
+_TRACEBACK = re.compile(_RANK + r"\s*(?:\+ Exception Group )?Traceback \(most recent call last\)")
+_RAISED = re.compile(_RANK + r"(?P<name>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Exhausted))(?::|$)")
+_LAST_OF_TRACEBACK = re.compile(_RANK + r"(?P<name>[A-Za-z_][\w.]*)(?::|$)")
+_IGNORED = re.compile(_RANK + r"Exception ignored in")
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
+# What ends a program without an exception of Python.
+_NATIVE_END = re.compile(
+    r"Segmentation fault|terminate called after|Fatal Python error|Bus error|Killed\b|Aborted\b|[\w./-]+: error: "
+)
+# PyTorch's own words, which programs print when they have caught it.
+_SAID = re.compile(r"(?:CUDA|HIP) out of memory\. Tried to allocate")
 # What starts a process raises these when that process has failed.
 _OF_LAUNCHERS = frozenset(
     {"ChildFailedError", "CalledProcessError", "ProcessRaisedException", "ProcessExitedException", "SystemExit"}
@@ -64,10 +74,45 @@ def ran_out(tail: bytes) -> bool:
     refused = max((number for number, line in enumerate(lines) if _REFUSED.search(line)), default=None)
     if refused is None:
         return False
-    chained = False
-    for line in lines[refused + 1 :]:
-        chained = chained or line.startswith(_CHAINED)
-        raised = _RAISED.match(line)
-        if raised is not None and not chained and raised["name"].rpartition(".")[2] not in _OF_LAUNCHERS:
-            return False
-    return True
+    after = [line for line in lines[refused + 1 :] if line.strip()]
+    raised = _RAISED.match(lines[refused])
+    if raised is None and _SAID.search(lines[refused]) and after and not _TRACEBACK.match(after[0]):
+        return False  # it was caught and told of, and the program went on
+    return not _died_of_something_else(after, raised["rank"] if raised is not None else None)
+
+
+def _died_of_something_else(lines: list[str], rank: str | None) -> bool:
+    """Returns whether what follows a refusal tells of another cause of death.
+
+    Args:
+        lines: that are not empty, after the refusal.
+        rank: of the worker that was refused; the others fail because of it.
+    """
+    chained = ignored = in_traceback = False
+    for line in lines:
+        if line.startswith(_CHAINED):
+            chained = True
+        elif _IGNORED.match(line):
+            ignored = True
+        elif _TRACEBACK.match(line):
+            in_traceback = True
+        elif in_traceback and _rest(line)[:1].isspace():
+            continue  # a frame
+        else:
+            raised = (_LAST_OF_TRACEBACK if in_traceback else _RAISED).match(line)
+            if raised is not None:
+                of_another = rank is not None and raised["rank"] not in (None, rank)
+                of_a_launcher = raised["name"].rpartition(".")[2] in _OF_LAUNCHERS
+                if not (chained or ignored or of_another or of_a_launcher):
+                    return True
+                ignored = False
+            elif _NATIVE_END.search(line) and not chained:
+                return True
+            in_traceback = False
+    return False
+
+
+def _rest(line: str) -> str:
+    """Returns a line without the rank before it."""
+    found = re.match(_RANK, line)
+    return line[found.end() :] if found is not None else line

@@ -16,10 +16,12 @@ from controlplane.sizing import EQUAL_MEMORY, largest, size_outgrown
 from puhui.v1 import job_pb2, prediction_pb2
 from puhui.v1.job_pb2 import JOB_STATE_FAILED
 
-__all__ = ["Outgrown", "next_size", "nominal_mib", "outgrown"]
+__all__ = ["Outgrown", "credible_mib", "next_size", "nominal_mib", "outgrown"]
 
 _PROFILE = re.compile(r"\d+g\.(\d{1,5})gb")
 _MIB_PER_GB = 1024
+_LARGEST_CARD_MIB = 512 * 1024
+"""More than any card has."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,12 @@ def nominal_mib(profile: str) -> int:
     """Returns the memory that a profile's name tells of, in MiB; 0 when it tells of none."""
     size = _PROFILE.match(profile)
     return int(size[1]) * _MIB_PER_GB if size is not None else 0
+
+
+def credible_mib(profile: str, told_mib: int) -> bool:
+    """Says whether a peer's word about memory on one of its slices can be true: none has more than its name says."""
+    most = min(nominal_mib(profile) or _LARGEST_CARD_MIB, _LARGEST_CARD_MIB)
+    return 0 < told_mib <= most * EQUAL_MEMORY
 
 
 def _at_peers(required_mib: int, elsewhere: Collection[str]) -> str:

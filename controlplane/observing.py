@@ -55,6 +55,8 @@ def observe(
     if not fingerprint or not job.attempts:
         return None
     attempt = job.attempts[-1]
+    if any(run.attempt == attempt.number for run in job.runs):
+        return None  # what other commands in its container used is not told apart
     if not attempt.HasField("start_time") or not attempt.HasField("end_time"):
         return None
     peak_mib = attempt.peak_memory_mib if attempt.HasField("peak_memory_mib") else None

@@ -13,7 +13,7 @@ from controlplane.away import ending_there
 from controlplane.draft import IllegalTransition
 from controlplane.endings import Ending
 from controlplane.forwards import ForwardStage
-from controlplane.growing import Outgrown, nominal_mib
+from controlplane.growing import Outgrown, credible_mib, nominal_mib
 from controlplane.happenings import Happening
 from controlplane.jobs import FINAL_STATES
 from controlplane.node_asker import Fenced
@@ -31,7 +31,6 @@ __all__ = ["PeerEnd"]
 _log = structlog.get_logger(__name__)
 
 _MOST_REFUSALS = 4
-_MOST_MIB = 2**24
 _OFTEN = 6
 _RARELY_S = 300.0
 _FOR_CERTAIN = frozenset({"ARTIFACTS_DIGEST", "GUEST_NOT_FOUND", "PEER_ANSWER_INVALID", "RESULTS_LOST", "WORK_ENDED"})
@@ -142,7 +141,7 @@ class PeerEnd:
             return None
         profile = record.attempt.profile
         told = [one.memory_mib for one in there.sizing.choices if one.profile == profile]
-        slice_mib = next((mib for mib in told if 0 < mib < _MOST_MIB), 0) or nominal_mib(profile)
+        slice_mib = next((mib for mib in told if credible_mib(profile, mib)), 0) or nominal_mib(profile)
         # What it had is at least what was asked for.
         slice_mib = slice_mib or record.job.sizing.required_mib
         return await self._outgrown(record, log_bytes, slice_mib)

@@ -19,7 +19,8 @@ Student's t with ``c + n`` degrees of freedom is than the normal one's, because 
 Another run that agrees with the earlier ones never widens the answer; one that does not agree may.
 
 A run that ran out of memory, or ended before its time, tells a lower bound and no value: the answer is raised as a
-whole until its median is not below any of them.
+whole until its median is not below any of them. A bound below which two runs came to their end is outvoted: it may have
+been of something else, and counts like one more run that peaked there.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ _JUDGED_RUNS: Final = 3.0
 _SUREST: Final = 0.01
 #: p99 is at most so many times as far from the median as p90; of a normal distribution, 1.8 times.
 _LONGEST_TAIL: Final = 4.0
+#: Runs that came to their end below a bound and outvote it.
+_OUTVOTE: Final = 2
 #: A prediction below this has no median whose logarithm means anything.
 _LEAST_MIB: Final = 1.0
 
@@ -79,9 +82,11 @@ def blended(prediction: Prediction, observations: Sequence[Observation]) -> Pred
     """
     quantiles = (prediction.p50_mib, prediction.p90_mib, prediction.p99_mib)
     peaks = [one.peak_mib for one in observations if one.peak_mib is not None and one.peak_mib >= _LEAST_MIB]
+    bounds = [one.at_least_mib for one in observations if one.at_least_mib is not None]
+    outvoted = [bound for bound in bounds if sum(peak < bound for peak in peaks) >= _OUTVOTE]
     if peaks:
-        quantiles = _towards(quantiles, [math.log(peak) for peak in peaks])
-    floor = max((one.at_least_mib for one in observations if one.at_least_mib is not None), default=0.0)
+        quantiles = _towards(quantiles, [math.log(mib) for mib in (*peaks, *outvoted)])
+    floor = max((bound for bound in bounds if bound not in outvoted), default=0.0)
     quantiles = _raised(quantiles, floor)
     if not peaks and floor <= prediction.p50_mib:
         return prediction

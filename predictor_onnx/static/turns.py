@@ -17,15 +17,24 @@ if TYPE_CHECKING:
 #: Calls that pass their first argument's items on, one by one.
 _PASSES_ON: Final = frozenset(["enumerate", "tqdm", "track", "progress_bar"])
 _RANGES: Final = frozenset(["range", "trange"])
+_EXITS: Final = frozenset(["exit", "_exit", "quit", "abort"])
 #: No program turns that often; such a loop is left in a way that is not read.
 _ABSURD: Final = 10**9
 
 
 def turns(ev: Statements, node: ast.For | ast.AsyncFor, scope: Scope) -> int | None:
     """Turns of a ``for`` loop; None where the code does not say, or may leave or skip."""
-    if any(isinstance(inner, (ast.Break, ast.Continue, ast.Return)) for one in node.body for inner in ast.walk(one)):
+    if any(_leaves(inner) for one in node.body for inner in ast.walk(one)):
         return None
     return _length(ev, node.iter, scope)
+
+
+def _leaves(node: ast.AST) -> bool:
+    """Whether this may leave a loop early, or skip the rest of a turn."""
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return name in _EXITS
+    return isinstance(node, (ast.Break, ast.Continue, ast.Return, ast.Raise))
 
 
 def _length(ev: Statements, node: ast.expr, scope: Scope) -> int | None:

@@ -63,6 +63,49 @@ def test_a_command_that_got_over_it_and_died_of_something_else_did_not_run_out()
     assert not ran_out((TORCH + "FileNotFoundError: [Errno 2] No such file or directory: 'x'\n").encode())
 
 
+TOLD = "batch 64: CUDA out of memory. Tried to allocate 2.00 GiB; trying 32\nepoch 1\n"
+ELSEWHERE = 'Traceback (most recent call last):\n  File "t.py", line 3, in <module>\n    x()\n'
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        ELSEWHERE + "trainer.Diverged: loss is nan\n",
+        ELSEWHERE + "StopIteration\n",
+        "Segmentation fault (core dumped)\n",
+        "terminate called after throwing an instance of 'std::bad_alloc'\n",
+        "accuracy 0.31 is below the target 0.9\n",
+        "train.py: error: no checkpoint\n",
+    ],
+)
+def test_a_command_that_told_of_it_and_went_on_did_not_run_out(end: str) -> None:
+    assert not ran_out((TOLD + end).encode())
+
+
+@pytest.mark.parametrize(
+    "end", [ELSEWHERE + "trainer.Diverged: loss is nan\n", "Segmentation fault (core dumped)\n", "Killed\n"]
+)
+def test_nor_did_one_that_printed_the_whole_traceback(end: str) -> None:
+    assert not ran_out((TORCH + "trying 32\n" + end).encode())
+
+
+def test_what_is_ignored_on_the_way_out_hides_nothing() -> None:
+    ignored = "Exception ignored in: <function Loader.__del__ at 0x7f>\n" + ELSEWHERE + "AttributeError: no workers\n"
+    assert ran_out((TORCH + ignored).encode())
+    assert not ran_out((TORCH + ignored + ELSEWHERE + "KeyError: 1\n").encode())
+
+
+def test_ranks_that_fail_because_another_ran_out_hide_nothing() -> None:
+    first = "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    second = '[rank1]: Traceback (most recent call last):\n[rank1]:   File "t.py"\n[rank1]: torch.distributed.'
+    assert ran_out((first + second + "DistBackendError: NCCL error: remote process exited\n").encode())
+    assert not ran_out((first + second.replace("rank1", "rank0") + "DistBackendError: NCCL error\n").encode())
+
+
+def test_one_who_catches_it_and_tells_it_last_ran_out() -> None:
+    assert ran_out(b"epoch 1\nfailed: CUDA out of memory. Tried to allocate 2.00 GiB\n")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.growing import outgrown
+from controlplane.growing import credible_mib, outgrown
 from puhui.v1 import job_pb2
 from puhui.v1.job_pb2 import (
     JOB_STATE_CANCELLED,
@@ -265,3 +265,19 @@ def test_every_step_is_larger_so_each_size_is_tried_once(memory: int) -> None:
     sizing = outgrown(ran_on(), memory, [GEOMETRY]).sizing
     assert (sizing is None) == (memory == 81152)
     assert sizing is None or min(choice.memory_mib for choice in sizing.choices) > memory
+
+
+@pytest.mark.parametrize(
+    ("profile", "told_mib", "credible"),
+    [
+        ("1g.10gb", 9728, True),
+        ("1g.10gb", 2**24, False),
+        ("1g.10gb", 11_000, False),
+        ("", 80_000, True),
+        ("", 2**24, False),
+        ("7g.99999gb", 2**24, False),
+        ("1g.10gb", 0, False),
+    ],
+)
+def test_a_peer_is_believed_what_a_slice_can_have(profile: str, told_mib: int, credible: bool) -> None:
+    assert credible_mib(profile, told_mib) is credible
