@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_map
 from predictor_onnx.trace.fused_attention import fused_attention
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-               enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+              dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+              enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+    """``scaled_dot_product_attention``, fused."""
     if query.dim() < 3:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     if enable_gqa and key.shape[-3] != query.shape[-3]:
@@ -30,7 +31,8 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn
     return out
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+    """``dropout``, which keeps a mask of bytes."""
     if not training or p == 0.0:
         return input
     out: torch.Tensor = torch.native_dropout(input, p, True)[0]
@@ -38,12 +40,12 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 def _dropout_by_train(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002
-    return _dropout(input, p, train)
+    return dropout(input, p, train)
 
 
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    functional.scaled_dot_product_attention: _attention,
-    functional.dropout: _dropout,
+    functional.scaled_dot_product_attention: attention,
+    functional.dropout: dropout,
     torch.dropout: _dropout_by_train,
 }
 
