@@ -1,7 +1,7 @@
 """A card that is not there: a recorder that counts what would be on it, and leaves the host's tensors alone.
 
 Tensors of the card are tensors without data that say they are on ``cuda:0``, and CPU tensors to torch: the backward
-pass of real CUDA ones needs a device. Which ones are on the card is told by their storage. Small tensors of the host hold
+pass of real CUDA ones needs a device. Which ones are on the card is told by their storage. Small ones of the host hold
 real numbers, so that what the program computes of them (widths, indices, permutations) is right.
 """
 
@@ -74,11 +74,18 @@ class CardRecorder(Recorder):
             if func is not _DEVICE_OF or self.holds(args[0]):
                 self._done(func, args, kwargs, told, [])
             return told
+        if torch.is_inference_mode_enabled() and (parts := self._in_parts(func, args, kwargs)) is not NotImplemented:
+            return parts
         self.computing += 1
         try:
             return self._computed(func, args, dict(kwargs or {}))
         finally:
             self.computing -= 1
+
+    def _in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An op as those that it is made of: without autograd torch shows the whole, which has no cost of its own."""
+        with self:
+            return func.decompose(*args, **(kwargs or {}))
 
     def _computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

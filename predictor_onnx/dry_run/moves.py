@@ -49,6 +49,9 @@ class Moves(TorchFunctionMode):
         instead = self._instead.get(func)
         if instead is not None and args and isinstance(args[0], torch.Tensor):
             return instead(*args, **kwargs)
+        if func in (torch._C._nn._parse_to, torch.device) and args and type(args[0]) is int:
+            # A bare number is a card, and torch knows of none.
+            return func(CARD, *args[1:], **kwargs) if func is torch._C._nn._parse_to else CARD
         asked = kwargs.get("device")
         if asked is not None and is_card(asked):
             with self._card.forcing():
