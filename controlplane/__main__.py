@@ -12,6 +12,7 @@ import typer
 
 from controlplane.centre import Centre, Settings
 from controlplane.idle_policy import SHORTEST_IDLE_AFTER_S, CentrePolicy, TenantPolicy, TenantsFileError, read_tenants
+from controlplane.prediction import COSTS, Costs, Tracing
 from puhui.rpc.logs import configure_logs
 from puhui.rpc.notify import notify_ready, notify_stopping
 from puhui.rpc.quantities import parse_duration, parse_percent, parse_size, to_mib
@@ -60,6 +61,22 @@ def serve(
             envvar=_variable("PREDICTION_BUDGET"), min=0.01, help="Seconds that a submission waits for its prediction."
         ),
     ] = 2.0,
+    tracing: Annotated[
+        Tracing,
+        typer.Option(
+            envvar=_variable("TRACING"),
+            help="When the process begins that traces networks that have a name; it needs the extra `trace`.",
+        ),
+    ] = Tracing.WHEN_NEEDED,
+    oom_cost: Annotated[
+        float,
+        typer.Option(
+            envvar=_variable("OOM_COST"),
+            min=0.01,
+            max=1e6,
+            help="What a slice that is too small costs, where one a size too large costs 1.",
+        ),
+    ] = COSTS.out_of_memory,
     patience: Annotated[
         float,
         typer.Option(
@@ -175,6 +192,8 @@ def serve(
         centre=centre,
         join_token_file=join_token_file or state / "join-token",
         prediction_budget_s=prediction_budget,
+        tracing=tracing,
+        costs=Costs(out_of_memory=oom_cost),
         patience_s=patience,
         release_patience_s=release_patience,
         idle=policy,

@@ -27,7 +27,7 @@ from controlplane.log_reader import LogReader
 from controlplane.node_client import GrpcNodeClient, NodeClient
 from controlplane.nodes import Nodes
 from controlplane.pages import Pages
-from controlplane.prediction import OnnxPrediction, Prediction
+from controlplane.prediction import COSTS, Costs, OnnxPrediction, Prediction, Tracing
 from controlplane.records import JobRecord
 from controlplane.reservations import Reservations
 from controlplane.results import Results
@@ -66,6 +66,9 @@ class Settings:
     join_token_file: Path
     """Holds the secret by which nodes join; made if it is not there."""
     prediction_budget_s: float = 2.0
+    tracing: Tracing = Tracing.WHEN_NEEDED
+    costs: Costs = COSTS
+    """Of a slice that is too small, and of one that is larger than it had to be."""
     """A submission waits for its prediction at most this long."""
     patience_s: float = 60.0
     """A waiting job lets itself be overtaken for this long."""
@@ -122,7 +125,9 @@ class Centre:
         centre._lock = _locked(settings.state / "lock")
         centre._feed = feed = Feed()
         centre._store = store = await SqliteStore.open(settings.state / "puhui.db", feed)
-        centre._prediction = prediction or OnnxPrediction(settings.prediction_budget_s)
+        centre._prediction = prediction or OnnxPrediction(
+            settings.prediction_budget_s, settings.tracing, settings.costs
+        )
         bundles = Bundles(settings.state / "bundles", store, centre._lasting)
         results = Results(settings.state / "results")
         reservations = Reservations(lambda: centre._shares_changed())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,16 +20,23 @@ from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration
 from puhui.v1 import prediction_pb2
 from puhui.v1.prediction_pb2 import (
+    PREDICTION_TIER_DRY_RUN,
     PREDICTION_TIER_NO_ACCELERATOR,
     PREDICTION_TIER_STATIC,
+    PREDICTION_TIER_TRACE,
     PREDICTION_TIER_UNKNOWN,
 )
 
-__all__ = ["Code", "OnnxPrediction", "Prediction", "with_history"]
+__all__ = ["COSTS", "Code", "Costs", "OnnxPrediction", "Prediction", "Tracing", "with_history"]
+
+Costs = predictor_onnx.Costs
+COSTS = predictor_onnx.COSTS
 
 _log = structlog.get_logger(__name__)
 
 _TIERS = {
+    predictor_onnx.Tier.DRY_RUN: PREDICTION_TIER_DRY_RUN,
+    predictor_onnx.Tier.TRACED: PREDICTION_TIER_TRACE,
     predictor_onnx.Tier.STATIC_NAMED: PREDICTION_TIER_STATIC,
     predictor_onnx.Tier.STATIC_LAYERS: PREDICTION_TIER_STATIC,
     predictor_onnx.Tier.UNKNOWN: PREDICTION_TIER_UNKNOWN,
@@ -66,16 +74,51 @@ class Prediction(Protocol):
     async def fingerprint(self, code: Code) -> str:
         """Returns what tells this code, and what it is asked to do, from other; "" when none can be made."""
 
+    def with_history(
+        self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    ) -> prediction_pb2.Prediction:
+        """Returns a prediction, blended with what earlier attempts of the same code showed."""
+
     async def close(self) -> None:
         """Ends its threads."""
+
+
+class Tracing(enum.Enum):
+    """When the process begins that traces networks; it takes some seconds and half a GiB."""
+
+    AT_START = "at-start"
+    WHEN_NEEDED = "when-needed"
+    OFF = "off"
+
+
+#: Of the time that there is, what is kept for the answer itself.
+_ANSWER_S = 0.1
 
 
 class OnnxPrediction:
     """The trained predictor, in three threads, so that one piece of odd code does not hold up the others."""
 
-    def __init__(self, budget_s: float) -> None:
+    def __init__(
+        self,
+        budget_s: float,
+        tracing: Tracing = Tracing.WHEN_NEEDED,
+        costs: Costs = COSTS,
+    ) -> None:
+        """Loads the models.
+
+        Args:
+            budget_s: how long an answer may take, in seconds.
+            tracing: whether networks are traced, if torch is installed.
+            costs: of slices that are too small or too large.
+        """
         self._budget_s = budget_s
-        self._predictor = predictor_onnx.Predictor()
+        self._costs = costs
+        self._steps: predictor_onnx.TracedSteps | None = None
+        if tracing is not Tracing.OFF and predictor_onnx.can_trace():
+            self._steps = predictor_onnx.TracedSteps(predictor_onnx.Tracer())
+            if tracing is Tracing.AT_START:
+                self._steps.begin()
+        self._predictor = predictor_onnx.Predictor(steps=self._steps)
         self._threads = ThreadPoolExecutor(3, thread_name_prefix="predictor")
         # What is said of code that nothing is known of is the answer when time runs out.
         self._unknown = self._predictor.predict(predictor_onnx.CodeBundle({}), predictor_onnx.Request(()))
@@ -83,11 +126,15 @@ class OnnxPrediction:
     async def close(self) -> None:
         """Ends its threads; what they are busy with is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._steps is not None:
+            await asyncio.to_thread(self._steps.close)
 
     async def of(self, code: Code) -> prediction_pb2.Prediction:
         """Returns what the code needs."""
         started = time.monotonic()
-        asked = asyncio.get_running_loop().run_in_executor(self._threads, self._predict, code)
+        asked = asyncio.get_running_loop().run_in_executor(
+            self._threads, self._predict, code, started + self._budget_s - _ANSWER_S
+        )
         try:
             answer = await asyncio.wait_for(asked, self._budget_s)
         except predictor_onnx.CodeDoesNotParseError as error:
@@ -107,7 +154,7 @@ class OnnxPrediction:
             note = f"the predictor failed on this code ({type(error).__name__}); "
         else:
             note = ""
-        message = _message(answer, note)
+        message = _message(answer, note, self._costs)
         message.elapsed.CopyFrom(duration(time.monotonic() - started))
         return message
 
@@ -122,10 +169,17 @@ class OnnxPrediction:
             _log.error("the fingerprint failed unforeseen", exc_info=error)
         return ""
 
-    def _predict(self, code: Code) -> predictor_onnx.Prediction:
+    def with_history(
+        self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    ) -> prediction_pb2.Prediction:
+        """Returns a prediction, blended with what earlier attempts of the same code showed."""
+        return with_history(prediction, observed, self._costs)
+
+    def _predict(self, code: Code, deadline: float) -> predictor_onnx.Prediction:
         return self._predictor.predict(
             predictor_onnx.CodeBundle(code.files, code.sizes),
             predictor_onnx.Request(tuple(code.command), code.input_bytes),
+            trace_s=deadline - time.monotonic(),
         )
 
 
@@ -135,7 +189,9 @@ def _fingerprint(code: Code) -> str:
 
 
 def with_history(
-    prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    prediction: prediction_pb2.Prediction,
+    observed: Sequence[ObservedAttempt],
+    costs: Costs = COSTS,
 ) -> prediction_pb2.Prediction:
     """Returns a prediction, blended with what earlier attempts of the same code showed."""
     if not observed:
@@ -161,7 +217,7 @@ def with_history(
     blended.CopyFrom(prediction)
     blended.memory.p50_mib, blended.memory.p90_mib = answer.p50_mib, answer.p90_mib
     blended.memory.p99_mib = answer.p99_mib
-    blended.required_mib = math.ceil(predictor_onnx.required_mib(answer))
+    blended.required_mib = math.ceil(predictor_onnx.required_mib(answer, costs))
     blended.reason = answer.reason
     blended.facts.add(name="earlier_runs", value=str(len(observed)))
     del blended.parts[:]
@@ -171,11 +227,11 @@ def with_history(
     return blended
 
 
-def _message(answer: predictor_onnx.Prediction, note: str) -> prediction_pb2.Prediction:
+def _message(answer: predictor_onnx.Prediction, note: str, costs: Costs) -> prediction_pb2.Prediction:
     return prediction_pb2.Prediction(
         tier=_TIERS[answer.tier],
         memory=prediction_pb2.MemoryQuantiles(p50_mib=answer.p50_mib, p90_mib=answer.p90_mib, p99_mib=answer.p99_mib),
-        required_mib=math.ceil(predictor_onnx.required_mib(answer)),
+        required_mib=math.ceil(predictor_onnx.required_mib(answer, costs)),
         parts=[prediction_pb2.MemoryPart(category=category, mib=mib) for category, mib in answer.breakdown_mib.items()],
         facts=[
             prediction_pb2.CodeFact(name=name, value=str(value))

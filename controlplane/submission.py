@@ -19,7 +19,7 @@ from controlplane.jobs import transition
 from controlplane.lasting import Lasting
 from controlplane.nodes import Nodes
 from controlplane.parsing import Parsing
-from controlplane.prediction import Code, Prediction, with_history
+from controlplane.prediction import Code, Prediction
 from controlplane.records import BundleRecord, JobRecord, Request
 from controlplane.sizing import size, size_of_session
 from controlplane.spec import require_known_peers, require_offered, require_valid
@@ -175,7 +175,8 @@ class Submission:
                 self._prediction.of(code), self._prediction.fingerprint(code)
             )
             if fingerprint:
-                prediction = with_history(prediction, await self._store.observations(spec.tenant, fingerprint))
+                observed = await self._store.observations(spec.tenant, fingerprint)
+                prediction = self._prediction.with_history(prediction, observed)
             prediction.reason = unparsed + prediction.reason
             sizing = size(spec.resources, prediction, geometries)
             yield Need(bundle, path, prediction, sizing, policy, spec, fingerprint)

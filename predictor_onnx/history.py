@@ -13,8 +13,10 @@ Data Analysis*, 3rd edition, 2.5 and 3.3, with the variance plugged in)::
 
 ``V`` is the variance that the model's p90 implies. A model that missed by more than it claimed is believed as little
 as it missed (the second part of ``t²``: an empirical Bayes estimate of how far off it is). p90 and p99 keep their
-distances from the median in the model's own proportion, both times ``sd / √V``. Another run that agrees with the
-earlier ones therefore never widens the answer; one that does not agree may.
+distances from the median in the model's own proportion, both times ``sd / √V``, and longer by as much as p90 of
+Student's t with ``c + n`` degrees of freedom is than the normal one's, because ``s²`` is known from so few (the same,
+3.3).
+Another run that agrees with the earlier ones never widens the answer; one that does not agree may.
 
 A run that ran out of memory, or ended before its time, tells a lower bound and no value: the answer is raised as a
 whole until its median is not below any of them.
@@ -127,7 +129,14 @@ def _towards(quantiles: tuple[float, float, float], logs: Sequence[float]) -> tu
     weight = len(logs) / (len(logs) + seen / of_median)
     median = weight * mean + (1 - weight) * model
     shrunk = math.sqrt((seen + (1 - weight) * of_median) / variance)
+    shrunk *= _longer(_JUDGED_RUNS + len(logs))
     return math.exp(median), math.exp(median + to90 * shrunk), math.exp(median + to99 * shrunk)
+
+
+def _longer(freedom: float) -> float:
+    """p90 of Student's t over that of the normal distribution (Abramowitz and Stegun, 26.7.5, two terms)."""
+    square = _Z90**2
+    return 1 + (square + 1) / (4 * freedom) + (5 * square**2 + 16 * square + 3) / (96 * freedom**2)
 
 
 def _distances(quantiles: tuple[float, float, float]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -11,6 +12,8 @@ from typing import Final
 class Tier(enum.Enum):
     """How the answer was found, best first."""
 
+    #: The program itself, run for two steps on tensors without data.
+    DRY_RUN = "dry_run"
     #: A model of the catalog, traced step by step on tensors without data.
     TRACED = "traced"
     #: A model of the catalog, by its name.
@@ -62,35 +65,58 @@ class Prediction:
     notes: tuple[str, ...] = field(default=())
 
 
-#: An out-of-memory costs the whole run and a retry on the next size up; a slice one size too large costs
-#: the difference in share while it runs. At nine to one, the expected cost is least at the p90 quantile.
-OOM_COST: Final = 9.0
-OVERSIZE_COST: Final = 1.0
-#: An unknown network is no better known by a higher quantile of other people's jobs.
-_ABSOLUTE_MARGIN_MIB: Final = 64.0
+@dataclass(frozen=True)
+class Costs:
+    """What a wrong slice costs, in any unit.
 
+    An out-of-memory costs a run and another start on the next size up; a slice one size too large costs the difference
+    in share while it runs. At nine to one, the expected cost is least at the p90 quantile.
 
-def required_mib(prediction: Prediction) -> float:
-    """Memory to ask for, in MiB: the quantile whose expected cost is least, plus a page of margin.
-
-    With cost ``a`` for too little and ``b`` for too much the best quantile is ``a / (a + b)``, here 0.9
-    (the newsvendor rule, Arrow, Harris and Marschak 1951).
+    Attributes:
+        out_of_memory: of a slice that is too small; above 0.
+        oversized: of one that is larger than it had to be; above 0.
     """
-    level = OOM_COST / (OOM_COST + OVERSIZE_COST)
+
+    out_of_memory: float = 9.0
+    oversized: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no cost.
+
+        Raises:
+            ValueError: a cost is not a number above 0.
+        """
+        if not all(math.isfinite(cost) and cost > 0 for cost in (self.out_of_memory, self.oversized)):
+            raise ValueError("costs are numbers above 0")
+
+
+COSTS: Final = Costs()
+#: So that what is asked for is more than what was seen not to do.
+_MARGIN_MIB: Final = 1.0
+
+
+def required_mib(prediction: Prediction, costs: Costs = COSTS) -> float:
+    """Memory to ask for, in MiB: the quantile whose expected cost is least, and one MiB.
+
+    With cost ``a`` for too little and ``b`` for too much the best quantile is ``a / (a + b)``, 0.9 at nine to one
+    (the newsvendor rule, Arrow, Harris and Marschak 1951). It holds for slices of given sizes as well: of two sizes the
+    smaller is the cheaper one when the odds that it suffices are above ``a / b``.
+    """
+    level = costs.out_of_memory / (costs.out_of_memory + costs.oversized)
     if level <= 0.5:
-        return prediction.p50_mib + _ABSOLUTE_MARGIN_MIB
+        return prediction.p50_mib + _MARGIN_MIB
     if level <= 0.9:
         share = (level - 0.5) / 0.4
         low, high = prediction.p50_mib, prediction.p90_mib
     else:
         share = min(1.0, (level - 0.9) / 0.09)
         low, high = prediction.p90_mib, prediction.p99_mib
-    return low + share * (high - low) + _ABSOLUTE_MARGIN_MIB
+    return low + share * (high - low) + _MARGIN_MIB
 
 
-def fits(prediction: Prediction, slice_memory_mib: float) -> bool:
+def fits(prediction: Prediction, slice_memory_mib: float, costs: Costs = COSTS) -> bool:
     """Whether a slice of this memory is the right risk for this prediction."""
-    return required_mib(prediction) <= slice_memory_mib
+    return required_mib(prediction, costs) <= slice_memory_mib
 
 
 def gib(mib: float) -> str:

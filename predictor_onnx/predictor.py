@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import time
 from pathlib import Path
 from typing import Final
 
 from predictor_onnx import catalog, rebuild
-from predictor_onnx.configuration import Configuration
 from predictor_onnx.features import MIB, Workload
 from predictor_onnx.model import Estimate, MemoryModel, TracedEstimate
 from predictor_onnx.prediction import Prediction, Request, Tier, gib
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.static.analysis import analyse
 from predictor_onnx.traced_step import TracedStep
-from predictor_onnx.tracer import CannotTraceError, Tracer
+from predictor_onnx.traced_steps import TracedSteps
 
 #: Each size that had to be guessed from names, and an architecture beyond anything measured, widens the
 #: answer: p90 by this share, p99 by twice it. A judgement, not learnt: nothing measured is like that.
 _GUESS_WIDTH: Final = 0.25
-#: Traced steps that are remembered: people submit the same step again and again.
-_REMEMBERED: Final = 256
 
 
 class Predictor:
     """Predicts peak device memory from source code that it never executes."""
 
-    def __init__(self, model_path: Path | None = None, tracer: Tracer | None = None) -> None:
+    def __init__(self, model_path: Path | None = None, steps: TracedSteps | None = None) -> None:
         """Load the model and the catalog once; instances can be shared.
 
         Args:
             model_path: the ONNX file, where it is not the one of this package.
-            tracer: traces what has a name; without one the static analysis answers.
+            steps: traces what has a name; without it the static analysis answers.
 
         Raises:
             ModelUnavailableError: the ONNX file or the catalog is missing or unusable.
         """
         self._model = MemoryModel(model_path)
-        self._tracer = tracer
-        self._traced: OrderedDict[Configuration, TracedStep] = OrderedDict()
+        self._steps = steps
         catalog.load()
 
     @property
@@ -46,39 +42,37 @@ class Predictor:
         """Hash of the ONNX file."""
         return self._model.version
 
-    def predict(self, code: CodeBundle, request: Request, trace_s: float = 0.0) -> Prediction:
+    def predict(
+        self, code: CodeBundle, request: Request, trace_s: float = 0.0, dry_run: TracedStep | None = None
+    ) -> Prediction:
         """Predict what the code needs.
 
         Args:
             code: the program.
             request: what is asked of it.
-            trace_s: seconds that tracing may take; what is not traced by then is answered from reading alone.
+            trace_s: seconds from now until when a traced step is waited for; what is not traced by then is answered
+                from reading alone.
+            dry_run: a step of the program as its own dry run saw it, where there was one; it is better than reading.
 
         Raises:
             CodeDoesNotParseError: the program is not valid Python; it names file and line.
         """
+        deadline = time.monotonic() + trace_s
         work = analyse(code, request.argv)
+        if dry_run is not None:
+            return self._ran(work, request, code, dry_run)
         if work.entrypoint and not (work.uses_accelerator or work.notes or work.starts_unknown):
             return self._without_accelerator(work)
         if not work.known:
             return self._unknown(work)
-        return self._known(work, request, code, self._trace(work, trace_s))
+        return self._known(work, request, code, self._traced(work, deadline))
 
-    def _trace(self, work: Workload, within_s: float) -> TracedStep | None:
-        """The step as the tracer sees it, if it can be traced in time."""
-        asked = rebuild.configuration(work) if self._tracer is not None else None
-        if asked is None or self._tracer is None:
+    def _traced(self, work: Workload, deadline: float) -> TracedStep | None:
+        """The step as it was traced, if it can be and was in time."""
+        asked = rebuild.configuration(work) if self._steps is not None else None
+        if asked is None or self._steps is None:
             return None
-        known = self._traced.get(asked)
-        if known is None and within_s > 0:
-            try:
-                (known,) = self._tracer.trace([asked], within_s)
-            except CannotTraceError:
-                return None
-            self._traced[asked] = known
-            while len(self._traced) > _REMEMBERED:
-                self._traced.popitem(last=False)
-        return known
+        return self._steps.of(asked, deadline - time.monotonic())
 
     def _known(self, work: Workload, request: Request, code: CodeBundle, step: TracedStep | None) -> Prediction:
         if step is not None:
@@ -100,6 +94,24 @@ class Predictor:
             {**_drivers(work), "data_bytes": code.data_bytes + request.input_bytes,
              "beyond_training": bool(outside)},
             self._model.version, work.notes,
+        )  # fmt: skip
+
+    def _ran(self, work: Workload, request: Request, code: CodeBundle, step: TracedStep) -> Prediction:
+        told = self._model.estimate_traced(step.vector())
+        p50, p90, p99 = told.quantiles
+        outside = self._model.outside_traced(step.vector())
+        wider = _GUESS_WIDTH * min(len(outside), 1)
+        p90, p99 = p90 * (1 + wider), p99 * (1 + 2 * wider)
+        reason = (
+            f"The program was run for two steps without a GPU: its network of {_count(step.parameters)} parameters "
+            f"holds {gib(step.allocated_mib)} at most, needs about {gib(p50)} with what CUDA takes besides, and "
+            f"nine times in ten under {gib(p90)}."
+        )
+        return Prediction(
+            p50, p90, p99, Tier.DRY_RUN, reason, _traced_breakdown(step, told),
+            {**_drivers(work), "parameters": step.parameters, "data_bytes": code.data_bytes + request.input_bytes,
+             "beyond_training": bool(outside)},
+            self._model.version,
         )  # fmt: skip
 
     def _unknown(self, work: Workload) -> Prediction:

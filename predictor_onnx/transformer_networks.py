@@ -16,6 +16,16 @@ _DECODER_START: Final = 0
 _ATTENTION: Final = {"": None, "fused": "sdpa", "eager": "eager"}
 
 
+def architecture(name: str) -> str:
+    """The class of transformers that trains a checkpoint of `CHECKPOINTS`.
+
+    Raises:
+        KeyError: the checkpoint is not known.
+    """
+    _, model_name, _, _ = CHECKPOINTS[name]
+    return _WITH_LOSS.get(model_name, model_name)
+
+
 def build(name: str, attention: str = "", classes: int = 1000) -> Any:
     """A network whose output has a ``loss`` when it is given ``labels``.
 
@@ -30,7 +40,7 @@ def build(name: str, attention: str = "", classes: int = 1000) -> Any:
     """
     import transformers
 
-    config_name, model_name, kind, changes = CHECKPOINTS[name]
+    config_name, _, kind, changes = CHECKPOINTS[name]
     if kind == "image":
         changes = {**changes, "num_labels": classes}
     config = getattr(transformers, config_name)(**changes)
@@ -39,4 +49,4 @@ def build(name: str, attention: str = "", classes: int = 1000) -> Any:
         config._attn_implementation = wanted
     if kind == "text-to-text" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = _DECODER_START
-    return getattr(transformers, _WITH_LOSS.get(model_name, model_name))(config)
+    return getattr(transformers, architecture(name))(config)

@@ -31,13 +31,7 @@ def install(recorder: CardRecorder) -> None:
 
 def _functions() -> None:
     """Under their names too: torch's own layers call them where no mode looks."""
-    whole = functional.scaled_dot_product_attention
-
-    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out: torch.Tensor = (cuda_path.attention if query.dim() > 2 else whole)(query, *args, **kwargs)
-        return out
-
-    functional.scaled_dot_product_attention = attention
+    functional.scaled_dot_product_attention = cuda_path.attention
     functional.dropout = cuda_path.dropout
 
 

@@ -1,12 +1,14 @@
 """The tracing process: a JSON list of configurations a line in, a JSON list of traced steps a line out.
 
-The configurations of one line differ in their batch only. What cannot be traced is answered with ``{"error": ...}``.
+Before the first, it says that it is ready. The configurations of one line differ in their batch only. What cannot be
+traced is answered with ``{"error": ...}``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import warnings
 from dataclasses import asdict
@@ -20,9 +22,14 @@ from predictor_onnx.trace.affine import AffineRecord, NotAffineError
 from predictor_onnx.trace.summary import summarise
 from predictor_onnx.trace.tracing import STEPS, at_batch, record, trace
 from predictor_onnx.traced_step import TracedStep
+from predictor_onnx.tracer import READY
 
 #: Two batches tell all others, where more than two are asked for.
 _BATCHES = (8, 16)
+#: Torch and its networks take half a GiB; what wants more is no network that a card could hold.
+_MOST_MEMORY = 8 << 30
+#: Whoever asks has more urgent things to do.
+_NICENESS = 10
 
 
 def traced(asked: list[Configuration]) -> list[TracedStep]:
@@ -51,6 +58,7 @@ def _answer(line: str) -> Any:
         IndexError,
         AssertionError,
         NotImplementedError,
+        MemoryError,
     ) as error:
         # Other people's networks: whatever they do not bear without data ends here, as a sentence.
         return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"}
@@ -60,9 +68,13 @@ def main() -> None:
     """Answer until the input ends."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    os.nice(_NICENESS)
+    resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, _MOST_MEMORY))
     # Libraries print; the answers must be all that is in their pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    answers.write(f"{READY}\n")
+    answers.flush()
     for line in sys.stdin:
         answers.write(json.dumps(_answer(line)) + "\n")
         answers.flush()

@@ -15,18 +15,25 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from predictor_onnx.trace.fused_attention import fused_attention
+from predictor_onnx.trace.fused_attention import as_kernels_take_it, fused_attention, is_fused
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
               enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
-    """``scaled_dot_product_attention``, fused."""
-    if query.dim() < 3:
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    """``scaled_dot_product_attention`` as CUDA does it."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, torch.scalar_tensor(-torch.inf, dtype=query.dtype))
+    if not is_fused(query, key, value, attn_mask):
+        alone: torch.Tensor = torch._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+        return alone
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    if attn_mask is not None:
+        attn_mask = as_kernels_take_it(attn_mask, query, key)
     out: torch.Tensor = fused_attention(query, key, value, attn_mask)[0]
     return out
 

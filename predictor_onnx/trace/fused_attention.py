@@ -10,9 +10,44 @@ import math
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 _ROWS = 32
+_HALF = (torch.float16, torch.bfloat16)
+#: Bytes to which the kernels want each row of a head aligned, and numbers to which those of a mask.
+_ROW_BYTES = 16
+_MASK_ROW = 8
+_GRADIENT_ROW = 16
+#: Widest head of the kernel that takes no mask.
+_WIDEST = 256
+
+
+def is_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether a CUDA device of compute capability 8 and more has a fused kernel for this attention.
+
+    Others are computed step by step and keep all weights. Source: ``can_use_flash_attention`` and
+    ``can_use_mem_efficient_attention`` of PyTorch's sdp_utils.
+    """
+    three = (query, key, value)
+    if any(one.dim() != 4 or (one.stride(-1) != 1 and one.shape[-1] > 1) for one in three):
+        return False
+    if query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
+        return False
+    if mask is None and query.dtype in _HALF and query.shape[-1] == value.shape[-1] <= _WIDEST:
+        return True
+    return all(one.shape[-1] * one.element_size() % _ROW_BYTES == 0 for one in (query, value))
+
+
+def as_kernels_take_it(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mask for all rows of all heads: a view, of a copy with longer rows where they are not aligned.
+
+    Source: ``preprocess_mask`` of PyTorch's attention.cpp.
+    """
+    if mask.stride(-1) != 1 or any(step % _MASK_ROW for step in mask.stride()[:-1]):
+        width = mask.shape[-1]
+        mask = functional.pad(mask, (0, _MASK_ROW - width % _MASK_ROW))[..., :width]
+    return mask.expand(*query.shape[:-1], key.shape[-2])
 
 
 @torch.library.custom_op("puhui::fused_attention", mutates_args=())  # type: ignore[untyped-decorator]
@@ -25,9 +60,14 @@ def fused_attention(
 
 @torch.library.custom_op("puhui::fused_attention_backward", mutates_args=())  # type: ignore[untyped-decorator]
 def _backward_op(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    for_mask: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _backward(grad, query, key, value, mask)
+    return _backward(grad, query, key, value, mask, for_mask)
 
 
 @fused_attention.register_fake  # type: ignore[untyped-decorator]
@@ -43,10 +83,14 @@ def _forward(
 
 @_backward_op.register_fake  # type: ignore[untyped-decorator]
 def _backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    for_mask = query.new_empty(0) if mask is None else torch.empty_like(mask)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), for_mask
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+    for_mask: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    # A learnt mask's gradient is written for every row before it is summed; rows as long as the kernel stores them.
+    rows = query.new_empty(0)
+    if for_mask and mask is not None:
+        rows = query.new_empty((*mask.shape[:-1], -(-mask.shape[-1] // _GRADIENT_ROW) * _GRADIENT_ROW))
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), rows
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
@@ -56,8 +100,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
     query, key, value, mask, *_ = ctx.saved_tensors
-    for_query, for_key, for_value, for_mask = _backward_op(grad, query, key, value, mask)
-    return for_query, for_key, for_value, for_mask if mask is not None and ctx.needs_input_grad[3] else None
+    learnt = mask is not None and ctx.needs_input_grad[3]
+    for_query, for_key, for_value, for_mask = _backward_op(grad, query, key, value, mask, learnt)
+    return for_query, for_key, for_value, for_mask[..., : mask.shape[-1]] if learnt else None
 
 
 fused_attention.register_autograd(_differentiate, setup_context=_keep)

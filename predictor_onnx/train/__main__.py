@@ -12,8 +12,6 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,67 +19,34 @@ import numpy as np
 
 from predictor_onnx import catalog
 from predictor_onnx.features import FEATURES, PHYSICS
-from predictor_onnx.model import MemoryModel, Quantiles
+from predictor_onnx.model import MemoryModel
 from predictor_onnx.traced_step import TRACED_FEATURES, TRACED_PHYSICS
-from predictor_onnx.train import baselines, card, dataset, export, speed, speed_card, split
+from predictor_onnx.train import baselines, card, dataset, export, speed, speed_card, split, survey
 from predictor_onnx.train.dataset import Row
-from predictor_onnx.train.fit import Fitted, fit
+from predictor_onnx.train.fit import Examples
 from predictor_onnx.train.learned_baselines import PlainTrees, physics_alone
-from predictor_onnx.train.physics import Array, Fitter, Physics, fit_static, fit_traced
+from predictor_onnx.train.physics import Array, Physics
+from predictor_onnx.train.survey import Surveyed
+from predictor_onnx.train.ways import STATIC, TRACED, Way, measured, weights
 
+#: What a step that was traced only weighs beside a measured one.
+LESSON_WEIGHT: Final = 0.3
 _PACKAGE = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A way of knowing a step: what it is fitted and asked by.
+def _lesson(surveyed: list[Surveyed], traced: Physics, weight: float) -> Examples | None:
+    """What the physics of traced steps says of steps that nobody measured; None where there are none.
 
-    Attributes:
-        name: for people.
-        vector: the features of a row; None for a row that it knows nothing of.
-        physics: fits its physics.
-        ask: quantiles of the exported model.
+    Args:
+        surveyed: the steps.
+        traced: that physics, fitted on what was measured.
+        weight: of one step, on average; of a measured row it is one.
     """
-
-    name: str
-    vector: Callable[[Row], tuple[float, ...] | None]
-    physics: Fitter
-    ask: Callable[[MemoryModel, list[float]], Quantiles]
-
-    def matrix(self, rows: list[Row]) -> Array:
-        return np.array([self.vector(row) for row in rows])
-
-    def known(self, rows: list[Row]) -> list[Row]:
-        return [row for row in rows if self.vector(row) is not None]
-
-    def fit(self, rows: list[Row], seed: int) -> Fitted:
-        families = [row.family for row in rows]
-        return fit(self.physics, self.matrix(rows), _measured(rows), _weights(rows), families, seed)
-
-    def answers(self, model: MemoryModel, rows: list[Row]) -> Array:
-        return np.array([self.ask(model, list(self.vector(row) or ())) for row in rows])
-
-
-_STATIC: Final = _Way(
-    "read from the code", lambda row: row.vector, fit_static, lambda model, vector: model.estimate(vector).quantiles
-)
-_TRACED: Final = _Way(
-    "traced", lambda row: row.traced, fit_traced, lambda model, vector: model.estimate_traced(vector).quantiles
-)
-
-
-def _measured(rows: list[Row]) -> Array:
-    return np.array([row.measured_mib for row in rows])
-
-
-def _weights(rows: list[Row]) -> Array:
-    """A family weighs as the root of its rows; the thousands of MLPs must not drown the rest."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.family] = counts.get(row.family, 0) + 1
-    weight = np.array([counts[row.family] ** -0.5 for row in rows])
-    result: Array = weight / weight.mean()
-    return result
+    if not surveyed:
+        return None
+    fixed, work = traced.terms(np.array([one.traced for one in surveyed]))
+    families = [one.family for one in surveyed]
+    return Examples(np.array([one.vector for one in surveyed]), fixed + work, weight * weights(families), families)
 
 
 def _population(rows: list[Row]) -> list[float]:
@@ -102,16 +67,21 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     held = split.held_out((row.family for row in rows), seed)
     training = [row for row in rows if row.clean and row.family not in held]
     fitted = {}
-    for way in (_STATIC, _TRACED):
-        known = way.known(training)
-        _say(f"fitting {len(known)} rows, {way.name}")
-        fitted[way] = way.fit(known, seed)
+    seen = TRACED.known(training)
+    _say(f"fitting {len(seen)} rows, {TRACED.name}")
+    fitted[TRACED] = TRACED.fit(seen, seed)
+    surveyed = survey.read()
+    unseen_families = held | split.held_out_surveyed(survey.families(), (row.family for row in rows), seed)
+    taught = [one for one in surveyed if one.family not in unseen_families]
+    lesson = _lesson(taught, fitted[TRACED].physics, LESSON_WEIGHT)
+    _say(f"fitting {len(training)} rows, {STATIC.name}, and {len(taught)} that were traced only")
+    fitted[STATIC] = STATIC.fit(training, seed, lesson)
     path = output / "memory.onnx"
     export.write(
         export.Model(
-            fitted[_STATIC], fitted[_TRACED], _population([row for row in rows if row.family not in held]),
-            _reach(_STATIC.matrix(training), len(PHYSICS)),
-            _reach(_TRACED.matrix(_TRACED.known(training)), len(TRACED_PHYSICS)),
+            fitted[STATIC], fitted[TRACED], _population([row for row in rows if row.family not in held]),
+            _reach(STATIC.matrix(training), len(PHYSICS)),
+            _reach(TRACED.matrix(TRACED.known(training)), len(TRACED_PHYSICS)),
         ),
         path,
     )  # fmt: skip
@@ -125,17 +95,17 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
     }
     figures: dict[str, Any] = {}
     beyond: dict[str, Any] = {}
-    for way in (_TRACED, _STATIC):
+    for way in (TRACED, STATIC):
         seen = way.known(training)
-        x, y = way.matrix(seen), _measured(seen)
-        trees = PlainTrees(x, y, _weights(seen), seed)
+        x, y = way.matrix(seen), measured(seen)
+        trees = PlainTrees(x, y, weights([row.family for row in seen]), seed)
         for name, rows_of in sets.items():
             part = way.known(rows_of)
             if not part:
                 continue
             test = way.matrix(part)
             others = [physics_alone(fitted[way].physics, x, y, test), trees.method(test)]
-            others += baselines.traced(part) if way is _TRACED else []
+            others += baselines.traced(part) if way is TRACED else []
             figures[f"{way.name}: {name}"] = card.evaluate(
                 part, way.answers(model, part), [*others, *baselines.unlearned(seen, part)], len(rows_of) - len(part)
             )
@@ -143,8 +113,9 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
         large = [row for row in way.known(sets["timm, filtered"]) if row.batch >= card.LARGE_BATCH]
         title = f"timm, filtered, batch {card.LARGE_BATCH} and more; fitted on batches up to {card.SMALL_BATCH}"
         beyond[f"{way.name}: {title}"] = _refitted(way, small, large, seed)
+    _say("comparing both halves on the survey")
     content = path.read_bytes()
-    worst = _TRACED.known(sets["timm, unfiltered"])
+    worst = TRACED.known(sets["timm, unfiltered"])
     return {
         "model_sha256": hashlib.sha256(content).hexdigest(), "model_bytes": len(content),
         "seed": seed, "features": len(FEATURES), "traced_features": len(TRACED_FEATURES),
@@ -154,7 +125,9 @@ def train(data: Path, output: Path, seed: int) -> dict[str, Any]:
         "train_families": len({row.family for row in training}), "excluded": excluded,
         "physics": {way.name: _plain(fitted[way].physics) for way in fitted},
         "held_out": figures, "beyond_training": beyond,
-        "unfiltered_error": card.audit(worst, _TRACED.answers(model, worst)[:, 0]),
+        "taught_rows": len(taught), "lesson_weight": LESSON_WEIGHT,
+        "surveyed": survey.compared(model, surveyed, unseen_families),
+        "unfiltered_error": card.audit(worst, TRACED.answers(model, worst)[:, 0]),
     }  # fmt: skip
 
 
@@ -162,9 +135,9 @@ def _plain(physics: Physics) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(physics).items()}
 
 
-def _refitted(way: _Way, known: list[Row], asked: list[Row], seed: int) -> dict[str, Any]:
+def _refitted(way: Way, known: list[Row], asked: list[Row], seed: int) -> dict[str, Any]:
     """All learning methods fitted on ``known`` and asked about rows beyond it (not through ONNX)."""
-    x, y, weight, test = way.matrix(known), _measured(known), _weights(known), way.matrix(asked)
+    x, y, weight, test = way.matrix(known), measured(known), weights([row.family for row in known]), way.matrix(asked)
     fitted = way.fit(known, seed)
     others = [physics_alone(fitted.physics, x, y, test), PlainTrees(x, y, weight, seed).method(test)]
     return card.evaluate(asked, fitted.quantiles(test), others)

@@ -1,8 +1,7 @@
 """Rebuild ``predictor_onnx/catalog.json.gz`` from the model definitions of PyPI packages.
 
-``python -m predictor_onnx.train.build_catalog [--output FILE]``, with the ``catalog`` extra installed, then
-``pip install --no-deps torchvision==0.28.0``: its wheels pin a torch of their own, so it comes last and without its
-dependencies, and its compiled ops, which do not load beside another torch, are only declared here.
+``python -m predictor_onnx.train.build_catalog [--output FILE]``, with the ``trace`` extra installed. torchvision's
+compiled ops, which do not load beside every build of torch, are only declared here.
 Nothing is downloaded: networks are built without weights on torch's meta device. What cannot be traced is listed
 in the file under ``excluded`` with its reason, never dropped in silence.
 """

@@ -23,9 +23,25 @@ def draw(families: Iterable[str], seed: int) -> list[str]:
     return sorted(held + ([chooser.choice(dense)] if dense else []))
 
 
+def draw_surveyed(families: Iterable[str], measured: Iterable[str], seed: int) -> list[str]:
+    """A fifth of the families that only the survey has."""
+    ordered = sorted(set(families) - set(measured))
+    chooser = random.Random(seed)  # noqa: S311 - as above
+    return sorted(chooser.sample(ordered, max(1, round(SHARE * len(ordered)))))
+
+
 def held_out(families: Iterable[str], seed: int) -> frozenset[str]:
     """The frozen held-out families; drawn and written only when the file does not exist."""
     if not PATH.exists():
         content = {"seed": seed, "held_out_families": draw(families, seed)}
         PATH.write_text(json.dumps(content, indent=1) + "\n")
     return frozenset(json.loads(PATH.read_text())["held_out_families"])
+
+
+def held_out_surveyed(families: Iterable[str], measured: Iterable[str], seed: int) -> frozenset[str]:
+    """The frozen held-out families among those that nobody has measured; likewise."""
+    content = json.loads(PATH.read_text())
+    if "held_out_surveyed_families" not in content:
+        content["held_out_surveyed_families"] = draw_surveyed(families, measured, seed)
+        PATH.write_text(json.dumps(content, indent=1) + "\n")
+    return frozenset(content["held_out_surveyed_families"])

@@ -1,6 +1,6 @@
-"""Traced steps of the configurations that were measured: one file beside this one, made by `build_traces`.
+"""Traced steps: of the configurations that were measured, and of a survey of others; files beside this one.
 
-A traced figure is no label: it says what the tracer makes of a configuration, and is joined with what was measured.
+Made by `build_traces`. A traced figure is no measurement: it says what the tracer makes of a configuration.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Final
 from predictor_onnx.traced_step import TracedStep
 
 PATH: Final = Path(__file__).with_name("traced.csv.gz")
+SURVEYED: Final = Path(__file__).with_name("surveyed.csv.gz")
 
 Key = tuple[str, str, int]
-"""Source of the measurement, name of the network, batch."""
+"""Source of the measurement, name of the network (of a surveyed step: all of its configuration, as JSON), batch."""
 
 _LIVE: Final = ("parameter", "data", "activation", "gradient", "optimizer", "temporary")
 _PLAIN: Final = tuple(field.name for field in fields(TracedStep) if field.name != "live_mib")

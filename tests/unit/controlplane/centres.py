@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ import grpc
 
 from controlplane.centre import Centre, Settings
 from controlplane.idle_policy import CentrePolicy
-from controlplane.prediction import Code
+from controlplane.observing import ObservedAttempt
+from controlplane.prediction import Code, with_history
 from puhui.rpc.channel import open_channel
 from puhui.rpc.errors import Refusal
 from puhui.v1 import fleet_service_pb2, job_pb2, prediction_pb2
@@ -43,6 +44,11 @@ class FixedPrediction:
 
     async def fingerprint(self, code: Code) -> str:
         return hashlib.sha256(repr((sorted(code.files.items()), list(code.command))).encode()).hexdigest()
+
+    def with_history(
+        self, prediction: prediction_pb2.Prediction, observed: Sequence[ObservedAttempt]
+    ) -> prediction_pb2.Prediction:
+        return with_history(prediction, observed)
 
     async def close(self) -> None:
         return None

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from predictor_onnx.configuration import Configuration
 from predictor_onnx.traced_step import TracedStep
-from predictor_onnx.tracer import CannotTraceError, Tracer
+from predictor_onnx.tracer import CannotTraceError, Tracer, TracerStartingError
 
 ASKED = Configuration("timm", "resnet50", 8, (3, 224, 224))
 STEP = TracedStep(
@@ -24,14 +25,14 @@ GOOD = f"print('''{json.dumps([asdict(STEP)])}''', flush=True)"
 
 
 @pytest.fixture
-def speaking(tmp_path: Path) -> Iterator[Callable[[str], Tracer]]:
+def speaking(tmp_path: Path) -> Iterator[Callable[..., Tracer]]:
     """Returns a tracer whose process does this with each line that it is asked."""
     made: list[Tracer] = []
 
-    def make(each: str) -> Tracer:
+    def make(each: str, first: str = "print('ready', flush=True)") -> Tracer:
         body = "\n    ".join(each.splitlines())
         begin = f"import os, sys, time\nopen({str(tmp_path / 'begun')!r}, 'a').write('x')"
-        program = f"{begin}\nfor line in sys.stdin:\n    {body}\n"
+        program = f"{begin}\n{first}\nfor line in sys.stdin:\n    {body}\n"
         (tmp_path / "worker.py").write_text(program)
         made.append(Tracer((sys.executable, str(tmp_path / "worker.py"))))
         return made[-1]
@@ -45,13 +46,13 @@ def begun(folder: Path) -> int:
     return len((folder / "begun").read_text())
 
 
-def test_one_process_answers_again_and_again(speaking: Callable[[str], Tracer], tmp_path: Path) -> None:
+def test_one_process_answers_again_and_again(speaking: Callable[..., Tracer], tmp_path: Path) -> None:
     tracer = speaking(GOOD)
     assert [tracer.trace([ASKED], 20) for _ in range(3)] == [[STEP]] * 3
     assert begun(tmp_path) == 1
 
 
-def test_a_process_that_dies_of_a_network_is_begun_anew(speaking: Callable[[str], Tracer], tmp_path: Path) -> None:
+def test_a_process_that_dies_of_a_network_is_begun_anew(speaking: Callable[..., Tracer], tmp_path: Path) -> None:
     tracer = speaking(f"if 'vgg' in line: os.abort()\n{GOOD}")
     with pytest.raises(CannotTraceError, match="died"):
         tracer.trace([Configuration("timm", "vgg16", 8, (3, 224, 224))], 20)
@@ -59,7 +60,7 @@ def test_a_process_that_dies_of_a_network_is_begun_anew(speaking: Callable[[str]
     assert begun(tmp_path) == 2
 
 
-def test_what_failed_does_not_answer_again(speaking: Callable[[str], Tracer], tmp_path: Path) -> None:
+def test_what_failed_does_not_answer_again(speaking: Callable[..., Tracer], tmp_path: Path) -> None:
     tracer = speaking('print(\'{"error": "it has no such thing"}\', flush=True)')
     for _ in range(2):
         with pytest.raises(CannotTraceError, match="no such thing"):
@@ -67,7 +68,7 @@ def test_what_failed_does_not_answer_again(speaking: Callable[[str], Tracer], tm
     assert begun(tmp_path) == 2
 
 
-def test_one_that_takes_too_long_is_ended(speaking: Callable[[str], Tracer]) -> None:
+def test_one_that_takes_too_long_is_ended(speaking: Callable[..., Tracer]) -> None:
     tracer = speaking(f"if '\\\\\"batch\\\\\": 9' in line: time.sleep(600)\n{GOOD}")
     assert tracer.trace([ASKED], 20) == [STEP]
     began = time.monotonic()
@@ -78,10 +79,40 @@ def test_one_that_takes_too_long_is_ended(speaking: Callable[[str], Tracer]) -> 
 
 
 @pytest.mark.parametrize("said", ["nonsense", "", "x" * (1 << 21)], ids=["nonsense", "nothing", "endless"])
-def test_an_answer_that_is_none_is_not_taken(speaking: Callable[[str], Tracer], said: str) -> None:
+def test_an_answer_that_is_none_is_not_taken(speaking: Callable[..., Tracer], said: str) -> None:
     tracer = speaking(f"sys.stdout.write({said!r} + ('' if len({said!r}) > 99 else chr(10))); sys.stdout.flush()")
     with pytest.raises(CannotTraceError, match="died"):
         tracer.trace([ASKED], 20)
+
+
+def test_a_process_that_is_still_starting_is_left_alone(speaking: Callable[..., Tracer], tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    tracer = speaking(GOOD, f"while not os.path.exists({str(go)!r}): time.sleep(0.01)\nprint('ready', flush=True)")
+    with pytest.raises(TracerStartingError):
+        tracer.trace([ASKED], 0.3)
+    go.touch()
+    assert tracer.trace([ASKED], 20) == [STEP]
+    assert begun(tmp_path) == 1
+
+
+def test_a_process_that_says_something_else_first_is_none(speaking: Callable[..., Tracer]) -> None:
+    with pytest.raises(CannotTraceError, match="died"):
+        speaking(GOOD, "print('hello', flush=True)").trace([ASKED], 20)
+
+
+def test_closing_ends_a_process_that_is_at_something(speaking: Callable[..., Tracer], tmp_path: Path) -> None:
+    at_it = tmp_path / "at_it"
+    tracer = speaking(f"open({str(at_it)!r}, 'w').close()\ntime.sleep(600)")
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(tracer.trace, [ASKED], 600)
+        while not at_it.exists():
+            assert not asked.done()
+        tracer.close()
+        with pytest.raises(CannotTraceError):
+            asked.result(60)
+    with pytest.raises(CannotTraceError, match="closed"):
+        tracer.trace([ASKED], 20)
+    assert begun(tmp_path) == 1
 
 
 def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:

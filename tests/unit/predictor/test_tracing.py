@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 from predictor_onnx.configuration import Configuration, Precision
 from predictor_onnx.trace.affine import AffineRecord
@@ -14,6 +16,7 @@ from predictor_onnx.trace.events import Category
 from predictor_onnx.trace.replay import replay
 from predictor_onnx.trace.summary import summarise
 from predictor_onnx.trace.tracing import STEPS, record, trace
+from predictor_onnx.trace.watch import watched
 from predictor_onnx.traced_step import TRACED_FEATURES
 
 MIB = 1 << 20
@@ -113,6 +116,34 @@ def test_attention_is_fused_and_grows_with_the_rows_only() -> None:
 
     # 197 rows, 3 heads, 12 layers: a matrix of scores would add 42 MiB to each eight images.
     assert activation(16) - activation(8) < 2 * 8 * 197 * 192 * 4 * 12 * 14 / MIB
+
+
+def attention(*shape: int, mask: tuple[int, ...] | None = None, width: int = 64, learnt: bool = False) -> float:
+    """Most MiB that attention of such a query keeps and needs, forward and backward, besides its inputs."""
+    with watched() as (recorder, _):
+        query, key, value = (torch.randn(*shape, width, requires_grad=True) for _ in range(3))
+        bias = torch.randn(mask, requires_grad=learnt) if mask is not None else None
+        inputs = sum(one.nbytes for one in (query, key, value, bias) if one is not None)
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        out.backward(torch.ones_like(out))
+    return float(replay(recorder.events).allocated - inputs) / MIB
+
+
+def test_attention_without_a_fused_kernel_keeps_all_scores() -> None:
+    scores = 4 * 8 * 256 * 256 * 4 / MIB
+    fused = attention(4, 8, 256)
+    assert attention(4, 2, 4, 256) > fused + scores  # five sides, as windows in blocks have
+    assert attention(4, 8, 256, width=62) > fused + scores  # heads that no kernel is aligned to
+
+
+def test_a_mask_is_copied_where_it_is_not_aligned_and_learnt_for_every_row() -> None:
+    aligned, odd = (4, 8, 256, 256), (4, 8, 255, 255)
+    mask = 4 * 8 * 256 * 256 * 4 / MIB
+    plain = attention(4, 8, 256)
+    assert attention(4, 8, 256, mask=aligned) == pytest.approx(plain, rel=0.1)
+    assert attention(4, 8, 255, mask=odd) == pytest.approx(plain + mask, rel=0.1)
+    # Of a mask that all images share, the gradient is as large as if they did not.
+    assert attention(4, 8, 256, mask=(1, 1, 256, 256), learnt=True) == pytest.approx(plain + mask, rel=0.1)
 
 
 def test_constructors_compute_with_real_numbers() -> None:
