@@ -27,6 +27,8 @@ _READ_VALUE: Final = _ATEN._local_scalar_dense.default
 _DEVICE_OF: Final[Any] = torch.ops.prim.device.default
 #: Numbers in a tensor up to which it is real, when the host makes it from nothing.
 _SMALL: Final = 1 << 14
+#: The same for ranges and permutations: indices must be right.
+_LONG: Final = 1 << 21
 
 
 def is_card(device: Any) -> bool:
@@ -179,10 +181,11 @@ def _storage(tensor: torch.Tensor) -> Any:
 
 
 def _asks_little(func: Any, args: Any) -> bool:
-    """Whether what an op makes from nothing is small."""
-    if func._schema.arguments and func._schema.arguments[0].name == "size":
-        return math.prod(int(side) for side in args[0]) <= _SMALL
-    return all(abs(float(one)) <= _SMALL for one in args if isinstance(one, int | float))
+    """Whether what an op makes from nothing is small: by its size, else by the numbers that it is asked with."""
+    for given, argument in zip(args, func._schema.arguments, strict=False):
+        if argument.name == "size":
+            return math.prod(int(side) for side in given) <= _SMALL
+    return all(abs(float(one)) <= _LONG for one in args if isinstance(one, int | float))
 
 
 def _all_of(tensor: torch.Tensor) -> torch.Tensor:

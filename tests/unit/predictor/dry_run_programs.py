@@ -215,3 +215,20 @@ model = torch.nn.Linear(1024, 1024); optimizer = torch.optim.SGD(model.parameter
 model(torch.ones(16, 1024)).sum().backward(); optimizer.step()
 assert torch.tensor([1.0, 2.0]).is_cuda and (torch.arange(3) + 1).device.type == "cuda"
 """
+
+#: Samples are cut out of one file at places that the host draws.
+PIECES: Final = """
+import numpy, torch
+from torch import nn
+numpy.arange(100000, dtype=numpy.uint16).tofile("train.bin")
+table = nn.Embedding(65536, 64); head = nn.Linear(64, 65536, bias=False); table.weight = head.weight
+net = nn.Sequential(table, head).to("cuda")
+optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+while True:
+    data = numpy.memmap("train.bin", dtype=numpy.uint16, mode="r")
+    places = torch.randint(len(data) - 128, (8,))
+    x = torch.stack([torch.from_numpy(data[at:at + 128].astype(numpy.int64)) for at in places])
+    x = x.pin_memory().to("cuda", non_blocking=True)
+    loss = nn.functional.cross_entropy(net(x).view(-1, 65536), x.view(-1), ignore_index=-1)
+    loss.backward(); optimizer.step(); optimizer.zero_grad(set_to_none=True)
+"""

@@ -95,6 +95,12 @@ def test_a_group_of_processes_holds_its_buckets(run: Callable[..., Finding]) -> 
     assert step.live_mib["optimizer"] == pytest.approx(2 * weights, rel=0.02)
 
 
+def test_places_that_the_host_draws_are_real(run: Callable[..., Finding]) -> None:
+    step = step_of(run(programs.PIECES))
+    assert step.parameters == 65536 * 64  # the table and the head share them
+    assert step.flops == 3 * 2 * (8 * 128) * 64 * 65536
+
+
 def test_inference_ends_by_itself(run: Callable[..., Finding]) -> None:
     found = run(programs.INFERENCE)
     told = trace(Configuration("torchvision", "resnet50", 32, (3, 224, 224), training=False))
