@@ -29,6 +29,9 @@ _DEVICE_OF: Final[Any] = torch.ops.prim.device.default
 _SMALL: Final = 1 << 14
 #: The same for ranges and permutations: indices must be right.
 _LONG: Final = 1 << 21
+_RANGES: Final = frozenset({"arange", "range", "randperm", "linspace", "logspace"})
+#: Sides of a square, such as ``eye``.
+_SIDE: Final = 1 << 10
 
 
 def is_card(device: Any) -> bool:
@@ -185,7 +188,9 @@ def _asks_little(func: Any, args: Any) -> bool:
     for given, argument in zip(args, func._schema.arguments, strict=False):
         if argument.name == "size":
             return math.prod(int(side) for side in given) <= _SMALL
-    return all(abs(float(one)) <= _LONG for one in args if isinstance(one, int | float))
+    name = func._overloadpacket.__name__
+    most = math.inf if name == "scalar_tensor" else _LONG if name in _RANGES else _SIDE
+    return all(abs(float(one)) <= most for one in args if isinstance(one, int | float))
 
 
 def _all_of(tensor: torch.Tensor) -> torch.Tensor:
