@@ -22,6 +22,7 @@ from puhui.rpc.errors import Refusal
 from puhui.rpc.moment import duration
 from puhui.v1 import prediction_pb2
 from puhui.v1.prediction_pb2 import (
+    PREDICTION_TIER_DRY_RUN,
     PREDICTION_TIER_NO_ACCELERATOR,
     PREDICTION_TIER_STATIC,
     PREDICTION_TIER_TRACE,
@@ -36,6 +37,7 @@ COSTS = predictor_onnx.COSTS
 _log = structlog.get_logger(__name__)
 
 _TIERS = {
+    predictor_onnx.Tier.DRY_RUN: PREDICTION_TIER_DRY_RUN,
     predictor_onnx.Tier.TRACED: PREDICTION_TIER_TRACE,
     predictor_onnx.Tier.STATIC_NAMED: PREDICTION_TIER_STATIC,
     predictor_onnx.Tier.STATIC_LAYERS: PREDICTION_TIER_STATIC,

@@ -4,6 +4,8 @@
 step of the program in physical terms, and asks a trained ONNX model for quantiles of peak memory.
 """
 
+from predictor_onnx.dry_run.finding import Ending, Finding, NotAFindingError
+from predictor_onnx.dry_run.packing import packed
 from predictor_onnx.errors import CodeDoesNotParseError, ModelUnavailableError, PredictorError
 from predictor_onnx.fingerprint import fingerprint
 from predictor_onnx.history import Observation, blended
@@ -11,6 +13,7 @@ from predictor_onnx.prediction import COSTS, Costs, Prediction, Request, Tier, f
 from predictor_onnx.predictor import Predictor
 from predictor_onnx.source import CodeBundle
 from predictor_onnx.speed import Duration, Slowdown, SpeedModel, StepTime, Utilization, duration
+from predictor_onnx.traced_step import TracedStep
 from predictor_onnx.traced_steps import TracedSteps
 from predictor_onnx.tracer import Tracer, can_trace
 
@@ -20,7 +23,10 @@ __all__ = [
     "CodeDoesNotParseError",
     "Costs",
     "Duration",
+    "Ending",
+    "Finding",
     "ModelUnavailableError",
+    "NotAFindingError",
     "Observation",
     "Prediction",
     "Predictor",
@@ -30,6 +36,7 @@ __all__ = [
     "SpeedModel",
     "StepTime",
     "Tier",
+    "TracedStep",
     "TracedSteps",
     "Tracer",
     "Utilization",
@@ -38,5 +45,6 @@ __all__ = [
     "duration",
     "fingerprint",
     "fits",
+    "packed",
     "required_mib",
 ]

@@ -12,6 +12,8 @@ from typing import Final
 class Tier(enum.Enum):
     """How the answer was found, best first."""
 
+    #: The program itself, run for two steps on tensors without data.
+    DRY_RUN = "dry_run"
     #: A model of the catalog, traced step by step on tensors without data.
     TRACED = "traced"
     #: A model of the catalog, by its name.

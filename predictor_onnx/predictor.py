@@ -50,7 +50,9 @@ class Predictor:
         """
         return analyse(code, request.argv)
 
-    def predict(self, code: CodeBundle, request: Request, trace_s: float = 0.0) -> Prediction:
+    def predict(
+        self, code: CodeBundle, request: Request, trace_s: float = 0.0, dry_run: TracedStep | None = None
+    ) -> Prediction:
         """Predict what the code needs.
 
         Args:
@@ -58,12 +60,15 @@ class Predictor:
             request: what is asked of it.
             trace_s: seconds from now until when a traced step is waited for; what is not traced by then is answered
                 from reading alone.
+            dry_run: a step of the program as its own dry run saw it, where there was one; it is better than reading.
 
         Raises:
             CodeDoesNotParseError: the program is not valid Python; it names file and line.
         """
         deadline = time.monotonic() + trace_s
         work = analyse(code, request.argv)
+        if dry_run is not None:
+            return self._ran(work, request, code, dry_run)
         if work.entrypoint and not (work.uses_accelerator or work.notes or work.starts_unknown):
             return self._without_accelerator(work)
         if not work.known:
@@ -97,6 +102,24 @@ class Predictor:
             {**_drivers(work), "data_bytes": code.data_bytes + request.input_bytes,
              "beyond_training": bool(outside)},
             self._model.version, work.notes,
+        )  # fmt: skip
+
+    def _ran(self, work: Workload, request: Request, code: CodeBundle, step: TracedStep) -> Prediction:
+        told = self._model.estimate_traced(step.vector())
+        p50, p90, p99 = told.quantiles
+        outside = self._model.outside_traced(step.vector())
+        wider = _GUESS_WIDTH * min(len(outside), 1)
+        p90, p99 = p90 * (1 + wider), p99 * (1 + 2 * wider)
+        reason = (
+            f"The program was run for two steps without a GPU: its network of {_count(step.parameters)} parameters "
+            f"holds {gib(step.allocated_mib)} at most, needs about {gib(p50)} with what CUDA takes besides, and "
+            f"nine times in ten under {gib(p90)}."
+        )
+        return Prediction(
+            p50, p90, p99, Tier.DRY_RUN, reason, _traced_breakdown(step, told),
+            {**_drivers(work), "parameters": step.parameters, "data_bytes": code.data_bytes + request.input_bytes,
+             "beyond_training": bool(outside)},
+            self._model.version,
         )  # fmt: skip
 
     def _unknown(self, work: Workload) -> Prediction:

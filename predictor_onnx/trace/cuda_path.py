@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_map
 from predictor_onnx.trace.fused_attention import as_kernels_take_it, fused_attention, is_fused
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-               enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+              dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+              enable_gqa: bool = False) -> torch.Tensor:  # fmt: skip
+    """``scaled_dot_product_attention`` as CUDA does it."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, torch.scalar_tensor(-torch.inf, dtype=query.dtype))
     if not is_fused(query, key, value, attn_mask):
@@ -37,7 +38,8 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn
     return out
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: A002
+    """``dropout``, which keeps a mask of bytes."""
     if not training or p == 0.0:
         return input
     out: torch.Tensor = torch.native_dropout(input, p, True)[0]
@@ -45,12 +47,12 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
 
 
 def _dropout_by_train(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:  # noqa: A002
-    return _dropout(input, p, train)
+    return dropout(input, p, train)
 
 
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    functional.scaled_dot_product_attention: _attention,
-    functional.dropout: _dropout,
+    functional.scaled_dot_product_attention: attention,
+    functional.dropout: dropout,
     torch.dropout: _dropout_by_train,
 }
 

@@ -53,13 +53,17 @@ class Recorder(TorchDispatchMode):
             return False if kind == torch.bool else (1.0 if kind.is_floating_point else 1)
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self._done(func, args, kwargs, result, made)
+        for tensor in made:
+            self._seen(tensor)
+        return result
+
+    def _done(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[torch.Tensor]) -> None:
+        """An op was computed on the device."""
         if func is _FORWARD or func is _BACKWARD:
             self.events.convolve(_convolution(func, args, result))
         if not func.is_view:
             self._count(func, args, kwargs, result, made)
-        for tensor in made:
-            self._seen(tensor)
-        return result
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[torch.Tensor]) -> None:
         work = self.work[self.phase]

@@ -21,13 +21,16 @@ from predictor_onnx.trace.recorder import Recorder
 
 
 @contextmanager
-def watched() -> Iterator[tuple[Recorder, FakeTensorMode]]:
+def watched(recorder: Recorder | None = None) -> Iterator[tuple[Recorder, FakeTensorMode]]:
     """Everything inside runs on tensors without data and is recorded as on a CUDA device.
 
     Weights are told by their registration with a module, gradients and state by the optimizer that steps. What is made
     before the first forward pass of the code counts as built; ``Recorder.enter`` says when a forward pass begins.
+
+    Args:
+        recorder: what writes it down, where that is not a new one of everything.
     """
-    recorder = Recorder()
+    recorder = recorder if recorder is not None else Recorder()
     with ExitStack() as stack:
         fakes = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         path = stack.enter_context(CudaPath())

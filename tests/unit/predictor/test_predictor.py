@@ -17,6 +17,7 @@ from predictor_onnx import (
     Predictor,
     Request,
     Tier,
+    TracedStep,
     fits,
     required_mib,
 )
@@ -200,3 +201,20 @@ def test_the_examples_get_different_and_sensible_answers(example: str, low_gib: 
     path = PACKAGE.parent / "examples" / example / "train.py"
     need = required_mib(predict(path.read_text())) / 1024
     assert low_gib <= need <= high_gib
+
+
+def test_what_a_dry_run_saw_is_better_than_reading() -> None:
+    code = CodeBundle({"train.py": "import torch\nfrom other import Net\nNet()(1)"})
+    live = {"parameter": 97.7, "data": 18.4, "activation": 2600.0, "gradient": 97.7, "optimizer": 195.4,
+            "temporary": 20.0}  # fmt: skip
+    step = TracedStep(
+        3400.0, 3100.0, 3300.0, 3000.0, live, 500.0, 98.0, parameters=25_557_032, convolutions=53, pointwise=36,
+        depthwise=0, kernels=342, flops=7.8e11, moved_bytes=4e10,
+    )  # fmt: skip
+    read = PREDICTOR.predict(code, Request(("python3", "train.py")))
+    ran = PREDICTOR.predict(code, Request(("python3", "train.py")), dry_run=step)
+    assert (read.tier, ran.tier) == (Tier.UNKNOWN, Tier.DRY_RUN)
+    assert step.allocated_mib < ran.p50_mib < 2 * step.reserved_mib
+    assert ran.p50_mib <= ran.p90_mib <= ran.p99_mib
+    assert sum(ran.breakdown_mib.values()) == pytest.approx(ran.p50_mib)
+    assert "25.6 M parameters" in ran.reason
