@@ -50,8 +50,11 @@ def main(words: list[str] | None = None) -> int:
     if asked.within:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(asked.within)
-    from predictor_onnx.dry_run.running import dry_run
-
+    try:
+        from predictor_onnx.dry_run.running import dry_run
+    except ImportError as error:
+        told(Finding(Ending.FAILED, f"the image's torch cannot be watched; a dry run needs 2.13 ({error})"))
+        return 0
     dry_run(program, asked.steps, told)
     sys.stdout.flush()
     # Threads and exit handlers of the program have nothing more to say.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -140,3 +141,17 @@ def test_a_program_that_never_ends_is_given_up(run: Callable[..., Finding]) -> N
 
 def test_a_program_that_goes_on_is_ended(run: Callable[..., Finding]) -> None:
     assert step_of(run(programs.STUBBORN)).parameters == 64 * 65
+
+
+def test_a_torch_that_cannot_be_watched_is_told(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '1.13'\n")
+    (tmp_path / "dry_run.zip").write_bytes(packed())
+    (tmp_path / "train.py").write_text("import torch\n")
+    done = subprocess.run(
+        [sys.executable, tmp_path / "dry_run.zip", "--", "python3", "train.py"],
+        cwd=tmp_path, capture_output=True, timeout=110, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    found = Finding.from_json(done.stdout)
+    assert found.ending is Ending.FAILED
+    assert found.reason.startswith("the image's torch cannot be watched; a dry run needs 2.13")
