@@ -16,6 +16,7 @@ from controlplane.attempts import Attempts
 from controlplane.bundles import Bundles
 from controlplane.cancelling import Cancelling
 from controlplane.carried_calls import CarriedJobService
+from controlplane.dry_runs import DryRuns
 from controlplane.federation import Federation, Inside
 from controlplane.fleet_service import FleetService
 from controlplane.idempotency import KEPT_S
@@ -165,6 +166,8 @@ class Centre:
         await federation.connect()
         await centre._take_up()
         pages = Pages(await store.centre_id())
+        centre._dry_runs = dry_runs = DryRuns(settings.centre, nodes.sandboxes)
+        nodes.dry_runs = lambda: dry_runs.living
         submission = Submission(
             settings.centre,
             store,
@@ -176,6 +179,7 @@ class Centre:
             scheduler.add,
             settings.session_memory_mib,
             federation.offered,
+            dry_runs,
         )
         centre._runs = runs = Runs(settings.centre, store, feed, nodes, scheduler, wants, centre._lasting)
         await runs.take_up()
@@ -222,6 +226,7 @@ class Centre:
     _feed: Feed
     _store: SqliteStore
     _prediction: Prediction
+    _dry_runs: DryRuns
     _nodes: Nodes
     _scheduler: Scheduler
     _warm: WarmShares
@@ -283,6 +288,7 @@ class Centre:
         await self._runs.stop()
         await self._attempts.stop()
         await self._federation.close()
+        await self._dry_runs.close()
         await self._nodes.stop()
         await self._prediction.close()
         await self._store.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import random
 import time
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, Collection, MutableSequence
 from dataclasses import dataclass
 
 import grpc
@@ -97,6 +97,8 @@ class Nodes:
         self._changed = changed
         self._clock = clock
         self._members: dict[str, _Member] = {}
+        self.dry_runs: Callable[[], Collection[str]] = tuple
+        """Returns the ids of the dry runs whose containers may be there."""
 
     async def start(self) -> None:
         """Takes over the nodes that the store knows, and begins to connect to them."""
@@ -239,7 +241,13 @@ class Nodes:
         member.take(inventory)
         self._heard(member)
         await remove_orphans(
-            link.client, self._centre, self._store, self._reservations, list(inventory.slices), containers
+            link.client,
+            self._centre,
+            self._store,
+            self._reservations,
+            list(inventory.slices),
+            containers,
+            self.dry_runs(),
         )
         await self._save(member)
         # The link counts as in contact right after this; whoever is woken runs later than that.
@@ -286,6 +294,15 @@ class Nodes:
         """Returns the connection to a node; None for a node that is not known."""
         member = self._members.get(node_id)
         return member.link if member is not None else None
+
+    def sandboxes(self) -> list[NodeLink]:
+        """Returns the nodes in contact that run rootless containers."""
+        podman = node_pb2.RUNTIME_KIND_PODMAN
+        return [
+            member.link
+            for member in self._members.values()
+            if member.link.in_contact and member.node.inventory.runtime.kind == podman
+        ]
 
     def name(self, node_id: str) -> str:
         """Returns a node's name."""

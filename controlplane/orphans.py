@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Collection, Iterable
 
 import structlog
 
@@ -13,9 +13,12 @@ from controlplane.store import Store
 from puhui.rpc.errors import Refusal
 from puhui.v1 import card_pb2, node_pb2, node_service_pb2
 
-__all__ = ["remove_orphans"]
+__all__ = ["DRY_RUN_PREFIX", "remove_orphans"]
 
 _log = structlog.get_logger(__name__)
+
+DRY_RUN_PREFIX = "d"
+"""Begins the ids under which dry runs own their containers; those of jobs begin with another."""
 
 
 async def remove_orphans(
@@ -25,8 +28,9 @@ async def remove_orphans(
     reservations: Reservations,
     slices: Iterable[card_pb2.Slice],
     containers: Iterable[node_pb2.Container],
+    dry_runs: Collection[str] = (),
 ) -> None:
-    """Removes containers and slices of attempts of this centre that are over and hold no share.
+    """Removes containers and slices of attempts of this centre that are over and hold no share, and of dry runs.
 
     What belongs to a job that this centre does not know is left alone: it may be somebody else's.
 
@@ -35,7 +39,10 @@ async def remove_orphans(
     """
     for container in containers:
         owner = container.owner
-        if owner.centre == centre and await _over(owner, store, reservations, living=True):
+        if owner.centre != centre:
+            continue
+        left = owner.job_id.startswith(f"{DRY_RUN_PREFIX}-") and owner.job_id not in dry_runs
+        if left or await _over(owner, store, reservations, living=True):
             _log.warning("removing an orphaned container", job=owner.job_id, attempt=owner.attempt)
             await _tolerate(
                 client.remove_container(

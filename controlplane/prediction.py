@@ -29,10 +29,11 @@ from puhui.v1.prediction_pb2 import (
     PREDICTION_TIER_UNKNOWN,
 )
 
-__all__ = ["COSTS", "Code", "Costs", "OnnxPrediction", "Prediction", "Tracing", "with_history"]
+__all__ = ["COSTS", "Code", "Costs", "DryStep", "OnnxPrediction", "Prediction", "Tracing", "with_history"]
 
 Costs = predictor_onnx.Costs
 COSTS = predictor_onnx.COSTS
+DryStep = predictor_onnx.TracedStep
 
 _log = structlog.get_logger(__name__)
 
@@ -68,8 +69,10 @@ class Code:
 class Prediction(Protocol):
     """Says what code needs."""
 
-    async def of(self, code: Code, budget_s: float | None = None) -> prediction_pb2.Prediction:
-        """Returns what the code needs, within so many seconds if they are given.
+    async def of(
+        self, code: Code, budget_s: float | None = None, dry_run: DryStep | None = None
+    ) -> prediction_pb2.Prediction:
+        """Returns what the code needs, within so many seconds if they are given, by its dry run if there was one.
 
         Raises:
             Refusal: INVALID_ARGUMENT with CODE_UNPARSABLE.
@@ -88,6 +91,29 @@ class Prediction(Protocol):
 
     async def close(self) -> None:
         """Ends its threads."""
+
+
+def dry_run_program() -> bytes:
+    """Returns the program that watches a dry run: an archive that Python runs."""
+    return predictor_onnx.packed()
+
+
+def dry_step_of(output: bytes) -> tuple[DryStep | None, str]:
+    """Returns what a dry run has found, and why nothing where it is nothing.
+
+    Args:
+        output: the end of the standard output; the finding is its last line.
+    """
+    lines = output.splitlines()
+    if not lines:
+        return None, "it wrote nothing"
+    try:
+        found = predictor_onnx.Finding.from_json(lines[-1])
+    except predictor_onnx.NotAFindingError as error:
+        return None, str(error)
+    if found.ending is predictor_onnx.Ending.FAILED:
+        return None, found.reason
+    return found.step, found.reason or found.ending.value
 
 
 class Tracing(enum.Enum):
@@ -137,12 +163,14 @@ class OnnxPrediction:
         if self._steps is not None:
             await asyncio.to_thread(self._steps.close)
 
-    async def of(self, code: Code, budget_s: float | None = None) -> prediction_pb2.Prediction:
-        """Returns what the code needs, within so many seconds if they are given."""
+    async def of(
+        self, code: Code, budget_s: float | None = None, dry_run: DryStep | None = None
+    ) -> prediction_pb2.Prediction:
+        """Returns what the code needs, within so many seconds if they are given, by its dry run if there was one."""
         started = time.monotonic()
         budget_s = self._budget_s if budget_s is None else budget_s
         asked = asyncio.get_running_loop().run_in_executor(
-            self._threads, self._predict, code, started + budget_s - _ANSWER_S
+            self._threads, self._predict, code, started + budget_s - _ANSWER_S, dry_run
         )
         try:
             answer = await asyncio.wait_for(asked, budget_s)
@@ -209,11 +237,12 @@ class OnnxPrediction:
         """Returns a prediction, blended with what earlier attempts of the same code showed."""
         return with_history(prediction, observed, self._costs)
 
-    def _predict(self, code: Code, deadline: float) -> predictor_onnx.Prediction:
+    def _predict(self, code: Code, deadline: float, dry_run: DryStep | None) -> predictor_onnx.Prediction:
         return self._predictor.predict(
             predictor_onnx.CodeBundle(code.files, code.sizes),
             predictor_onnx.Request(tuple(code.command), code.input_bytes),
             trace_s=deadline - time.monotonic(),
+            dry_run=dry_run,
         )
 
 

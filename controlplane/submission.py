@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import grpc
 
 from controlplane import happenings
 from controlplane.bundles import Bundles
+from controlplane.dry_runs import DryRuns
 from controlplane.entrypoint import find_entrypoint
 from controlplane.idempotency import earlier_answer, request_of, reused
 from controlplane.idle_policy import CentrePolicy, resolve
@@ -34,6 +36,8 @@ from puhui.v1 import job_pb2, job_service_pb2, prediction_pb2
 __all__ = ["Need", "Submission"]
 
 _LONGEST_BUDGET_S = 120.0
+_LEAST_BUDGET_S = 1.0
+"""What is left for reading the code when its dry run has taken all the time."""
 _MOST_INLINE_BYTES = 2**20
 _DEFAULT_TENANT = "default"
 
@@ -91,6 +95,7 @@ class Submission:
         accepted: told of every new job once it is stored.
         session_memory_mib: memory of the share of a session that asks for none; 0 is the smallest slice there is.
         peers: the peers there are now, by name, each with the profiles that it has.
+        dry_runs: conducts dry runs.
     """
 
     def __init__(
@@ -103,8 +108,9 @@ class Submission:
         lasting: Lasting,
         policy: CentrePolicy,
         accepted: Callable[[JobRecord], None],
-        session_memory_mib: int = 0,
-        peers: Callable[[], Mapping[str, Collection[str]]] = dict,
+        session_memory_mib: int,
+        peers: Callable[[], Mapping[str, Collection[str]]],
+        dry_runs: DryRuns,
     ) -> None:
         self._centre = centre
         self._store = store
@@ -116,6 +122,7 @@ class Submission:
         self._accepted = accepted
         self._session_memory_mib = session_memory_mib
         self._peers = peers
+        self._dry_runs = dry_runs
         self._parsing = Parsing(lasting)
 
     async def submit(self, request: job_service_pb2.SubmitJobRequest) -> JobRecord:
@@ -198,11 +205,16 @@ class Submission:
                 sources.files, bundle.sizes, spec.command, inputs, spec.env, spec.image, sources.digests
             )  # fmt: skip
             asked_only = isinstance(request, job_service_pb2.PredictJobRequest)
-            prediction, fingerprint, paces = await asyncio.gather(
-                self._prediction.of(code, budget_s),
-                self._prediction.fingerprint(code),
-                self._prediction.paces(code, geometries if asked_only else ()),
+            fingerprint, paces = await asyncio.gather(
+                self._prediction.fingerprint(code), self._prediction.paces(code, geometries if asked_only else ())
             )
+            # Whoever gives time for it has the code dry-run; others have what was found then.
+            step = self._dry_runs.known(spec.tenant, fingerprint)
+            if step is None and budget_s is not None:
+                started = time.monotonic()
+                step = await self._dry_runs.of(spec.tenant, fingerprint, code, bundle, path, budget_s)
+                budget_s = max(budget_s - (time.monotonic() - started), _LEAST_BUDGET_S)
+            prediction = await self._prediction.of(code, budget_s, step)
             if fingerprint:
                 observed = await self._store.observations(spec.tenant, fingerprint)
                 prediction = self._prediction.with_history(prediction, observed)

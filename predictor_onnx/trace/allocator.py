@@ -155,10 +155,11 @@ class CachingAllocator:
 
     def _grown(self, size: int, small: bool) -> _Block:
         """The pool's one segment, grown until its last block holds ``size`` bytes."""
-        grain = _SMALL_SEGMENT if small else _SHARED_SEGMENT
-        tail = self._tail.get(small)
-        has = tail.size if tail is not None and tail.free else 0
-        more = -(-(size - has) // grain) * grain
+        tail, more = self._lacking(size, small)
+        if self._capacity is not None and self.reserved + more > self._capacity:
+            # The end of the segment itself may be given back.
+            self._give_back()
+            tail, more = self._lacking(size, small)
         self._reserve(more)
         if tail is not None and tail.free:
             self._forget(tail)
@@ -170,6 +171,13 @@ class CachingAllocator:
             tail.after, block.before = block, tail
         self._tail[small] = block
         return block
+
+    def _lacking(self, size: int, small: bool) -> tuple[_Block | None, int]:
+        """The last block of the pool's segment, and by how many bytes it must grow to hold ``size``."""
+        grain = _SMALL_SEGMENT if small else _SHARED_SEGMENT
+        tail = self._tail.get(small)
+        has = tail.size if tail is not None and tail.free else 0
+        return tail, -(-(size - has) // grain) * grain
 
     def _reserve(self, size: int) -> None:
         if self._capacity is not None and self.reserved + size > self._capacity:

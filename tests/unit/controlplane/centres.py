@@ -16,7 +16,7 @@ from controlplane.centre import Centre, Settings
 from controlplane.fleet import Geometry
 from controlplane.idle_policy import CentrePolicy
 from controlplane.observing import ObservedAttempt
-from controlplane.prediction import Code, with_history
+from controlplane.prediction import Code, DryStep, with_history
 from controlplane.profile_outlook import Pace
 from puhui.rpc.channel import open_channel
 from puhui.rpc.errors import Refusal
@@ -41,7 +41,9 @@ class FixedPrediction:
     def __init__(self, required_mib: int) -> None:
         self.required_mib = required_mib
 
-    async def of(self, code: Code, budget_s: float | None = None) -> prediction_pb2.Prediction:
+    async def of(
+        self, code: Code, budget_s: float | None = None, dry_run: DryStep | None = None
+    ) -> prediction_pb2.Prediction:
         return prediction_pb2.Prediction(tier=prediction_pb2.PREDICTION_TIER_STATIC, required_mib=self.required_mib)
 
     async def fingerprint(self, code: Code) -> str:

@@ -242,7 +242,7 @@ class FakeNode:
         await self._called("create_container", request.owner)
         key = (request.owner.job_id, request.owner.attempt)
         if key not in self.containers:
-            assert request.slice_uuids[0] in self.slices
+            assert all(uuid in self.slices for uuid in request.slice_uuids)
             self.started.append(key)
             container = node_pb2.Container(
                 id=f"c-{len(self.started)}",

@@ -77,6 +77,13 @@ def test_what_is_cached_is_given_back_before_a_request_fails() -> None:
     assert allocator.allocated == 80 * MIB
 
 
+def test_an_expandable_segment_may_give_back_the_end_that_it_wanted_to_grow() -> None:
+    allocator = CachingAllocator(43_232_768, expandable=True)
+    allocator.take(1_289_217)
+    allocator.take(40_653_313)
+    assert allocator.allocated <= allocator.reserved <= 43_232_768
+
+
 _SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(1, 64 * MIB))
 
 
