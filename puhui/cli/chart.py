@@ -17,7 +17,7 @@ __all__ = ["bar", "chance", "memory_chart", "strip"]
 
 _WIDTH = 40
 #: Characters that each column of figures takes from the bars.
-_COLUMN = 5
+_COLUMN = 6
 #: Share of the whole from which on a part has a bar.
 _LEAST_PART = 0.005
 _EIGHTHS = " ▏▎▍▌▋▊▉█"

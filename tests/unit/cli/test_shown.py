@@ -212,17 +212,17 @@ def test_the_chart_says_of_each_profile_what_is_known_and_nothing_else() -> None
     large = outlook("2g.20gb", 19968, chosen=True, satisfies=True, chance_of_fit=0.99999, slowdown_p50=3.1)
     large.duration_p50.FromSeconds(7300)
     assert charted(prediction, [small, large]) == [
-        "activations  █████████▍                 7.3 GiB",
-        "context      █▉                         1.5 GiB",
+        "activations  ████████▎               7.3 GiB",
+        "context      █▋                      1.5 GiB",
         "",
-        "p50          ███████████▎               8.8 GiB",
-        "p90          ████████████▍              9.7 GiB",
-        "p99          █████████████▊             10.7 GiB",
-        "needs        ████████████▍              9.7 GiB",
+        "p50          █████████▉              8.8 GiB",
+        "p90          ██████████▉             9.7 GiB",
+        "p99          ████████████▏           10.7 GiB",
+        "needs        ██████████▉             9.7 GiB",
         "",
-        "                                                  fits  slower  takes",
-        "1g.10gb      ████████████▏              9.5 GiB    85%    6.2x         too small",
-        "2g.20gb      █████████████████████████  19.5 GiB  >99%    3.1x   2h1m  ← chosen",
+        "                                               fits  slower  takes",
+        "1g.10gb      ██████████▊             9.5 GiB    85%    6.2x         too small",
+        "2g.20gb      ██████████████████████  19.5 GiB  >99%    3.1x   2h1m  ← chosen",
     ]
 
 
