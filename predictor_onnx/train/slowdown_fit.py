@@ -12,6 +12,7 @@ from itertools import product
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from predictor_onnx.train.conformal import group_quantile
 from predictor_onnx.train.slowdown_data import Row
@@ -90,6 +91,20 @@ def candidates(forms: Sequence[Form], rows: Sequence[Row]) -> dict[Form, float]:
     """Error in percent of each form on workloads left out of ``rows``."""
     measured = slowdowns_of(rows)
     return {form: mape_pct(leave_one_out(form, rows), measured) for form in forms}
+
+
+def covered_pct(left_out: Array, measured: Array, names: npt.NDArray[np.str_]) -> float:
+    """Share of rows at or under p90 in percent, where each workload's p90 is as wide as the others' residuals say.
+
+    The model's own width comes from all workloads; asked about them it would flatter itself.
+    """
+    residual = np.log(measured / left_out)
+    covered = np.zeros(len(measured), dtype=bool)
+    for name in np.unique(names):
+        out = names == name
+        spread = max(0.0, group_quantile(residual[~out], list(names[~out]), LEVEL))
+        covered[out] = residual[out] <= spread
+    return float(100 * covered.mean())
 
 
 def choose(forms: Sequence[Form], rows: Sequence[Row]) -> Chosen:

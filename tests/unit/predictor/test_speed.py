@@ -291,6 +291,13 @@ def test_what_is_left_out_is_not_learnt_from() -> None:
     assert clean[of_bert] == pytest.approx(after[of_bert])
 
 
+def test_a_workload_is_not_covered_by_a_width_that_it_made_itself() -> None:
+    names = np.repeat(np.array(["a", "b", "c", "odd"]), 5)
+    measured = np.where(names == "odd", 3.0, 1.5)
+    assert slowdown_fit.covered_pct(np.full(20, 1.5), measured, names) == 75.0
+    assert slowdown_fit.covered_pct(np.full(20, 3.0), measured, names) == 100.0
+
+
 def test_the_right_form_is_chosen() -> None:
     forms = [Form(power, own_mix=False, given=("log_card_per_host",), fitted=()) for power in (1.0, 4.0)]
     chosen = slowdown_fit.choose(forms, made_rows(4.0))
