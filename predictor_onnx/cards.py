@@ -57,4 +57,9 @@ def quicker_than_sliced(card: Card, precision: str) -> tuple[float, float]:
 def card_named(product: str) -> Card | None:
     """The card of a product name such as ``NVIDIA A100-SXM4-40GB``; None for one that is not in the table."""
     wanted = product.lower().replace("-", " ")
-    return next((card for name, card in CARDS.items() if name.lower().replace("-", " ") in wanted), None)
+    return next((card for name, card in CARDS.items() if _words(name) in f" {wanted} "), None)
+
+
+def _words(name: str) -> str:
+    """A name as whole words: an A3000 is no A30, and a GH200 no H200."""
+    return f" {name.lower().replace('-', ' ')} "

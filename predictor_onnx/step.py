@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from predictor_onnx.configuration import Configuration, Precision
+from predictor_onnx.measure.out_of_memory import card_was_full
 from predictor_onnx.trace import torchvision_ops
 
 _AUTOCAST: Final = {Precision.AMP_FLOAT16: torch.float16, Precision.AMP_BFLOAT16: torch.bfloat16}
@@ -152,7 +153,11 @@ def build_network(asked: Configuration) -> Any:
             from predictor_onnx.transformer_networks import build
 
             return build(asked.model, asked.attention, asked.classes)
+    except torch.OutOfMemoryError:
+        raise  # of the card, not of the network
     except (ImportError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, RuntimeError) and card_was_full(str(error)):
+            raise
         raise CannotBuildError(f"{asked.source} has no {asked.model[:100]} that can be built: {error}") from error
     raise CannotBuildError(f"networks do not come from {asked.source!r}")
 

@@ -108,7 +108,8 @@ class ProcessWorker:
         try:
             answer = json.loads(told.out)
             if isinstance(answer, dict) and "no_card" in answer:
-                return Outcome(Ending.CRASHED, told.wall_s, detail=str(answer["no_card"])[:_DETAIL])
+                # It says nothing of the configuration, and none that follows would fare better.
+                raise NothingToMeasureOnError(str(answer["no_card"])[:_DETAIL])
             # The process knows its own time from when torch was loaded only.
             return replace(outcome_of(answer), wall_s=told.wall_s)
         except ValueError as error:

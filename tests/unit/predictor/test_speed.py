@@ -149,7 +149,9 @@ def test_cards_are_found_by_product_name() -> None:
     assert card_named("NVIDIA A100-SXM4-40GB") == CARDS["A100-SXM4-40GB"]
     assert card_named("NVIDIA A100-SXM4-80GB") == CARDS["A100"]
     assert card_named("NVIDIA H100 80GB HBM3") == CARDS["H100"]
-    assert card_named("Tesla T4") is None
+    assert card_named("H100-80GB-SXM5") == CARDS["H100"]
+    for other in ("Tesla T4", "NVIDIA GH200 480GB", "NVIDIA RTX A3000 Laptop GPU", "NVIDIA A300"):
+        assert card_named(other) is None
 
 
 def test_an_unknown_number_of_steps_has_no_duration() -> None:

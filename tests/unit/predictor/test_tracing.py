@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from predictor_onnx.configuration import Configuration, Precision
+from predictor_onnx.step import build_network
 from predictor_onnx.trace.affine import AffineRecord
 from predictor_onnx.trace.events import Category
 from predictor_onnx.trace.replay import replay
@@ -158,3 +159,15 @@ def test_recomputing_activations_needs_less() -> None:
     assert anew.live_mib["activation"] < 0.4 * kept.live_mib["activation"]
     # A third of the work more, but for the last product of each block, which nothing in the backward pass asks for.
     assert 1.2 * kept.flops < anew.flops < 1.34 * kept.flops
+
+
+def test_a_card_that_is_full_is_not_a_network_that_cannot_be_built() -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    torch.nn.Full = full
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            build_network(layers(["Full"]))
+    finally:
+        del torch.nn.Full
