@@ -1,4 +1,7 @@
+import contextlib
 import json
+import os
+import select
 import sys
 from pathlib import Path
 
