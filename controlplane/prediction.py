@@ -197,9 +197,13 @@ class OnnxPrediction:
 
     async def paces(self, code: Code, geometries: Sequence[Geometry]) -> dict[tuple[str, str], Pace]:
         """Returns how fast the code is expected to be, by GPU model and profile; nothing where that is not known."""
+        if not geometries:
+            return {}
         asked = asyncio.get_running_loop().run_in_executor(self._threads, self._paces, code, geometries)
         try:
             return await asyncio.wait_for(asked, self._budget_s)
+        except predictor_onnx.CodeDoesNotParseError:
+            return {}  # `of` refuses it, and says why
         except TimeoutError:
             _log.warning("how fast some code is was not found in time", after_s=self._budget_s)
         except Exception as error:  # noqa: BLE001 - as in `of`: an answer without paces is one all the same
