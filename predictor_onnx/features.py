@@ -119,11 +119,21 @@ class Workload:
         """Whether a pass through a network, or work on tensors of the accelerator, was found."""
         if (
             self.unsized
+            or self.negative
             or (self.stopped_early and not self.step_seen)
             or not all(value < _ABSURD_MIB for value in self.vector())
         ):
             return False
         return self.ops > 0 and (self.parameters > 0 or self.data_mib > 0)
+
+    @property
+    def negative(self) -> bool:
+        """Whether something has fewer than no bytes or weights: an option of the program was given a negative size."""
+        counted = (
+            self.parameters, self.parameter_mib, self.gradient_mib, self.optimizer_mib, self.cast_mib, self.data_mib,
+            self.activation_mib, self.transient_mib, self.inference_mib, self.macs, *self.activation_by_kind_mib,
+        )  # fmt: skip
+        return any(value < 0 for value in counted)
 
     @property
     def resident_mib(self) -> float:

@@ -150,6 +150,8 @@ def _cause(work: Workload) -> str:
         return f"the model {name} is not in the catalog"
     if work.stopped_early:
         return "reading it took too long"
+    if work.negative:
+        return "some of its sizes are negative"
     if work.ops and not work.unsized:
         return "its sizes are beyond any device"
     if work.unsized:

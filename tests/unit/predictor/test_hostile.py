@@ -3,6 +3,7 @@
 import math
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +105,17 @@ def test_absurd_sizes_give_no_absurd_answer(size: str) -> None:
     found = PREDICTOR.predict(CodeBundle({"t.py": code}), Request(("python3", "t.py")))
     assert 0 < found.p50_mib < found.p90_mib < found.p99_mib < 1e6
     assert found.tier is Tier.UNKNOWN or "5" in size
+
+
+@pytest.mark.parametrize(
+    ("example", "option"), [("resnet", "--batch-size"), ("chargpt", "--n-embd"), ("digits", "--hidden")]
+)
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "1e30", "9" * 30, "x", ""])
+def test_absurd_options_end_in_a_lower_tier(example: str, option: str, value: str) -> None:
+    code = (Path(__file__).parents[3] / "examples" / example / "train.py").read_text()
+    found = PREDICTOR.predict(CodeBundle({"train.py": code}), Request(("python3", "train.py", option, value)))
+    for mib in (found.p50_mib, found.p90_mib, found.p99_mib):
+        assert 0 < mib < math.inf
+    if value == "-1":
+        assert found.tier is Tier.UNKNOWN
+        assert "negative" in found.reason
