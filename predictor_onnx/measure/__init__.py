@@ -1,1 +1,1 @@
-"""Measures configurations on a GPU, each in a process of its own, into a data file that training reads."""
+"""Measures configurations on a GPU, each in a process of its own, into a dated data file."""
