@@ -133,8 +133,9 @@ class Attempts:
                 for path in (folder.path.parents[1], folder.path.parent, folder.path):
                     self._make(path)
                 break
-            except FileNotFoundError:
-                # `remove` takes the directories above another attempt away when they are empty, on its own thread.
+            except (FileNotFoundError, FileExistsError):
+                # `remove` takes the directories above another attempt away when they are empty, on its own thread:
+                # before one is made in them, or between finding one there and looking what it is.
                 if not left:
                     raise
         return folder

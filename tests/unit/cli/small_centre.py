@@ -333,7 +333,24 @@ class SmallCentre(SmallRuns, FleetServiceServicer):
     async def PredictJob(self, request: Any, context: Any) -> Any:
         await self._guard("PredictJob", context)
         return job_service_pb2.PredictJobResponse(
-            prediction=PREDICTION, sizing=SIZING, fits_now=True, message="a 1g.10gb is free on GPU 0 of node one"
+            prediction=PREDICTION,
+            sizing=SIZING,
+            fits_now=True,
+            message="a 1g.10gb is free on GPU 0 of node one",
+            profiles=[
+                prediction_pb2.ProfileOutlook(
+                    profile=profile,
+                    gpu_model=SIZING.choices[0].gpu_model,
+                    memory_mib=memory_mib,
+                    chosen=chosen,
+                    satisfies=True,
+                    chance_of_fit=chance,
+                )
+                for profile, memory_mib, chosen, chance in (
+                    ("1g.10gb", 9728, True, 0.93),
+                    ("7g.80gb", 81152, False, 1.0),
+                )
+            ],
         )
 
     # FleetService.
